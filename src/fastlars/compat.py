@@ -1,0 +1,25 @@
+"""Everything that depends on the torch version, and the private names of torch that fastlars uses."""
+
+from __future__ import annotations
+
+from typing import List  # noqa: UP035  TorchScript reads these spellings only
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import (
+    _default_to_fused_or_foreach,  # since 2.0
+    _use_grad_for_differentiable,  # since 1.13
+    required,  # since the beginning; torch's optimizers no longer use it, its message is what users know
+)
+
+__all__ = ["NAMED_PARAMETERS", "default_foreach", "required", "use_grad_for_differentiable"]
+
+use_grad_for_differentiable = _use_grad_for_differentiable
+
+# Optimizers take (name, parameter) pairs and keep group["param_names"] from 2.6 on.
+NAMED_PARAMETERS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 6)
+
+
+def default_foreach(params: List[Tensor], differentiable: bool) -> bool:
+    """Whether the foreach implementation is the default for these tensors: torch's own rule."""
+    return _default_to_fused_or_foreach(params, differentiable, use_fused=False)[1]

@@ -1,0 +1,345 @@
+"""The functional LARS: measure, coefficients, update; in one implementation per tensor and one per list.
+
+Every option enters through the coefficients b and c of `coefficients.py`; the implementations at the end of this file know
+only v = m v + b g + c w and w -= q v. The class measures all groups before it updates any, where a decision spans groups.
+"""
+
+from __future__ import annotations
+
+from typing import List, NamedTuple, Optional, Sequence, Tuple, Union  # noqa: UP035  TorchScript reads these spellings only
+
+import torch
+from torch import Tensor
+from torch.optim.sgd import sgd
+
+from .coefficients import coefficients, gradient_scale, is_adapted, scalar_lr
+from .compat import default_foreach
+from .norms import buckets, is_half, joint_norms, norms, real
+from .options import Options
+
+
+class Part(NamedTuple):
+    """Tensors of one device and dtype that are all at their first step or all past it."""
+
+    indices: List[int]  # their places in the lists of the caller
+    params: List[Tensor]
+    grads: List[Tensor]
+    momentum_buffers: List[Optional[Tensor]]  # empty without momentum
+
+
+def lars(
+    params: List[Tensor],
+    grads: List[Tensor],
+    momentum_buffers: List[Optional[Tensor]],
+    lr: Union[float, Tensor],
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    trust_coefficient: float = 0.001,
+    eps: float = 1e-8,
+    adapt: Optional[bool] = None,
+    trust_clip: bool = False,
+    trust_denominator: str = "separate",
+    lr_in_momentum: bool = False,
+    skip_nonfinite: bool = False,
+    maximize: bool = False,
+    foreach: Optional[bool] = None,
+    differentiable: bool = False,
+    fused: Optional[bool] = None,
+    grad_scale: Optional[Tensor] = None,
+    found_inf: Optional[Tensor] = None,
+) -> None:
+    """One LARS step, in place, for tensors that share their options.
+
+    The options are those of :class:`fastlars.LARS`, in its order and with its defaults; their values are not checked
+    here. Gradients are not written.
+
+    Args:
+        params: tensors to update, of any shape, floating or complex.
+        grads: their gradients, of the same shapes.
+        momentum_buffers: their momentum buffers, updated in place; None for a tensor whose first step this is, whose
+            place in the list then receives the new buffer. Without momentum it is not read and may be empty.
+        lr: learning rate, a float or a 1-element tensor, which is not read on the host.
+        grad_scale: 1-element tensor that the gradients are divided by first, as of ``torch.amp.GradScaler``.
+        found_inf: 1-element tensor; where it is not 0, nothing changes. Decided on the device.
+
+    Raises:
+        ValueError: for ``dampening`` with ``found_inf`` or ``skip_nonfinite`` (see :class:`fastlars.LARS`).
+
+    Example:
+        >>> w, v = torch.tensor([3.0, 4.0]), torch.zeros(2)
+        >>> lars([w], [torch.tensor([0.0, 2.0])], [v], lr=1.0, momentum=0.9, trust_coefficient=0.1, adapt=True)
+        >>> w  # |w| = 5 and |g| = 2, so the ratio is 0.1 * 5 / 2 = 0.25
+        tensor([3.0000, 3.5000])
+    """
+    if not params:
+        return
+    if foreach is None:
+        foreach = default_foreach(params, differentiable)
+    options = Options(
+        lr,
+        momentum,
+        dampening,
+        weight_decay,
+        nesterov,
+        trust_coefficient,
+        eps,
+        adapt,
+        trust_clip,
+        trust_denominator,
+        lr_in_momentum,
+        skip_nonfinite,
+        maximize,
+        foreach,
+        differentiable,
+        fused,
+    )
+    if (skip_nonfinite or found_inf is not None) and momentum != 0 and dampening != 0:
+        raise ValueError(
+            f"a step that the device may skip needs dampening == 0, got {dampening}: dampening starts after a tensor's "
+            "first step, and whether that step was skipped is known on the device only"
+        )
+    parts = split(params, grads, momentum_buffers, options)
+    measured = [measure(part, options, grad_scale) for part in parts]
+    if skip_nonfinite:
+        found_inf = any_nonfinite(measured, found_inf)
+    for part, norms_ in zip(parts, measured):
+        update(part, norms_, options, grad_scale, found_inf)
+        if momentum != 0:
+            for i, buffer in zip(part.indices, part.momentum_buffers):
+                momentum_buffers[i] = buffer
+
+
+def split(
+    params: List[Tensor], grads: List[Tensor], momentum_buffers: List[Optional[Tensor]], options: Options
+) -> List[Part]:
+    """The tensors sorted into parts; torch's own helper does not sort while compiling."""
+    parts: List[Part] = []
+    for i, param in enumerate(params):
+        grad = grads[i]
+        buffer = momentum_buffers[i] if options.momentum != 0 else None
+        home: Optional[Part] = None
+        for part in parts:
+            if (
+                part.params[0].device == param.device
+                and part.params[0].dtype == param.dtype
+                and part.grads[0].dtype == grad.dtype
+                and (options.momentum == 0 or (part.momentum_buffers[0] is None) == (buffer is None))
+            ):
+                home = part
+        if home is None:
+            home = Part([], [], [], [])
+            parts.append(home)
+        home.indices.append(i)
+        home.params.append(param)
+        home.grads.append(grad)
+        if options.momentum != 0:
+            home.momentum_buffers.append(buffer)
+    return parts
+
+
+def measure(part: Part, options: Options, grad_scale: Optional[Tensor]) -> Optional[Tensor]:
+    """What has to be known of n tensors before their update, shape (rows, n); None where that is nothing.
+
+    For adapted tensors the param norms, then the direction norms; with ``skip_nonfinite`` gradient norms come last.
+    """
+    adapted = is_adapted(options)
+    if not adapted and not options.skip_nonfinite:
+        return None
+    foreach = bool(options.foreach)
+    params = [real(param) for param in part.params]
+    grads = [real(grad) for grad in part.grads]
+    scale = gradient_scale(grad_scale, options.maximize, params[0])
+
+    rows: List[Tensor] = []
+    if adapted:
+        rows.append(norms(params, foreach))
+    if adapted and options.trust_denominator == "joint":
+        rows.append(joint_norms(params, grads, scale, options.weight_decay, foreach))
+    if options.skip_nonfinite or options.trust_denominator == "separate":
+        grad_norms = norms(grads, foreach)
+        rows.append(grad_norms if grad_scale is None or scale is None else grad_norms * scale.abs())
+    return torch.stack(rows)
+
+
+def any_nonfinite(measured: List[Optional[Tensor]], found_inf: Optional[Tensor]) -> Tensor:
+    """Whether ``found_inf`` is set or a gradient norm (the last row of each) is not finite, as a 0-dim bool tensor."""
+    flags = [(~rows[-1].isfinite()).any() for rows in measured if rows is not None]
+    if found_inf is not None:
+        flags.append(found_inf.reshape(()) != 0)
+    device = flags[0].device
+    return torch.stack([flag.to(device, non_blocking=True) for flag in flags]).any()
+
+
+def update(
+    part: Part, measured: Optional[Tensor], options: Options, grad_scale: Optional[Tensor], found_inf: Optional[Tensor]
+) -> None:
+    """Update parameters and momentum buffers of a part from what `measure` returned for it."""
+    dtype = part.params[0].dtype
+    torch_sgd = _is_torch_sgd(options, grad_scale)
+    if torch_sgd and found_inf is None:
+        part.momentum_buffers[:] = _torch_sgd(part.params, part.grads, part.momentum_buffers, options)
+        return
+
+    b, c = _coefficient_lists(part, measured, options, grad_scale)
+    buffers: List[Tensor] = []
+    for i, buffer in enumerate(part.momentum_buffers):
+        buffers.append(torch.zeros_like(part.params[i]) if buffer is None else buffer)
+        part.momentum_buffers[i] = buffers[i]
+
+    if found_inf is None and not is_half(dtype):
+        _step(part.params, part.grads, buffers, b, c, options)
+        return
+
+    # On copies, a bucket at a time: half types are computed in float32 and rounded once, when they are written back; a
+    # step that the device may skip is written back or not (a factor of 0 would not do: 0 * NaN is NaN).
+    foreach = bool(options.foreach)
+    wide = torch.float32 if is_half(dtype) and not torch_sgd else dtype
+    skip = None if found_inf is None else found_inf.reshape(()).to(device=part.params[0].device, non_blocking=True) != 0
+    for bucket in buckets(part.params) if foreach else [[i] for i in range(len(part.params))]:
+        params = [part.params[i] for i in bucket]
+        grads = [part.grads[i] for i in bucket]
+        momentum_buffers = [buffers[i] for i in bucket] if options.momentum != 0 else []
+        new_params = _copies(params, wide, foreach)
+        new_buffers = _copies(momentum_buffers, wide, foreach)
+        if torch_sgd:
+            _torch_sgd(new_params, grads, new_buffers, options)
+        else:
+            if foreach and is_half(grads[0].dtype):
+                grads = _copies(grads, wide, foreach)  # foreach ops are one launch only among equal dtypes
+            _step(new_params, grads, new_buffers, [b[i] for i in bucket], [c[i] for i in bucket], options)
+        _write_back(params + momentum_buffers, new_params + new_buffers, skip, foreach)
+
+
+def _is_torch_sgd(options: Options, grad_scale: Optional[Tensor]) -> bool:
+    """Whether torch's own SGD computes this step. With what it lacks, or would read lr on the host for, ours does."""
+    lr = options.lr
+    reads_lr = isinstance(lr, Tensor) and (lr.requires_grad or lr.device.type != "cpu")
+    return not (is_adapted(options) or options.lr_in_momentum or grad_scale is not None or reads_lr)
+
+
+def _torch_sgd(
+    params: List[Tensor], grads: List[Tensor], momentum_buffers: Sequence[Optional[Tensor]], options: Options
+) -> List[Optional[Tensor]]:
+    # torch's foreach Nesterov writes to gradients that it has not copied
+    writes_grad = options.foreach and options.nesterov and options.weight_decay == 0 and not options.maximize
+    buffers: List[Optional[Tensor]] = list(momentum_buffers) if options.momentum != 0 else [None] * len(params)
+    sgd(
+        params,
+        list(torch._foreach_mul(grads, 1.0)) if writes_grad else grads,
+        buffers,
+        foreach=bool(options.foreach),
+        fused=False,
+        weight_decay=options.weight_decay,
+        momentum=options.momentum,
+        lr=scalar_lr(options.lr, params[0]),  # type: ignore[arg-type]  # torch 2.4 takes tensors, and does not say so
+        dampening=options.dampening,
+        nesterov=options.nesterov,
+        maximize=options.maximize,
+    )
+    return buffers
+
+
+def _coefficient_lists(
+    part: Part, measured: Optional[Tensor], options: Options, grad_scale: Optional[Tensor]
+) -> Tuple[List[Tensor], List[Tensor]]:
+    like = real(part.params[0])
+    first_step = options.momentum != 0 and part.momentum_buffers[0] is None
+    scale = gradient_scale(grad_scale, options.maximize, like)
+    b, c = coefficients(measured if is_adapted(options) else None, like, scale, first_step, options)
+    n = len(part.params)
+    return list(b.expand(n).unbind()), list(c.expand(n).unbind())
+
+
+def _copies(tensors: List[Tensor], dtype: torch.dtype, foreach: bool) -> List[Tensor]:
+    copies = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    if not copies:
+        return copies  # foreach ops refuse empty lists
+    _write_back(copies, tensors, None, foreach)
+    return copies
+
+
+def _write_back(targets: List[Tensor], sources: List[Tensor], skip: Optional[Tensor], foreach: bool) -> None:
+    if foreach and skip is None:
+        torch._foreach_copy_(targets, sources)
+        return
+    for target, source in zip(targets, sources):
+        target.copy_(source if skip is None else torch.where(skip, target, source))
+
+
+def _step(
+    params: List[Tensor],
+    grads: List[Tensor],
+    momentum_buffers: List[Tensor],
+    b: List[Tensor],
+    c: List[Tensor],
+    options: Options,
+) -> None:
+    params = [real(param) for param in params]
+    grads = [real(grad) for grad in grads]
+    momentum_buffers = [real(buffer) for buffer in momentum_buffers]
+    lr = scalar_lr(options.lr, params[0])
+    step_size = 1.0 if options.lr_in_momentum else lr
+    if options.foreach:
+        _multi_tensor_lars(params, grads, momentum_buffers, b, c, step_size, options)
+    else:
+        _single_tensor_lars(params, grads, momentum_buffers, b, c, step_size, options)
+
+
+def _single_tensor_lars(
+    params: List[Tensor],
+    grads: List[Tensor],
+    momentum_buffers: List[Tensor],
+    b: List[Tensor],
+    c: List[Tensor],
+    step_size: Union[float, Tensor],
+    options: Options,
+) -> None:
+    decays = options.weight_decay != 0
+    for i, param in enumerate(params):
+        grad = grads[i]
+        # autograd keeps what it reads, and both are written below
+        weight = param.clone() if options.differentiable else param
+        if options.momentum != 0:
+            buffer = momentum_buffers[i].mul_(options.momentum).addcmul_(grad, b[i])
+            if decays:
+                buffer.addcmul_(weight, c[i])
+        if options.momentum == 0 or options.nesterov:
+            if decays:
+                param.addcmul_(weight, -step_size * c[i])
+            param.addcmul_(grad, -step_size * b[i])
+        if options.momentum != 0:
+            scale = -step_size * options.momentum if options.nesterov else -step_size
+            velocity = momentum_buffers[i].clone() if options.differentiable else momentum_buffers[i]
+            if isinstance(scale, Tensor):
+                param.addcmul_(velocity, scale)
+            else:
+                param.add_(velocity, alpha=scale)
+
+
+def _multi_tensor_lars(
+    params: List[Tensor],
+    grads: List[Tensor],
+    momentum_buffers: List[Tensor],
+    b: List[Tensor],
+    c: List[Tensor],
+    step_size: Union[float, Tensor],
+    options: Options,
+) -> None:
+    decays = options.weight_decay != 0
+    if options.momentum != 0:
+        torch._foreach_mul_(momentum_buffers, options.momentum)
+        torch._foreach_addcmul_(momentum_buffers, grads, b)
+        if decays:
+            torch._foreach_addcmul_(momentum_buffers, params, c)
+    if options.momentum == 0 or options.nesterov:
+        if decays:
+            torch._foreach_addcmul_(params, params, torch._foreach_mul(c, -step_size))
+        torch._foreach_addcmul_(params, grads, torch._foreach_mul(b, -step_size))
+    if options.momentum != 0:
+        scale = -step_size * options.momentum if options.nesterov else -step_size
+        if isinstance(scale, Tensor):
+            torch._foreach_addcmul_(params, momentum_buffers, [scale.to(params[0].dtype)] * len(params))
+        else:
+            torch._foreach_add_(params, momentum_buffers, alpha=scale)

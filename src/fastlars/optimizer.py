@@ -1,0 +1,347 @@
+"""class LARS: options, state, and the order of a step. The numbers are made in `functional.py`."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from .coefficients import is_adapted, scalar_lr, trust_ratio
+from .compat import NAMED_PARAMETERS, default_foreach, required, use_grad_for_differentiable
+from .functional import Part, any_nonfinite, measure, split, update
+from .options import NAMES, Options, check_grad, check_options, check_params, nearest_name
+
+if TYPE_CHECKING:
+    from torch.optim.optimizer import ParamsT
+
+_P = ParamSpec("_P")
+
+
+def _naming_the_nearest_option(
+    init: Callable[Concatenate[LARS, _P], None],
+) -> Callable[Concatenate[LARS, _P], None]:
+    """A misspelt option in a call is told with its nearest name, which Python itself does from 3.13 on only in part."""
+
+    @functools.wraps(init)
+    def checked_init(self: LARS, *args: _P.args, **kwargs: _P.kwargs) -> None:
+        for key in kwargs:
+            if key not in NAMES and key != "params" and (name := nearest_name(key)):
+                raise TypeError(f"{key!r} is not an option of LARS; did you mean {name!r}?")
+        init(self, *args, **kwargs)
+
+    return checked_init  # type: ignore[return-value]  # a function, though mypy takes `wraps` for an object
+
+
+class LARS(Optimizer):
+    r"""Layer-wise adaptive rate scaling, for training with very large batches.
+
+    For each parameter tensor w with gradient g, in a group that is adapted:
+
+    .. math::
+        \lambda &= \text{trust\_coefficient} \cdot
+            \frac{\|w\|}{\|g\| + \text{weight\_decay} \cdot \|w\| + \text{eps}} \\
+        v &\leftarrow \text{momentum} \cdot v
+            + (1 - \text{dampening}) \cdot \lambda \, (g + \text{weight\_decay} \cdot w) \\
+        w &\leftarrow w - \text{lr} \cdot v
+
+    Where a norm is zero, the tensor takes :math:`g` neither scaled nor decayed. On a tensor's first step dampening does
+    not apply. Groups that are not adapted take torch's SGD step, bit for bit. Norms are L2 norms of whole tensors, in
+    float32 or better. Gradients are never written, and nothing is read on the host.
+
+    It is no drop-in for SGD: a step moves a tensor by about ``lr * trust_coefficient`` of its norm (up to
+    ``1 / (1 - momentum)`` times that), so ``lr`` is of the order of 1 to 30. Biases and normalisation tensors are best
+    left out of the adaptation: see :func:`fastlars.param_groups`.
+
+    Args:
+        params: tensors or named tensors to optimize, or dicts that define param groups; every option below can be set
+            per group.
+        lr: learning rate, >= 0: a float, or a 1-element tensor, whose value is never read on the host. Required, here
+            or in every group.
+        momentum: momentum factor, >= 0.
+        dampening: dampening for momentum; the gradient enters later steps with 1 - dampening.
+        weight_decay: L2 penalty, >= 0.
+        nesterov: Nesterov momentum; needs momentum > 0 and dampening == 0.
+        trust_coefficient: the factor of the trust ratio (the paper's eta), >= 0.
+        eps: added to the denominator of the trust ratio, >= 0.
+        adapt: whether the group's steps are scaled by the trust ratio. None: exactly where ``weight_decay`` is not 0.
+        trust_clip: LARC, the ratio becomes min(ratio / lr, 1).
+        trust_denominator: "separate" as above; "joint": the ratio is trust_coefficient * abs(w) /
+            (abs(g + weight_decay * w) + eps), and 1 with decay kept where one of these norms is 0 (BYOL, SimCLR, optax).
+        lr_in_momentum: as in the paper, lr enters the momentum buffer: v = momentum * v + (1 - dampening) * lr * d and
+            w -= v; with nesterov w -= lr * d + momentum * v.
+        skip_nonfinite: if the norm of any gradient in the groups that set it is not finite, none of these groups
+            changes. Decided on the device; with momentum it needs dampening == 0.
+        maximize: maximize the objective instead of minimizing it.
+        foreach: whether updates run over lists of tensors (fewer launches). None: on accelerators, as in torch.
+        differentiable: whether autograd may run through the step.
+        fused: not there yet; only None and False are accepted.
+
+    Raises:
+        ValueError: an option outside its range or contradicting another, a misspelt option in a group (the nearest name
+            is given), a group without lr, and a state dict whose groups or buffers do not fit.
+        TypeError: an option of the wrong type, a misspelt option in the call, a parameter that is not floating or complex.
+        RuntimeError: in :meth:`step`, for sparse gradients. Nothing has changed then.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.LayerNorm(4))
+        >>> groups = fastlars.param_groups(model, weight_decay=1e-4)
+        >>> optimizer = fastlars.LARS(groups, lr=4.8, momentum=0.9)
+        >>> model(torch.ones(2, 8)).square().sum().backward()
+        >>> optimizer.step()
+
+    Source: You, Gitman, Ginsburg, *Large Batch Training of Convolutional Networks*, arXiv 1708.03888, Eq. 6 and
+    Algorithm 1. The paper puts lr inside the momentum buffer (``lr_in_momentum=True``); the default, outside, is what
+    the widely copied PyTorch code does, whose arguments, state and checkpoints these are.
+    """
+
+    _looked_for_adapted = False
+
+    @_naming_the_nearest_option
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = required,  # type: ignore[assignment]  # torch's marker of an option without a default
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        trust_coefficient: float = 0.001,
+        eps: float = 1e-8,
+        *,
+        adapt: bool | None = None,
+        trust_clip: bool = False,
+        trust_denominator: str = "separate",
+        lr_in_momentum: bool = False,
+        skip_nonfinite: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        """See the class."""
+        defaults = Options(
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            trust_coefficient,
+            eps,
+            adapt,
+            trust_clip,
+            trust_denominator,
+            lr_in_momentum,
+            skip_nonfinite,
+            maximize,
+            foreach,
+            differentiable,
+            fused,
+        )._asdict()
+        check_options({**defaults, "lr": 0.0} if _is_missing(lr) else defaults, "LARS")
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group; its options default to those given at construction.
+
+        Args:
+            param_group: ``params`` (tensors or, from torch 2.6 on, named tensors) and any options.
+
+        Raises:
+            ValueError, TypeError: as at construction; the optimizer has not changed then.
+        """
+        where = f"param group {len(self.param_groups)}"
+        if isinstance(param_group, dict) and "params" in param_group:
+            options = {key: value for key, value in param_group.items() if key != "params"}
+            if _is_missing({**self.defaults, **options}["lr"]):
+                raise ValueError(
+                    "parameter group didn't specify a value of required optimization parameter lr "
+                    f"({where}); give lr to LARS or to the group"
+                )
+            check_options({**self.defaults, **options}, where)
+            param_group = {**param_group, **_as_list(param_group["params"])}
+            check_params(param_group["params"], where)
+        super().add_param_group(param_group)  # what is no group at all is refused there
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickling, and the last stage of torch's load_state_dict, before which nothing has changed."""
+        loading = "param_groups" in self.__dict__
+        for i, group in enumerate(state["param_groups"]):
+            # keys that SGD's, Bolts' and quadra's state dicts lack keep their values
+            known = self.param_groups[i] if loading else {**Options(0.0)._asdict(), **state["defaults"]}
+            for name in NAMES:
+                group.setdefault(name, known[name])
+            check_options({key: value for key, value in group.items() if key != "params"}, f"param group {i}")
+            for j, param in enumerate(group["params"]):
+                _check_state(state["state"].get(param, {}), param, f"parameter {j} of param group {i}")
+        super().__setstate__(state)
+
+    def _init_group(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        momentum_buffers: list[Tensor | None],
+    ) -> None:
+        # torch.compile runs this method eagerly when it traces a step: state is made here, and here only
+        if not self._looked_for_adapted:
+            self._warn_if_nothing_is_adapted()
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            params.append(p)
+            grads.append(p.grad)
+            if group["momentum"] != 0:
+                buffer = self.state[p].get("momentum_buffer")
+                # With dampening the first step must be known as such: it stays None until the step has made it.
+                if buffer is None and group["dampening"] == 0:
+                    buffer = self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                momentum_buffers.append(buffer)
+
+    def _warn_if_nothing_is_adapted(self) -> None:
+        self._looked_for_adapted = True
+        groups = [_options(group) for group in self.param_groups]
+        if any(is_adapted(options) or options.adapt is False for options in groups):
+            return
+        warnings.warn(
+            "LARS adapts no parameter: weight_decay is 0 in every group, so each takes a plain SGD step. Set "
+            "weight_decay, or build the groups with fastlars.param_groups(model, weight_decay), or pass adapt=True "
+            "(adapt=False, if SGD is what you want).",
+            stacklevel=5,  # the line that calls step()
+        )
+
+    @use_grad_for_differentiable
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform a single optimization step.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned, None without one.
+
+        Raises:
+            RuntimeError: for sparse gradients; nothing has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        for group in self.param_groups:  # all before the first state is made
+            for p in group["params"]:
+                if p.grad is not None:
+                    check_grad(p.grad)
+
+        steps: list[tuple[Part, Options, Tensor | None]] = []
+        for group in self.param_groups:
+            params: list[Tensor] = []
+            grads: list[Tensor] = []
+            momentum_buffers: list[Tensor | None] = []
+            self._init_group(group, params, grads, momentum_buffers)
+            if params:
+                options = _options(group, params)
+                parts = split(params, grads, momentum_buffers, options)
+                steps += [(part, options, measure(part, options, None)) for part in parts]
+
+        # one decision for all groups that ask for it, before the first update
+        skipping = [measured for _, options, measured in steps if options.skip_nonfinite]
+        found_inf = any_nonfinite(skipping, None) if skipping else None
+        for part, options, measured in steps:
+            update(part, measured, options, None, found_inf if options.skip_nonfinite else None)
+            if options.momentum != 0 and options.dampening != 0:
+                for param, buffer in zip(part.params, part.momentum_buffers, strict=True):
+                    self.state[param]["momentum_buffer"] = buffer
+        return loss
+
+    @torch.no_grad()
+    def trust_ratios(self) -> dict[str, float]:
+        """The trust ratio of each adapted tensor, from its present value and gradient.
+
+        Computed when asked, nothing is stored; the values are read on the host at once. Ask after ``backward()`` (and
+        after unscaling, with a GradScaler) and before ``zero_grad()``.
+
+        Returns:
+            Name to ratio, in the optimizer's order: the names of named parameters, else "group.position" as in "0.3".
+            Tensors without a gradient and groups that are not adapted are left out.
+
+        Example:
+            >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+            >>> w.grad = torch.tensor([0.0, 2.0])
+            >>> optimizer = fastlars.LARS([w], lr=1.0, trust_coefficient=0.1, adapt=True)
+            >>> optimizer.trust_ratios()
+            {'0.0': 0.25}
+        """
+        ratios: dict[str, float] = {}
+        for i, group in enumerate(self.param_groups):
+            positions = [j for j, p in enumerate(group["params"]) if p.grad is not None]
+            params = [group["params"][j] for j in positions]
+            if not params or not is_adapted(_options(group)):
+                continue
+            names = group.get("param_names") or [f"{i}.{j}" for j in range(len(group["params"]))]
+            options = _options(group, params)._replace(momentum=0.0, skip_nonfinite=False)
+            values = [0.0] * len(params)
+            for part in split(params, [p.grad for p in params], [], options):
+                measured = measure(part, options, None)
+                assert measured is not None  # the group is adapted
+                ratio, _ = trust_ratio(measured[0], measured[1], scalar_lr(options.lr, measured), options)
+                for index, value in zip(part.indices, ratio.tolist(), strict=True):
+                    values[index] = value
+            ratios.update(zip([names[j] for j in positions], values, strict=True))
+        return ratios
+
+    def __repr__(self) -> str:
+        """One line a group: tensors, implementation, and the options that are not at their defaults."""
+        defaults = Options(0.0)._asdict()
+        lines = []
+        for i, group in enumerate(self.param_groups):
+            params = group["params"]
+            options = _options(group, params)
+            kind = "adapted" if is_adapted(options) else "not adapted"
+            how = "foreach" if options.foreach else "single-tensor"
+            count = f"{len(params)} tensors, {sum(p.numel() for p in params):,} elements"
+            hidden = {"params", "param_names", "foreach"} | {key for key in NAMES[1:] if group[key] == defaults[key]}
+            shown = {key: group[key] for key in (*NAMES, *(group.keys() - NAMES)) if key not in hidden}
+            lines.append(f"    Parameter Group {i}: {count}, {kind}, {how}")
+            lines.append("        " + ", ".join(f"{key}={value}" for key, value in shown.items()))
+        return "\n".join([f"{type(self).__name__} (", *lines, ")"])
+
+
+def _options(group: dict[str, Any], params: list[Tensor] | None = None) -> Options:
+    """A group's options; with the tensors of a step, foreach is resolved to what runs."""
+    options = Options(*[group[name] for name in NAMES])
+    if params is not None and options.foreach is None:
+        return options._replace(foreach=default_foreach(params, options.differentiable))
+    return options
+
+
+def _is_missing(lr: object) -> bool:
+    # not `is required`: pickle and deepcopy make another one
+    return isinstance(lr, type(required))
+
+
+def _as_list(params: Any) -> dict[str, Any]:
+    """The params of a group as a list; for torch before 2.6 also their names, as later versions keep them."""
+    if isinstance(params, (Tensor, set)):
+        return {"params": [params] if isinstance(params, Tensor) else params}  # torch refuses sets, for their order
+    params = list(params)
+    if not NAMED_PARAMETERS and params and all(isinstance(p, tuple) for p in params):
+        return {"params": [p for _, p in params], "param_names": [name for name, _ in params]}
+    return {"params": params}
+
+
+def _check_state(state: dict[str, Any], param: Tensor, where: str) -> None:
+    buffer = state.get("momentum_buffer")
+    if buffer is None:
+        return
+    if not isinstance(buffer, Tensor):
+        raise TypeError(f"momentum_buffer of {where} must be a tensor, got {type(buffer).__name__}")
+    if buffer.shape != param.shape or buffer.is_complex() != param.is_complex():
+        raise ValueError(
+            f"momentum_buffer of {where} must have shape {tuple(param.shape)} and kind {param.dtype}, got "
+            f"{tuple(buffer.shape)} and {buffer.dtype}; was the state dict saved for other parameters?"
+        )

@@ -1,0 +1,133 @@
+"""The options of LARS: names, order, defaults and rules, each in one place."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from typing import Any, Mapping, NamedTuple, Optional, Union  # noqa: UP035  TorchScript reads these spellings only
+
+import torch
+from torch import Tensor
+
+
+class Options(NamedTuple):
+    """What one param group sets; the fields are the param-group keys, the frozen part of the checkpoint format."""
+
+    lr: Union[float, Tensor]
+    momentum: float = 0.0
+    dampening: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
+    trust_coefficient: float = 0.001
+    eps: float = 1e-8
+    adapt: Optional[bool] = None
+    trust_clip: bool = False
+    trust_denominator: str = "separate"
+    lr_in_momentum: bool = False
+    skip_nonfinite: bool = False
+    maximize: bool = False
+    foreach: Optional[bool] = None
+    differentiable: bool = False
+    fused: Optional[bool] = None
+
+
+NAMES = Options._fields
+TRUST_DENOMINATORS = ("separate", "joint")
+_NON_NEGATIVE = ("momentum", "weight_decay", "trust_coefficient", "eps")
+_BOOLEAN = ("nesterov", "trust_clip", "lr_in_momentum", "skip_nonfinite", "maximize", "differentiable")
+_OPTIONAL_BOOLEAN = ("adapt", "foreach", "fused")
+
+
+def check_options(options: Mapping[str, Any], where: str) -> None:
+    """Raise for the first option that breaks its rule; ``where`` says whose options these are, as in "param group 1"."""
+    for key in options:
+        if key not in NAMES and (name := nearest_name(key)):
+            raise ValueError(f"{where}: {key!r} is not an option of LARS; did you mean {name!r}?")
+
+    _check_lr(options["lr"], where)
+    for name in _NON_NEGATIVE:
+        _check_number(name, options[name], where, minimum=0.0)
+    _check_number("dampening", options["dampening"], where)
+    for name in _BOOLEAN + _OPTIONAL_BOOLEAN:
+        allowed = (True, False) if name in _BOOLEAN else (None, True, False)
+        if not any(options[name] is value for value in allowed):
+            rule = " or ".join(str(value) for value in allowed)
+            raise TypeError(f"{where}: {name} must be {rule}, got {options[name]!r}")
+    if options["trust_denominator"] not in TRUST_DENOMINATORS:
+        rule = " or ".join(repr(value) for value in TRUST_DENOMINATORS)
+        raise ValueError(f"{where}: trust_denominator must be {rule}, got {options['trust_denominator']!r}")
+
+    _check_together(options, where)
+
+
+def _check_together(options: Mapping[str, Any], where: str) -> None:
+    momentum, dampening = options["momentum"], options["dampening"]
+    if options["nesterov"] and (momentum == 0 or dampening != 0):
+        raise ValueError(
+            f"{where}: nesterov=True needs momentum > 0 and dampening == 0, "
+            f"got momentum={momentum} and dampening={dampening}"
+        )
+    if options["skip_nonfinite"] and momentum != 0 and dampening != 0:
+        raise ValueError(
+            f"{where}: skip_nonfinite=True with momentum needs dampening == 0, got dampening={dampening}: dampening "
+            "starts after a tensor's first step, and whether that step was skipped is known on the device only"
+        )
+    for first, second in (("foreach", "differentiable"), ("fused", "differentiable"), ("fused", "foreach")):
+        if options[first] and options[second]:
+            raise ValueError(f"{where}: {first}=True and {second}=True exclude each other; set one of them")
+    if options["fused"]:
+        raise NotImplementedError(
+            f"{where}: fused=True is not there yet in this version of fastlars; leave fused=None, which picks the "
+            "fastest implementation there is"
+        )
+
+
+def _check_lr(lr: Any, where: str) -> None:
+    if not isinstance(lr, Tensor):
+        _check_number("lr", lr, where, minimum=0.0)
+        return
+    if lr.numel() != 1 or not lr.is_floating_point():
+        raise ValueError(
+            f"{where}: a tensor lr must have 1 element of a floating dtype, got shape {tuple(lr.shape)} and {lr.dtype}"
+        )
+    # a value on an accelerator would have to be waited for; schedulers write it there anyway
+    if lr.device.type == "cpu":
+        _check_number("lr", lr.item(), where, minimum=0.0)
+
+
+def _check_number(name: str, value: Any, where: str, minimum: float = -math.inf) -> None:
+    rule = "must be a finite number" + (" >= 0" if minimum == 0 else "")
+    # numpy's scalars and 0-dim arrays are numbers too: whatever float() takes, except text and truth values
+    if isinstance(value, (bool, str, bytes, Tensor)):
+        raise TypeError(f"{where}: {name} {rule}, got {value!r}")
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{where}: {name} {rule}, got {value!r}") from None
+    if not (minimum <= number < math.inf and number > -math.inf):
+        raise ValueError(f"{where}: {name} {rule}, got {value}")
+
+
+def check_params(params: list[Tensor], where: str) -> None:
+    """Raise for the first tensor that LARS cannot update."""
+    for i, param in enumerate(params):
+        if isinstance(param, Tensor) and not (param.is_floating_point() or param.is_complex()):
+            raise TypeError(
+                f"{where}: parameters must be floating or complex tensors, got {param.dtype} at position {i}; "
+                "leave it out of the optimizer or convert it"
+            )
+
+
+def check_grad(grad: Tensor) -> None:
+    """Raise for a gradient that LARS cannot read."""
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"LARS needs dense gradients, got one of layout {grad.layout} and shape {tuple(grad.shape)}; use nn.Embedding(sparse=False), or another optimizer for that parameter"
+        )
+
+
+def nearest_name(key: str) -> str | None:
+    """The option that an unknown key was probably meant to be, None for keys that schedulers and users add."""
+    if any(key.startswith(f"{name}_") or key.endswith(f"_{name}") for name in NAMES):
+        return None  # initial_lr, max_momentum, weight_decay_scale: companions of an option
+    return next(iter(difflib.get_close_matches(key, NAMES, n=1, cutoff=0.74)), None)

@@ -1,0 +1,253 @@
+"""Data that the tests share: option sets, parameter layouts, gradient histories, and the one table of tolerances.
+
+Drawn on the CPU in double precision from fixed seeds, then cast: the same values in every dtype and on every device.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Options = dict[str, Any]
+Layout = Callable[..., Tensor]
+History = Callable[[Tensor, int, int], Tensor | None]
+
+REAL: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+COMPLEX: tuple[torch.dtype, ...] = (torch.complex64, torch.complex128)
+STEPS = 4
+# lr_in_momentum differs from the default only while lr changes; 0 is what checkpoint libraries and warm-ups pass
+LR_FACTORS: tuple[float, ...] = (1.0, 0.5, 0.0, 1.5)
+
+# ---------------------------------------------------------------- options
+# Steps of some per cent of a parameter's norm: with the default trust_coefficient rounding would hide a wrong ratio.
+BASE: Options = {"lr": 0.5, "weight_decay": 0.05, "trust_coefficient": 0.1}
+
+# each on top of BASE; dampening and nesterov bring the momentum that they need
+FEATURES: dict[str, Options] = {
+    "momentum": {"momentum": 0.9},
+    "dampening": {"momentum": 0.9, "dampening": 0.25},
+    "nesterov": {"momentum": 0.9, "nesterov": True},
+    "no_decay": {"weight_decay": 0.0},
+    "adapt": {"adapt": True},
+    "unadapted": {"adapt": False},
+    "clip": {"trust_clip": True},
+    "joint": {"trust_denominator": "joint"},
+    "paper": {"lr_in_momentum": True},
+    "maximize": {"maximize": True},
+    "skip_nonfinite": {"skip_nonfinite": True},
+}
+
+_EVERYTHING = ("nesterov", "no_decay", "adapt", "clip", "joint", "paper", "maximize", "skip_nonfinite")
+
+SPECIAL: dict[str, Options] = {
+    "defaults": {"lr": 0.5},
+    "dampening_without_momentum": {**BASE, "dampening": 0.25},
+    "large_dampening": {"lr": 0.1, "momentum": 0.9, "dampening": 0.9, "weight_decay": 1e-4},
+    "large_eps": {**BASE, "eps": 0.5},
+    "large_eps_joint": {**BASE, "eps": 0.5, "trust_denominator": "joint"},
+    "large_decay": {**BASE, "weight_decay": 2.0},
+    "large_decay_joint_maximize": {**BASE, "weight_decay": 2.0, "trust_denominator": "joint", "maximize": True},
+    "clip_at_one": {**BASE, "lr": 0.01, "trust_clip": True, "momentum": 0.9},
+    "clip_at_one_joint": {**BASE, "lr": 0.01, "trust_clip": True, "trust_denominator": "joint"},
+    "zero_lr": {**BASE, "lr": 0.0, "momentum": 0.9},
+    "zero_lr_clip": {**BASE, "lr": 0.0, "momentum": 0.9, "trust_clip": True},
+    "zero_lr_paper": {**BASE, "lr": 0.0, "momentum": 0.9, "lr_in_momentum": True},
+    # lr > 1: a zero norm's ratio of 1 must not be clipped to 1 / lr
+    "large_lr_clip": {**BASE, "lr": 2.0, "trust_clip": True},
+    "large_lr_clip_joint": {**BASE, "lr": 2.0, "trust_clip": True, "trust_denominator": "joint"},
+    "bolts": {"lr": 0.2, "momentum": 0.9, "weight_decay": 1e-4},
+    "mlperf": {"lr": 2.0, "momentum": 0.9, "weight_decay": 5e-5, "eps": 1e-9, "lr_in_momentum": True},
+    "larc": {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4, "trust_coefficient": 0.02, "trust_clip": True},
+    "byol": {"lr": 0.2, "momentum": 0.9, "weight_decay": 1.5e-6, "trust_denominator": "joint"},
+}
+
+
+def is_valid(options: Options) -> bool:
+    """nesterov needs momentum and no dampening; skip_nonfinite with momentum no dampening."""
+    momentum, dampening = options.get("momentum", 0.0), options.get("dampening", 0.0)
+    if options.get("nesterov") and momentum == 0:
+        return False
+    return not (dampening and momentum and (options.get("nesterov") or options.get("skip_nonfinite")))
+
+
+def adapts_nothing(options: Options) -> bool:
+    """True where the first step warns: no group is adapted although none said adapt=False."""
+    return options.get("adapt") is None and options.get("weight_decay", 0.0) == 0
+
+
+def _combine(*names: str) -> Options:
+    return {key: value for options in (BASE, *(FEATURES[name] for name in names)) for key, value in options.items()}
+
+
+def _named_options() -> dict[str, Options]:
+    """BASE, each feature alone, each pair, all features but one, the special sets; no set twice."""
+    candidates = [("base", dict(BASE))]
+    candidates += [(name, _combine(name)) for name in FEATURES]
+    for pair in itertools.combinations(FEATURES, 2):
+        if pair != ("adapt", "unadapted") and "skip_nonfinite" not in pair:
+            candidates.append(("-".join(pair), _combine(*pair)))
+    candidates.append(("everything", _combine(*_EVERYTHING)))
+    for left_out in _EVERYTHING:
+        names = [name for name in _EVERYTHING if name != left_out]
+        # nesterov brings the momentum; the flipped set must keep it
+        candidates.append((f"everything_but_{left_out}", {"momentum": 0.9} | _combine(*names)))
+    candidates += SPECIAL.items()
+    named: dict[str, Options] = {}
+    for name, options in candidates:
+        if is_valid(options) and options not in named.values():
+            named[name] = options
+    return named
+
+
+OPTIONS: dict[str, Options] = _named_options()
+
+
+def all_options() -> Iterator[Options]:
+    """Every valid combination of all options: for one exhaustive test in a loop, without ids."""
+    values: dict[str, tuple[Any, ...]] = {
+        "momentum": (0.0, 0.9),
+        "dampening": (0.0, 0.25),
+        "weight_decay": (0.0, 0.05),
+        "nesterov": (False, True),
+        "adapt": (None, True, False),
+        "trust_clip": (False, True),
+        "trust_denominator": ("separate", "joint"),
+        "lr_in_momentum": (False, True),
+        "skip_nonfinite": (False, True),
+        "maximize": (False, True),
+    }
+    for chosen in itertools.product(*values.values()):
+        options = {**BASE, **dict(zip(values, chosen, strict=True))}
+        if is_valid(options):
+            yield options
+
+
+# ---------------------------------------------------------------- parameters
+def _randn(shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype, device: str | torch.device) -> Tensor:
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    return torch.randn(tuple(shape), generator=generator, dtype=wide).to(dtype=dtype, device=device)
+
+
+def _layout(*shape: int, view: Callable[[Tensor], Tensor] = lambda storage: storage) -> Layout:
+    """The view is taken on the device: moving a strided view there would make it dense."""
+
+    def make(generator: torch.Generator, dtype: torch.dtype, device: str | torch.device = "cpu") -> Tensor:
+        return view(_randn(shape, generator, dtype, device))
+
+    return make
+
+
+# name -> constructor(generator, dtype, device="cpu"); all work for the dtypes in REAL and COMPLEX, none overlaps itself
+LAYOUTS: dict[str, Layout] = {
+    "scalar": _layout(),
+    "one_element": _layout(1),
+    "empty": _layout(0),
+    "empty_matrix": _layout(3, 0),
+    "vector": _layout(7),
+    "matrix": _layout(3, 5),
+    # one past a power of two: the masked tail of a vector loop or of a kernel's block
+    "vector_1025": _layout(1025),
+    "vector_4097": _layout(4097),
+    "conv": _layout(8, 3, 3, 3),
+    "channels_last": _layout(8, 3, 3, 3, view=lambda x: x.contiguous(memory_format=torch.channels_last)),
+    "transposed": _layout(5, 3, view=lambda x: x.t()),
+    # not dense: the neighbours in its storage must keep their bits (see neighbours)
+    "strided": _layout(66, view=lambda x: x[::2]),
+    "columns": _layout(6, 9, view=lambda x: x[:, 2:7]),
+    # three elements in: dense but not aligned for 16-byte loads
+    "offset": _layout(40, view=lambda x: x[3:36]),
+    # |w| = 0
+    "zeros": _layout(9, view=lambda x: x.zero_()),
+}
+
+
+def make_params(
+    dtype: torch.dtype, *, layouts: Sequence[str] = tuple(LAYOUTS), seed: int = 0, device: str | torch.device = "cpu"
+) -> list[torch.nn.Parameter]:
+    """New leaf parameters, one a layout. To have a second copy call it again: deepcopy makes strided views dense."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(LAYOUTS[name](generator, dtype, device)) for name in layouts]
+
+
+def neighbours(tensor: Tensor) -> Tensor:
+    """The elements of a tensor's storage that are not the tensor's own, copied: they must be the same after a step."""
+    storage = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.detach().untyped_storage())
+    outside = torch.ones(storage.shape, dtype=torch.bool, device=tensor.device)
+    outside.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(0)
+    return storage[outside]
+
+
+# ---------------------------------------------------------------- gradients
+def _dense(param: Tensor, step: int, index: int, scale: float = 1.0) -> Tensor:
+    """Strides as autograd would give: the parameter's if it is dense, else contiguous."""
+    generator = torch.Generator().manual_seed(10_000 + 100 * step + index)
+    values = _randn(param.shape, generator, torch.complex128 if param.is_complex() else torch.float64, "cpu")
+    return torch.empty_like(param, requires_grad=False).copy_(values * scale)
+
+
+def _zero(param: Tensor, _step: int, _index: int) -> Tensor:
+    return torch.zeros_like(param, requires_grad=False)
+
+
+def _other_layout(param: Tensor, step: int, index: int) -> Tensor:
+    """The same values as dense, in strides that the parameter does not have (0-dim: there are no others)."""
+    grad = _dense(param, step, index)
+    if grad.dim() == 4:
+        dense = param.is_contiguous()
+        return grad.contiguous(memory_format=torch.channels_last if dense else torch.contiguous_format)
+    if grad.dim() == 2:
+        return grad.t().contiguous().t() if param.is_contiguous() else grad.contiguous()
+    return grad.repeat_interleave(2)[::2] if grad.dim() == 1 and param.is_contiguous() else grad
+
+
+def _same_strides(param: Tensor, step: int, index: int) -> Tensor:
+    """The parameter's strides even where it is not dense: equal strides alone do not make a flat loop right."""
+    grad = torch.empty_strided(param.shape, param.stride(), dtype=param.dtype, device=param.device)
+    return grad.copy_(_dense(param, step, index))
+
+
+def nonfinite(param: Tensor, step: int, index: int) -> Tensor:
+    """Dense, but tensor 0 (not an empty one) holds an inf in step 1 and a NaN in step 2: for skip_nonfinite."""
+    grad = _dense(param, step, index)
+    if index == 0 and step in (1, 2):
+        grad[(-1,) * grad.dim()] = torch.inf if step == 1 else torch.nan
+    return grad
+
+
+# name -> history(param, step, index): the gradient of tensor number index in a step, None for none
+HISTORIES: dict[str, History] = {
+    "dense": _dense,
+    "zero": _zero,
+    # what checkpoint libraries do before loading
+    "zero_first": lambda p, step, i: _zero(p, step, i) if step == 0 else _dense(p, step, i),
+    "never": lambda _p, _step, _i: None,
+    "missing": lambda p, step, i: None if (step + i) % 3 == 0 else _dense(p, step, i),
+    # a tensor's first step is not the optimizer's first: dampening must not apply in step 2
+    "late": lambda p, step, i: None if step < 2 and i % 2 == 0 else _dense(p, step, i),
+    "other_layout": _other_layout,
+    "same_strides": _same_strides,
+    # 1e-6 is subnormal in float16; the sum of squares of 1e3 overflows float16
+    "tiny": lambda p, step, i: _dense(p, step, i, 1e-6),
+    "large": lambda p, step, i: _dense(p, step, i, 1e3),
+}
+
+
+def make_grads(history: str, params: Sequence[Tensor], step: int) -> list[Tensor | None]:
+    return [HISTORIES[history](param, step, index) for index, param in enumerate(params)]
+
+
+# ---------------------------------------------------------------- tolerance
+# Units of the dtype's eps for one step from equal values, relative to the largest number added up (the reference's
+# param_sizes and buffer_sizes). Half types: arithmetic in float32, then v and w are each rounded once, half an eps; w
+# may read v after its rounding: one eps together. Others: two norms of up to 4097 elements and some ten operations.
+_EPS_UNITS = dict.fromkeys(REAL + COMPLEX, 32) | {torch.bfloat16: 1, torch.float16: 1}
+
+
+def tolerance(dtype: torch.dtype, size: float = 1.0) -> dict[str, float]:
+    """rtol and atol for torch.testing.assert_close; size: the reference's param_sizes[i] or buffer_sizes[i]."""
+    info = torch.finfo(dtype)
+    relative = _EPS_UNITS[dtype] * info.eps
+    # the last term: the spacing of subnormal numbers, which float16 reaches with tiny gradients
+    return {"rtol": relative, "atol": relative * size + info.smallest_normal * info.eps}

@@ -1,0 +1,81 @@
+"""What the tests do again and again: set gradients, read buffers, and step beside the reference."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cases import LR_FACTORS, STEPS, Options, tolerance
+from fastlars import LARS
+from reference import ReferenceLARS
+
+IMPLEMENTATIONS: dict[str, Options] = {"single": {"foreach": False}, "foreach": {"foreach": True}}
+implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+# the warning itself is tested in test_unadapted.py
+ignore_nothing_adapted = pytest.mark.filterwarnings("ignore:LARS adapts no parameter:UserWarning")
+
+
+def set_grads(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad
+
+
+def buffers_of(optimizer: torch.optim.Optimizer) -> list[Tensor | None]:
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return [optimizer.state[p].get("momentum_buffer") if p in optimizer.state else None for p in params]
+
+
+def assert_equals(reference: ReferenceLARS, optimizer: LARS, what: str) -> None:
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, (param, buffer) in enumerate(zip(params, buffers_of(optimizer), strict=True)):
+        where = f"{what}, tensor {i} of shape {tuple(param.shape)} and {param.dtype}"
+        pairs = [("parameter", param, reference.params[i], reference.param_sizes[i])]
+        expected = reference.momentum_buffers[i]
+        if expected is not None:
+            assert buffer is not None, where
+            pairs.append(("momentum_buffer", buffer, expected, reference.buffer_sizes[i]))
+        elif buffer is not None:
+            assert not buffer.any(), f"{where}: a buffer before the first step must be zeros"
+        for name, actual, value, size in pairs:
+            torch.testing.assert_close(
+                actual.detach().resolve_conj().to(torch.complex128 if actual.is_complex() else torch.float64),
+                torch.as_tensor(value),
+                msg=lambda text, what=f"{where}: {name}": f"{what}: {text}",
+                equal_nan=True,
+                **tolerance(actual.dtype, size),
+            )
+
+
+def run(
+    groups: list[dict[str, Any]],
+    options: Options,
+    grads_of: Callable[[Sequence[Tensor], int], Sequence[Tensor | None]],
+    implementation: Options,
+    steps: int = STEPS,
+) -> LARS:
+    """Both optimizers step by step from equal values; lr changes every step."""
+    optimizer = LARS(groups, **options, **implementation)
+    reference = ReferenceLARS(groups, **options)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    lrs = [group["lr"] for group in optimizer.param_groups]
+    for step in range(steps):
+        for lr, group, reference_group in zip(lrs, optimizer.param_groups, reference.groups, strict=True):
+            group["lr"] = reference_group["lr"] = lr * LR_FACTORS[step % len(LR_FACTORS)]
+        before = [p.detach().clone() for p in params]
+        grads = grads_of(params, step)
+        set_grads(params, grads)
+        reference.step(grads)
+        optimizer.step()
+        assert_equals(reference, optimizer, f"{options}, step {step}")
+        for param, grad, old in zip(params, grads, before, strict=True):
+            if grad is None:
+                assert torch.equal(param, old), "a tensor without a gradient is left alone"
+        reference.realign(params, started(reference, buffers_of(optimizer)))
+    return optimizer
+
+
+def started(reference: ReferenceLARS, buffers: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The zeros of a tensor that has not stepped are no buffer to the reference."""
+    return [None if old is None else new for old, new in zip(reference.momentum_buffers, buffers, strict=True)]

@@ -1,0 +1,238 @@
+"""Every implementation equals the float64 reference after every step."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cases import (
+    BASE,
+    COMPLEX,
+    FEATURES,
+    HISTORIES,
+    LAYOUTS,
+    OPTIONS,
+    REAL,
+    STEPS,
+    Options,
+    adapts_nothing,
+    all_options,
+    make_grads,
+    make_params,
+    neighbours,
+    nonfinite,
+)
+from fastlars import LARS
+from harness import IMPLEMENTATIONS, assert_equals, buffers_of, ignore_nothing_adapted, implementations, run, set_grads
+from reference import ReferenceLARS
+
+dtypes = pytest.mark.parametrize("dtype", REAL + COMPLEX, ids=str)
+pytestmark = ignore_nothing_adapted
+
+
+def mixed_grads(params: Sequence[Tensor], step: int, offset: int) -> list[Tensor | None]:
+    """Another history for every tensor; the offset moves them over the layouts."""
+    names = list(HISTORIES)
+    return [HISTORIES[names[(i + offset) % len(names)]](param, step, i) for i, param in enumerate(params)]
+
+
+@implementations
+@dtypes
+@pytest.mark.parametrize("name", OPTIONS)
+def test_equals_reference(name: str, dtype: torch.dtype, implementation: Options) -> None:
+    offset = list(OPTIONS).index(name)
+    params = make_params(dtype)
+    run([{"params": params}], OPTIONS[name], lambda ps, step: mixed_grads(ps, step, offset), implementation)
+
+
+@implementations
+@pytest.mark.parametrize("history", HISTORIES)
+@pytest.mark.parametrize("name", ["momentum-clip", "dampening-joint", "nesterov-paper", "unadapted-maximize"])
+def test_equals_reference_in_every_history(name: str, history: str, implementation: Options) -> None:
+    params = make_params(torch.float32)
+    run([{"params": params}], OPTIONS[name], lambda ps, step: make_grads(history, ps, step), implementation)
+
+
+@implementations
+def test_equals_reference_for_every_combination_of_options(implementation: Options) -> None:
+    layouts = ["scalar", "matrix", "strided", "zeros"]
+    for i, options in enumerate(all_options()):
+        params = make_params(torch.float64, layouts=layouts)
+        run([{"params": params}], options, lambda ps, step, i=i: mixed_grads(ps, step, i), implementation, steps=3)
+
+
+@implementations
+@dtypes
+def test_writes_only_its_own_elements(dtype: torch.dtype, implementation: Options) -> None:
+    params = make_params(dtype)
+    before = [neighbours(p) for p in params]
+    assert any(outside.numel() for outside in before)
+    optimizer = LARS(params, **OPTIONS["momentum-joint"], **implementation)
+    for step in range(2):
+        set_grads(params, make_grads("same_strides", params, step))
+        optimizer.step()
+    for param, outside in zip(params, before, strict=True):
+        assert torch.equal(neighbours(param), outside)
+
+
+@implementations
+def test_options_are_per_group_and_groups_may_mix_dtypes(implementation: Options) -> None:
+    names = ["momentum", "dampening", "nesterov-joint", "unadapted", "clip-paper", "adapt-maximize", "no_decay"]
+    groups: list[dict[str, Any]] = []
+    for i, name in enumerate(names):
+        params = [p for dtype in REAL + COMPLEX for p in make_params(dtype, layouts=["matrix", "conv"], seed=i)]
+        groups.append({"params": params, **OPTIONS[name]})
+    run(groups, {"lr": 1.0}, lambda ps, step: mixed_grads(ps, step, 0), implementation)
+
+
+@implementations
+@dtypes
+@pytest.mark.parametrize("name", ["skip_nonfinite", "everything", "everything_but_adapt", "everything_but_joint"])
+def test_skip_nonfinite_leaves_its_groups_alone(name: str, dtype: torch.dtype, implementation: Options) -> None:
+    layouts = ["matrix", "scalar", "conv", "empty"]
+    groups = [
+        {"params": make_params(dtype, layouts=layouts, seed=1)},
+        {"params": make_params(dtype, layouts=layouts, seed=2), "adapt": False, "lr_in_momentum": False},
+        {"params": make_params(dtype, layouts=layouts, seed=3), "skip_nonfinite": False},
+    ]
+
+    def grads_of(params: Sequence[Tensor], step: int) -> list[Tensor | None]:
+        return [nonfinite(p, step, i) for i, p in enumerate(params)]
+
+    optimizer = run(groups, {"momentum": 0.9, **OPTIONS[name], "skip_nonfinite": True}, grads_of, implementation, 3)
+    # the reference agreed with it on which groups move; here, that those which must not keep their bits
+    params = optimizer.param_groups[0]["params"] + optimizer.param_groups[1]["params"]
+    before = [(p.detach().clone(), b.clone()) for p, b in zip(params, buffers_of(optimizer), strict=False)]
+    set_grads(params, grads_of(params, 1))
+    optimizer.step()
+    for param, buffer, (old, old_buffer) in zip(params, buffers_of(optimizer), before, strict=False):
+        assert torch.equal(param, old) and torch.equal(buffer, old_buffer)
+
+
+@implementations
+def test_a_gradient_that_is_not_finite_shows_without_skip_nonfinite(implementation: Options) -> None:
+    params = make_params(torch.float32, layouts=["matrix", "conv"])
+    run(
+        [{"params": params}],
+        BASE,
+        lambda ps, step: [nonfinite(p, step + 1, i) for i, p in enumerate(ps)],
+        implementation,
+        1,
+    )
+    assert not params[0].isfinite().all() and params[1].isfinite().all()
+
+
+@implementations
+@pytest.mark.parametrize("feature", [name for name in FEATURES if name not in ("adapt", "skip_nonfinite")])
+def test_flipping_an_option_changes_the_result(feature: str, implementation: Options) -> None:
+    """adapt=True says what weight decay already does; skip_nonfinite needs a gradient that is not finite."""
+    needs = {"no_decay": {"adapt": True}, "paper": {"momentum": 0.9}, "dampening": {"momentum": 0.9}}
+    plain = {**BASE, **needs.get(feature, {})}
+    results = []
+    for options in (plain, {**plain, **FEATURES[feature]}):
+        params = make_params(torch.float64, layouts=["matrix"])
+        optimizer = LARS(params, **options, **implementation)
+        for step in range(3):
+            optimizer.param_groups[0]["lr"] = options["lr"] / (step + 1)
+            set_grads(params, make_grads("dense", params, step))
+            optimizer.step()
+        results.append(params[0].detach())
+    assert not torch.allclose(*results, rtol=1e-6)
+
+
+@implementations
+@pytest.mark.parametrize("option", ["trust_coefficient", "eps", "adapt"])
+def test_numbers_and_adapt_change_the_result(option: str, implementation: Options) -> None:
+    results = []
+    for value in {"trust_coefficient": (0.1, 0.2), "eps": (0.0, 0.5), "adapt": (True, False)}[option]:
+        params = make_params(torch.float64, layouts=["matrix"])
+        optimizer = LARS(params, **{**BASE, option: value}, **implementation)
+        set_grads(params, make_grads("dense", params, 0))
+        optimizer.step()
+        results.append(params[0].detach())
+    assert not torch.allclose(*results, rtol=1e-6)
+
+
+@implementations
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize("lr_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["momentum-clip", "nesterov-paper", "unadapted-paper", "base", "unadapted"])
+def test_tensor_lr_as_float_lr(
+    name: str, lr_dtype: torch.dtype, shape: tuple[int, ...], implementation: Options
+) -> None:
+    results = []
+    for tensor in (False, True):
+        options = dict(OPTIONS[name])
+        if tensor:
+            options["lr"] = torch.full(shape, options["lr"], dtype=lr_dtype)
+        params = make_params(torch.float64)
+        optimizer = LARS(params, **options, **implementation)
+        for step in range(3):
+            if tensor:
+                optimizer.param_groups[0]["lr"].mul_(0.5)
+            else:
+                optimizer.param_groups[0]["lr"] *= 0.5
+            set_grads(params, mixed_grads(params, step, 0))
+            optimizer.step()
+        results.append([p.detach() for p in params])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-14)
+
+
+@implementations
+@pytest.mark.parametrize("name", ["momentum", "nesterov-joint", "momentum-unadapted"])
+def test_float32_gradients_of_bfloat16_parameters(name: str, implementation: Options) -> None:
+    params = make_params(torch.bfloat16)
+    if not hasattr(params[0], "grad_dtype"):
+        pytest.skip("torch before 2.10 allows no gradient of another dtype than its parameter's")
+    for param in params:
+        param.grad_dtype = torch.float32
+
+    def grads_of(ps: Sequence[Tensor], step: int) -> list[Tensor | None]:
+        return make_grads("dense", [p.detach().float() for p in ps], step)
+
+    optimizer = run([{"params": params}], OPTIONS[name], grads_of, implementation)
+    assert all(buffer.dtype == torch.bfloat16 for buffer in buffers_of(optimizer))
+
+
+@implementations
+def test_frozen_and_unfrozen_layers(implementation: Options) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)).double()
+    first = list(model[0].parameters())
+    options = OPTIONS["dampening"]
+    optimizer = LARS(model.parameters(), **options, **implementation)
+    reference = ReferenceLARS([{"params": list(model.parameters())}], **options)
+    for step in range(6):
+        for param in first:
+            param.requires_grad_(step in (2, 3, 5))
+        optimizer.zero_grad()
+        model(torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)).square().sum().backward()
+        grads = [p.grad for p in model.parameters()]
+        assert (grads[0] is None) == (step in (0, 1, 4))
+        reference.step(grads)
+        optimizer.step()
+        assert_equals(reference, optimizer, f"step {step}")
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if not adapts_nothing(OPTIONS[name])])
+def test_foreach_equals_single_tensor_state_by_state(name: str) -> None:
+    results = []
+    for implementation in IMPLEMENTATIONS.values():
+        params = make_params(torch.float64) + make_params(torch.float32) + make_params(torch.complex128)
+        optimizer = LARS(params, **OPTIONS[name], **implementation)
+        for step in range(STEPS):
+            set_grads(params, mixed_grads(params, step, 0))
+            optimizer.step()
+        results.append((params, [dict(optimizer.state.get(p, {})) for p in params]))
+    (params, states), (other_params, other_states) = results
+    for param, other, state, other_state in zip(params, other_params, states, other_states, strict=True):
+        wide = {"rtol": 1e-5, "atol": 1e-6} if param.dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
+        torch.testing.assert_close(other, param, **wide)
+        assert state.keys() == other_state.keys()
+        for key in state:
+            torch.testing.assert_close(other_state[key], state[key], **wide)
+
+
+def test_layouts_cover_what_is_promised() -> None:
+    assert {"scalar", "empty", "strided", "transposed", "channels_last"} <= set(LAYOUTS)
