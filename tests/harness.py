@@ -11,7 +11,11 @@ from cases import LR_FACTORS, STEPS, Options, tolerance
 from fastlars import LARS
 from reference import ReferenceLARS
 
-IMPLEMENTATIONS: dict[str, Options] = {"single": {"foreach": False}, "foreach": {"foreach": True}}
+IMPLEMENTATIONS: dict[str, Options] = {
+    "single": {"foreach": False},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+}
 implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
 # the warning itself is tested in test_unadapted.py
 ignore_nothing_adapted = pytest.mark.filterwarnings("ignore:LARS adapts no parameter:UserWarning")

@@ -12,14 +12,16 @@ from torch.optim.optimizer import (
     required,  # since the beginning; torch's optimizers no longer use it, its message is what users know
 )
 
-__all__ = ["NAMED_PARAMETERS", "default_foreach", "required", "use_grad_for_differentiable"]
+__all__ = ["NAMED_PARAMETERS", "default_foreach", "outside_graphs", "required", "use_grad_for_differentiable"]
 
+# Lazy, unlike torch.compiler.disable, which imports torch._dynamo at once: since 2.1, what torch's fused optimizers use.
+outside_graphs = torch._disable_dynamo  # type: ignore[attr-defined]
 use_grad_for_differentiable = _use_grad_for_differentiable
 
 # Optimizers take (name, parameter) pairs and keep group["param_names"] from 2.6 on.
 NAMED_PARAMETERS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 6)
 
 
-def default_foreach(params: List[Tensor], differentiable: bool) -> bool:
+def default_foreach(params: List[Tensor]) -> bool:
     """Whether the foreach implementation is the default for these tensors: torch's own rule."""
-    return _default_to_fused_or_foreach(params, differentiable, use_fused=False)[1]
+    return _default_to_fused_or_foreach(params, differentiable=False, use_fused=False)[1]

@@ -6,21 +6,24 @@ only v = m v + b g + c w and w -= q v. The class measures all groups before it u
 
 from __future__ import annotations
 
-from typing import List, NamedTuple, Optional, Sequence, Tuple, Union  # noqa: UP035  TorchScript reads these spellings only
+from typing import List, NamedTuple, Optional, Tuple, Union  # noqa: UP035  TorchScript reads these spellings only
 
 import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
+from . import fused_cpu
 from .coefficients import coefficients, gradient_scale, is_adapted, scalar_lr
 from .compat import default_foreach
 from .norms import buckets, is_half, joint_norms, norms, real
 from .options import Options
+from .updates import multi_tensor_lars, single_tensor_lars
 
 
 class Part(NamedTuple):
     """Tensors of one device and dtype that are all at their first step or all past it."""
 
+    implementation: str  # "single", "foreach" or "fused"
     indices: List[int]  # their places in the lists of the caller
     params: List[Tensor]
     grads: List[Tensor]
@@ -75,8 +78,6 @@ def lars(
     """
     if not params:
         return
-    if foreach is None:
-        foreach = default_foreach(params, differentiable)
     options = Options(
         lr,
         momentum,
@@ -116,20 +117,23 @@ def split(
 ) -> List[Part]:
     """The tensors sorted into parts; torch's own helper does not sort while compiling."""
     parts: List[Part] = []
+    preferred = implementation(params, options)
     for i, param in enumerate(params):
         grad = grads[i]
         buffer = momentum_buffers[i] if options.momentum != 0 else None
+        runs = "single" if preferred == "fused" and not fused_cpu.serves(param, grad, buffer) else preferred
         home: Optional[Part] = None
         for part in parts:
             if (
-                part.params[0].device == param.device
+                part.implementation == runs
+                and part.params[0].device == param.device
                 and part.params[0].dtype == param.dtype
                 and part.grads[0].dtype == grad.dtype
                 and (options.momentum == 0 or (part.momentum_buffers[0] is None) == (buffer is None))
             ):
                 home = part
         if home is None:
-            home = Part([], [], [], [])
+            home = Part(runs, [], [], [], [])
             parts.append(home)
         home.indices.append(i)
         home.params.append(param)
@@ -137,6 +141,21 @@ def split(
         if options.momentum != 0:
             home.momentum_buffers.append(buffer)
     return parts
+
+
+def implementation(params: List[Tensor], options: Options) -> str:
+    """What runs for these tensors: "single", "foreach" or "fused" (for those of them that it serves)."""
+    if options.fused:
+        return "fused"
+    if options.foreach:
+        return "foreach"
+    if options.fused is None and options.foreach is None and not options.differentiable:
+        # torch's SGD is fused only where one asks for it, and bits differ: groups that are not adapted follow it
+        if is_adapted(options) and params[0].device.type == "cpu":
+            return "fused"
+        if default_foreach(params):
+            return "foreach"
+    return "single"
 
 
 def measure(part: Part, options: Options, grad_scale: Optional[Tensor]) -> Optional[Tensor]:
@@ -147,15 +166,18 @@ def measure(part: Part, options: Options, grad_scale: Optional[Tensor]) -> Optio
     adapted = is_adapted(options)
     if not adapted and not options.skip_nonfinite:
         return None
-    foreach = bool(options.foreach)
+    fused = part.implementation == "fused"
+    if fused and not options.skip_nonfinite:
+        return None  # measured at the update, while the tensor is in cache
+    foreach = part.implementation == "foreach"
     params = [real(param) for param in part.params]
     grads = [real(grad) for grad in part.grads]
     scale = gradient_scale(grad_scale, options.maximize, params[0])
 
     rows: List[Tensor] = []
-    if adapted:
+    if adapted and not fused:
         rows.append(norms(params, foreach))
-    if adapted and options.trust_denominator == "joint":
+    if adapted and not fused and options.trust_denominator == "joint":
         rows.append(joint_norms(params, grads, scale, options.weight_decay, foreach))
     if options.skip_nonfinite or options.trust_denominator == "separate":
         grad_norms = norms(grads, foreach)
@@ -176,25 +198,37 @@ def update(
     part: Part, measured: Optional[Tensor], options: Options, grad_scale: Optional[Tensor], found_inf: Optional[Tensor]
 ) -> None:
     """Update parameters and momentum buffers of a part from what `measure` returned for it."""
-    dtype = part.params[0].dtype
-    torch_sgd = _is_torch_sgd(options, grad_scale)
-    if torch_sgd and found_inf is None:
-        part.momentum_buffers[:] = _torch_sgd(part.params, part.grads, part.momentum_buffers, options)
-        return
+    if part.implementation == "fused" and found_inf is not None:
+        # on the CPU, as all tensors of the part: reading it waits for nothing
+        if found_inf.any():
+            return
+        found_inf = None
+    if found_inf is None and _is_torch_sgd(options, grad_scale):
+        _torch_sgd(part.params, part.grads, part.momentum_buffers, options, part.implementation)
+    elif part.implementation == "fused":
+        fused_cpu.step(part.params, part.grads, part.momentum_buffers, options, grad_scale)
+    else:
+        _update_ours(part, measured, options, grad_scale, found_inf)
 
+
+def _update_ours(
+    part: Part, measured: Optional[Tensor], options: Options, grad_scale: Optional[Tensor], found_inf: Optional[Tensor]
+) -> None:
     b, c = _coefficient_lists(part, measured, options, grad_scale)
     buffers: List[Tensor] = []
     for i, buffer in enumerate(part.momentum_buffers):
         buffers.append(torch.zeros_like(part.params[i]) if buffer is None else buffer)
         part.momentum_buffers[i] = buffers[i]
 
+    dtype = part.params[0].dtype
+    foreach = part.implementation == "foreach"
     if found_inf is None and not is_half(dtype):
-        _step(part.params, part.grads, buffers, b, c, options)
+        _step(part.params, part.grads, buffers, b, c, options, foreach)
         return
 
     # On copies, a bucket at a time: half types are computed in float32 and rounded once, when they are written back; a
     # step that the device may skip is written back or not (a factor of 0 would not do: 0 * NaN is NaN).
-    foreach = bool(options.foreach)
+    torch_sgd = _is_torch_sgd(options, grad_scale)
     wide = torch.float32 if is_half(dtype) and not torch_sgd else dtype
     skip = None if found_inf is None else found_inf.reshape(()).to(device=part.params[0].device, non_blocking=True) != 0
     for bucket in buckets(part.params) if foreach else [[i] for i in range(len(part.params))]:
@@ -204,11 +238,12 @@ def update(
         new_params = _copies(params, wide, foreach)
         new_buffers = _copies(momentum_buffers, wide, foreach)
         if torch_sgd:
-            _torch_sgd(new_params, grads, new_buffers, options)
+            copies: List[Optional[Tensor]] = list(new_buffers)
+            _torch_sgd(new_params, grads, copies, options, part.implementation)
         else:
             if foreach and is_half(grads[0].dtype):
                 grads = _copies(grads, wide, foreach)  # foreach ops are one launch only among equal dtypes
-            _step(new_params, grads, new_buffers, [b[i] for i in bucket], [c[i] for i in bucket], options)
+            _step(new_params, grads, new_buffers, [b[i] for i in bucket], [c[i] for i in bucket], options, foreach)
         _write_back(params + momentum_buffers, new_params + new_buffers, skip, foreach)
 
 
@@ -220,17 +255,22 @@ def _is_torch_sgd(options: Options, grad_scale: Optional[Tensor]) -> bool:
 
 
 def _torch_sgd(
-    params: List[Tensor], grads: List[Tensor], momentum_buffers: Sequence[Optional[Tensor]], options: Options
-) -> List[Optional[Tensor]]:
+    params: List[Tensor],
+    grads: List[Tensor],
+    momentum_buffers: List[Optional[Tensor]],
+    options: Options,
+    implementation: str,
+) -> None:
     # torch's foreach Nesterov writes to gradients that it has not copied
-    writes_grad = options.foreach and options.nesterov and options.weight_decay == 0 and not options.maximize
-    buffers: List[Optional[Tensor]] = list(momentum_buffers) if options.momentum != 0 else [None] * len(params)
+    writes_grad = (
+        implementation == "foreach" and options.nesterov and options.weight_decay == 0 and not options.maximize
+    )
     sgd(
         params,
         list(torch._foreach_mul(grads, 1.0)) if writes_grad else grads,
-        buffers,
-        foreach=bool(options.foreach),
-        fused=False,
+        momentum_buffers if options.momentum != 0 else [None] * len(params),
+        foreach=implementation == "foreach",
+        fused=implementation == "fused",
         weight_decay=options.weight_decay,
         momentum=options.momentum,
         lr=scalar_lr(options.lr, params[0]),  # type: ignore[arg-type]  # torch 2.4 takes tensors, and does not say so
@@ -238,7 +278,8 @@ def _torch_sgd(
         nesterov=options.nesterov,
         maximize=options.maximize,
     )
-    return buffers
+    if implementation == "fused":
+        fused_cpu.bump_versions(params, momentum_buffers)
 
 
 def _coefficient_lists(
@@ -275,71 +316,14 @@ def _step(
     b: List[Tensor],
     c: List[Tensor],
     options: Options,
+    foreach: bool,
 ) -> None:
     params = [real(param) for param in params]
     grads = [real(grad) for grad in grads]
     momentum_buffers = [real(buffer) for buffer in momentum_buffers]
     lr = scalar_lr(options.lr, params[0])
     step_size = 1.0 if options.lr_in_momentum else lr
-    if options.foreach:
-        _multi_tensor_lars(params, grads, momentum_buffers, b, c, step_size, options)
+    if foreach:
+        multi_tensor_lars(params, grads, momentum_buffers, b, c, step_size, options)
     else:
-        _single_tensor_lars(params, grads, momentum_buffers, b, c, step_size, options)
-
-
-def _single_tensor_lars(
-    params: List[Tensor],
-    grads: List[Tensor],
-    momentum_buffers: List[Tensor],
-    b: List[Tensor],
-    c: List[Tensor],
-    step_size: Union[float, Tensor],
-    options: Options,
-) -> None:
-    decays = options.weight_decay != 0
-    for i, param in enumerate(params):
-        grad = grads[i]
-        # autograd keeps what it reads, and both are written below
-        weight = param.clone() if options.differentiable else param
-        if options.momentum != 0:
-            buffer = momentum_buffers[i].mul_(options.momentum).addcmul_(grad, b[i])
-            if decays:
-                buffer.addcmul_(weight, c[i])
-        if options.momentum == 0 or options.nesterov:
-            if decays:
-                param.addcmul_(weight, -step_size * c[i])
-            param.addcmul_(grad, -step_size * b[i])
-        if options.momentum != 0:
-            scale = -step_size * options.momentum if options.nesterov else -step_size
-            velocity = momentum_buffers[i].clone() if options.differentiable else momentum_buffers[i]
-            if isinstance(scale, Tensor):
-                param.addcmul_(velocity, scale)
-            else:
-                param.add_(velocity, alpha=scale)
-
-
-def _multi_tensor_lars(
-    params: List[Tensor],
-    grads: List[Tensor],
-    momentum_buffers: List[Tensor],
-    b: List[Tensor],
-    c: List[Tensor],
-    step_size: Union[float, Tensor],
-    options: Options,
-) -> None:
-    decays = options.weight_decay != 0
-    if options.momentum != 0:
-        torch._foreach_mul_(momentum_buffers, options.momentum)
-        torch._foreach_addcmul_(momentum_buffers, grads, b)
-        if decays:
-            torch._foreach_addcmul_(momentum_buffers, params, c)
-    if options.momentum == 0 or options.nesterov:
-        if decays:
-            torch._foreach_addcmul_(params, params, torch._foreach_mul(c, -step_size))
-        torch._foreach_addcmul_(params, grads, torch._foreach_mul(b, -step_size))
-    if options.momentum != 0:
-        scale = -step_size * options.momentum if options.nesterov else -step_size
-        if isinstance(scale, Tensor):
-            torch._foreach_addcmul_(params, momentum_buffers, [scale.to(params[0].dtype)] * len(params))
-        else:
-            torch._foreach_add_(params, momentum_buffers, alpha=scale)
+        single_tensor_lars(params, grads, momentum_buffers, b, c, step_size, options)

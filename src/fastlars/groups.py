@@ -22,7 +22,7 @@ DIALECTS: dict[str, dict[str, Any]] = {
     "simclr": {"trust_denominator": "joint", "adapt": True, "eps": 0.0, "lr_in_momentum": True},
 }
 
-_NORMALISATION = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
+_NORMALISATION = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 def param_groups(
@@ -53,7 +53,7 @@ def param_groups(
         (['0.weight'], ['0.bias', '1.weight', '1.bias'])
     """
     named = list(model.named_parameters()) if isinstance(model, nn.Module) else list(model)
-    if not all(isinstance(item, tuple) and len(item) == 2 for item in named):
+    if not all(isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) for item in named):
         raise TypeError("param_groups needs a module or (name, parameter) pairs; pass model.named_parameters()")
     if not named:
         raise ValueError("param_groups got no parameters; pass a module that has some, or its named_parameters()")

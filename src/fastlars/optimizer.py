@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from .coefficients import is_adapted, scalar_lr, trust_ratio
-from .compat import NAMED_PARAMETERS, default_foreach, required, use_grad_for_differentiable
-from .functional import Part, any_nonfinite, measure, split, update
+from .compat import NAMED_PARAMETERS, required, use_grad_for_differentiable
+from .functional import Part, any_nonfinite, implementation, measure, split, update
 from .options import NAMES, Options, check_grad, check_options, check_params, nearest_name
 
 if TYPE_CHECKING:
@@ -167,17 +167,33 @@ class LARS(Optimizer):
             check_params(param_group["params"], where)
         super().add_param_group(param_group)  # what is no group at all is refused there
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict: of this class, of torch's SGD, or of the LARS of Lightning Bolts, quadra and lightly.
+
+        Args:
+            state_dict: what ``state_dict()`` returned. Options that it lacks keep the values they have.
+
+        Raises:
+            ValueError, TypeError: for groups, options or buffers that do not fit; the optimizer has not changed then.
+        """
+        # Before torch casts the buffers, which would drop the imaginary parts of complex ones; and a hook, added last,
+        # because hooks of users may replace the state dict.
+        handle = self.register_load_state_dict_pre_hook(_check_saved_state)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickling, and the last stage of torch's load_state_dict, before which nothing has changed."""
         loading = "param_groups" in self.__dict__
         for i, group in enumerate(state["param_groups"]):
             # keys that SGD's, Bolts' and quadra's state dicts lack keep their values
             known = self.param_groups[i] if loading else {**Options(0.0)._asdict(), **state["defaults"]}
-            for name in NAMES:
-                group.setdefault(name, known[name])
+            for name in (*NAMES, "param_names"):
+                if name in known:
+                    group.setdefault(name, known[name])
             check_options({key: value for key, value in group.items() if key != "params"}, f"param group {i}")
-            for j, param in enumerate(group["params"]):
-                _check_state(state["state"].get(param, {}), param, f"parameter {j} of param group {i}")
         super().__setstate__(state)
 
     def _init_group(
@@ -244,7 +260,7 @@ class LARS(Optimizer):
             momentum_buffers: list[Tensor | None] = []
             self._init_group(group, params, grads, momentum_buffers)
             if params:
-                options = _options(group, params)
+                options = _options(group)
                 parts = split(params, grads, momentum_buffers, options)
                 steps += [(part, options, measure(part, options, None)) for part in parts]
 
@@ -283,7 +299,7 @@ class LARS(Optimizer):
             if not params or not is_adapted(_options(group)):
                 continue
             names = group.get("param_names") or [f"{i}.{j}" for j in range(len(group["params"]))]
-            options = _options(group, params)._replace(momentum=0.0, skip_nonfinite=False)
+            options = _options(group)._replace(momentum=0.0, skip_nonfinite=False)
             values = [0.0] * len(params)
             for part in split(params, [p.grad for p in params], [], options):
                 measured = measure(part, options, None)
@@ -300,23 +316,21 @@ class LARS(Optimizer):
         lines = []
         for i, group in enumerate(self.param_groups):
             params = group["params"]
-            options = _options(group, params)
+            options = _options(group)
             kind = "adapted" if is_adapted(options) else "not adapted"
-            how = "foreach" if options.foreach else "single-tensor"
+            how = implementation(params, options) if params else "single"
             count = f"{len(params)} tensors, {sum(p.numel() for p in params):,} elements"
-            hidden = {"params", "param_names", "foreach"} | {key for key in NAMES[1:] if group[key] == defaults[key]}
+            hidden = {"params", "param_names", "foreach", "fused"} | {
+                key for key in NAMES[1:] if group[key] == defaults[key]
+            }
             shown = {key: group[key] for key in (*NAMES, *(group.keys() - NAMES)) if key not in hidden}
             lines.append(f"    Parameter Group {i}: {count}, {kind}, {how}")
             lines.append("        " + ", ".join(f"{key}={value}" for key, value in shown.items()))
         return "\n".join([f"{type(self).__name__} (", *lines, ")"])
 
 
-def _options(group: dict[str, Any], params: list[Tensor] | None = None) -> Options:
-    """A group's options; with the tensors of a step, foreach is resolved to what runs."""
-    options = Options(*[group[name] for name in NAMES])
-    if params is not None and options.foreach is None:
-        return options._replace(foreach=default_foreach(params, options.differentiable))
-    return options
+def _options(group: dict[str, Any]) -> Options:
+    return Options(*[group[name] for name in NAMES])
 
 
 def _is_missing(lr: object) -> bool:
@@ -334,7 +348,18 @@ def _as_list(params: Any) -> dict[str, Any]:
     return {"params": params}
 
 
-def _check_state(state: dict[str, Any], param: Tensor, where: str) -> None:
+def _check_saved_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    saved_groups, groups = state_dict["param_groups"], optimizer.param_groups
+    if [len(group["params"]) for group in saved_groups] != [len(group["params"]) for group in groups]:
+        return  # torch says so
+    for i, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
+        for j, (key, param) in enumerate(zip(saved["params"], group["params"], strict=True)):
+            _check_state(state_dict["state"].get(key, {}), param, f"parameter {j} of param group {i}")
+
+
+def _check_state(state: Any, param: Tensor, where: str) -> None:
+    if not isinstance(state, dict):
+        raise TypeError(f"the state of {where} must be a dict, got {type(state).__name__}")
     buffer = state.get("momentum_buffer")
     if buffer is None:
         return

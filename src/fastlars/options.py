@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from typing import Any, Mapping, NamedTuple, Optional, Union  # noqa: UP035  TorchScript reads these spellings only
+import numbers
+from typing import Any, Iterable, Mapping, NamedTuple, Optional, Union  # noqa: UP035  TorchScript reads these spellings only
 
 import torch
 from torch import Tensor
@@ -75,11 +76,6 @@ def _check_together(options: Mapping[str, Any], where: str) -> None:
     for first, second in (("foreach", "differentiable"), ("fused", "differentiable"), ("fused", "foreach")):
         if options[first] and options[second]:
             raise ValueError(f"{where}: {first}=True and {second}=True exclude each other; set one of them")
-    if options["fused"]:
-        raise NotImplementedError(
-            f"{where}: fused=True is not there yet in this version of fastlars; leave fused=None, which picks the "
-            "fastest implementation there is"
-        )
 
 
 def _check_lr(lr: Any, where: str) -> None:
@@ -97,20 +93,23 @@ def _check_lr(lr: Any, where: str) -> None:
 
 def _check_number(name: str, value: Any, where: str, minimum: float = -math.inf) -> None:
     rule = "must be a finite number" + (" >= 0" if minimum == 0 else "")
-    # numpy's scalars and 0-dim arrays are numbers too: whatever float() takes, except text and truth values
-    if isinstance(value, (bool, str, bytes, Tensor)):
+    # Python's numbers and numpy's scalars. Fractions, Decimals and 0-dim arrays, which float() takes too, torch's
+    # operators refuse: in the middle of a step.
+    exact = isinstance(value, numbers.Rational) and not isinstance(value, numbers.Integral)
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or exact:
         raise TypeError(f"{where}: {name} {rule}, got {value!r}")
     try:
         number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{where}: {name} {rule}, got {value!r}") from None
+    except OverflowError:
+        number = math.inf
     if not (minimum <= number < math.inf and number > -math.inf):
         raise ValueError(f"{where}: {name} {rule}, got {value}")
 
 
-def check_params(params: list[Tensor], where: str) -> None:
-    """Raise for the first tensor that LARS cannot update."""
-    for i, param in enumerate(params):
+def check_params(params: Iterable[Any], where: str) -> None:
+    """Raise for the first tensor, or named tensor, that LARS cannot update."""
+    for i, item in enumerate(params):
+        param = item[1] if isinstance(item, tuple) and len(item) == 2 else item
         if isinstance(param, Tensor) and not (param.is_floating_point() or param.is_complex()):
             raise TypeError(
                 f"{where}: parameters must be floating or complex tensors, got {param.dtype} at position {i}; "
@@ -130,4 +129,4 @@ def nearest_name(key: str) -> str | None:
     """The option that an unknown key was probably meant to be, None for keys that schedulers and users add."""
     if any(key.startswith(f"{name}_") or key.endswith(f"_{name}") for name in NAMES):
         return None  # initial_lr, max_momentum, weight_decay_scale: companions of an option
-    return next(iter(difflib.get_close_matches(key, NAMES, n=1, cutoff=0.74)), None)
+    return next(iter(difflib.get_close_matches(key.lower(), NAMES, n=1, cutoff=0.74)), None)

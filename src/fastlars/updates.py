@@ -1,0 +1,74 @@
+"""The two implementations in torch's own operations: v = m v + b g + c w and w -= q v, in place.
+
+For real tensors of one device and dtype (complex ones come as real views). q, the step size, is lr, or 1 where lr is in the
+momentum buffer. Bytes a float32 parameter: 44, as torch's SGD.
+"""
+
+from __future__ import annotations
+
+from typing import List, Union  # noqa: UP035  TorchScript reads these spellings only
+
+import torch
+from torch import Tensor
+
+from .options import Options
+
+
+def single_tensor_lars(
+    params: List[Tensor],
+    grads: List[Tensor],
+    momentum_buffers: List[Tensor],
+    b: List[Tensor],
+    c: List[Tensor],
+    step_size: Union[float, Tensor],
+    options: Options,
+) -> None:
+    """Tensor by tensor: every device, dtype and mode, and the one to read."""
+    decays = options.weight_decay != 0
+    for i, param in enumerate(params):
+        grad = grads[i]
+        # autograd keeps what it reads, and both are written below
+        weight = param.clone() if options.differentiable else param
+        if options.momentum != 0:
+            buffer = momentum_buffers[i].mul_(options.momentum).addcmul_(grad, b[i])
+            if decays:
+                buffer.addcmul_(weight, c[i])
+        if options.momentum == 0 or options.nesterov:
+            if decays:
+                param.addcmul_(weight, -step_size * c[i])
+            param.addcmul_(grad, -step_size * b[i])
+        if options.momentum != 0:
+            scale = -step_size * options.momentum if options.nesterov else -step_size
+            velocity = momentum_buffers[i].clone() if options.differentiable else momentum_buffers[i]
+            if isinstance(scale, Tensor):
+                param.addcmul_(velocity, scale)
+            else:
+                param.add_(velocity, alpha=scale)
+
+
+def multi_tensor_lars(
+    params: List[Tensor],
+    grads: List[Tensor],
+    momentum_buffers: List[Tensor],
+    b: List[Tensor],
+    c: List[Tensor],
+    step_size: Union[float, Tensor],
+    options: Options,
+) -> None:
+    """The same over whole lists: a few launches, no temporary of parameter size."""
+    decays = options.weight_decay != 0
+    if options.momentum != 0:
+        torch._foreach_mul_(momentum_buffers, options.momentum)
+        torch._foreach_addcmul_(momentum_buffers, grads, b)
+        if decays:
+            torch._foreach_addcmul_(momentum_buffers, params, c)
+    if options.momentum == 0 or options.nesterov:
+        if decays:
+            torch._foreach_addcmul_(params, params, torch._foreach_mul(c, -step_size))
+        torch._foreach_addcmul_(params, grads, torch._foreach_mul(b, -step_size))
+    if options.momentum != 0:
+        scale = -step_size * options.momentum if options.nesterov else -step_size
+        if isinstance(scale, Tensor):
+            torch._foreach_addcmul_(params, momentum_buffers, [scale.to(params[0].dtype)] * len(params))
+        else:
+            torch._foreach_add_(params, momentum_buffers, alpha=scale)
