@@ -1,0 +1,194 @@
+"""The fused CPU step is exact for every tensor: what torch's kernel computes wrong goes another way."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from cases import OPTIONS, Options, make_grads, tolerance
+from fastlars import LARS, fused_cpu, lars
+from harness import ignore_nothing_adapted, run, set_grads
+from reference import ReferenceLARS
+
+pytestmark = ignore_nothing_adapted
+
+# One tensor of shape (4, 6) in every memory layout that a parameter, gradient or buffer may have.
+MEMORY = {
+    "contiguous": lambda x: x.clone(),
+    "transposed": lambda x: x.t().contiguous().t(),
+    "columns": lambda x: torch.cat([x, x], dim=1)[:, :6],
+    "every_second": lambda x: x.repeat_interleave(2, dim=1)[:, ::2],
+    "offset": lambda x: torch.cat([x.new_zeros(3), x.reshape(-1)])[3:].view(4, 6),
+    "negative": lambda x: torch.complex(x, -x).conj().imag,  # a view whose sign bit is not in memory
+    "float64": lambda x: x.double(),
+    "bfloat16": lambda x: x.bfloat16(),
+}
+SERVED = {("contiguous", "contiguous"), ("contiguous", "offset"), ("offset", "contiguous"), ("offset", "offset")}
+SERVED |= {("transposed", "transposed")}
+
+# param, grad, buffer; only gradients come as views with a sign bit, and mixed dtypes are in test_exactness.py
+FLOAT32 = [name for name in MEMORY if name not in ("float64", "bfloat16")]
+TRIPLES = [x for x in itertools.product(FLOAT32, repeat=3) if "negative" not in (x[0], x[2])]
+TRIPLES += [("float64",) * 3, ("bfloat16",) * 3]
+
+
+class Subclass(Tensor):
+    pass
+
+
+@pytest.mark.parametrize("param", MEMORY)
+@pytest.mark.parametrize("other", MEMORY)
+def test_truth_table_of_serves(param: str, other: str) -> None:
+    p, x = MEMORY[param](torch.randn(4, 6)), MEMORY[other](torch.randn(4, 6))
+    expected = (param, other) in SERVED
+    assert fused_cpu.serves(p, x, None) == expected
+    assert fused_cpu.serves(p, p, x) == expected
+    assert fused_cpu.serves(p, x, p) == expected
+
+
+def test_serves_no_expanded_tensor_and_no_subclass() -> None:
+    p = torch.randn(4, 6)
+    expanded = torch.randn(4, 1).expand(4, 6)
+    assert not fused_cpu.serves(p, expanded, p) and not fused_cpu.serves(expanded, expanded, expanded)
+    assert not fused_cpu.serves(p.as_subclass(Subclass), p, p) and not fused_cpu.serves(p, p.as_subclass(Subclass), p)
+    assert fused_cpu.serves(torch.nn.Parameter(p), p, p)
+
+
+def test_dimensions_of_size_1_have_no_layout() -> None:
+    p = torch.randn(8, 3, 1, 1)
+    channels_last = p.clone(memory_format=torch.channels_last).as_strided(p.shape, (3, 1, 3, 3))
+    assert fused_cpu.serves(p, channels_last, p)
+
+
+@pytest.mark.parametrize("name", ["momentum", "joint", "nesterov", "base", "everything", "momentum-unadapted"])
+@pytest.mark.parametrize("layouts", TRIPLES, ids="-".join)
+def test_every_layout_of_param_grad_and_buffer(layouts: tuple[str, str, str], name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    p, g, v = (MEMORY[x](torch.randn(4, 6, generator=generator)) for x in layouts)
+    options = OPTIONS[name]
+    reference = ReferenceLARS([{"params": [p]}], **options)
+    reference.realign([p], [v])
+    reference.step([g])
+    before = g.clone()
+    lars([p], [g], [v], fused=True, **options)
+    wide = torch.float64
+    torch.testing.assert_close(
+        p.to(wide), torch.as_tensor(reference.params[0]), **tolerance(p.dtype, reference.param_sizes[0])
+    )
+    if "momentum" in options:
+        expected = torch.as_tensor(reference.momentum_buffers[0])
+        torch.testing.assert_close(v.to(wide), expected, **tolerance(v.dtype, reference.buffer_sizes[0]))
+    assert torch.equal(g, before)
+
+
+@pytest.fixture
+def tiny_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limits so small that small tensors go through every loop: stacks, chunks, blocks, passes, and their remainders."""
+    for limit, elements in {"SMALL": 16, "STACK": 50, "CACHE": 300, "BLOCK": 64, "PASSES": 32}.items():
+        monkeypatch.setattr(fused_cpu, limit, elements)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_equals_reference_through_every_loop(name: str, tiny_limits: None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(4, 4), (16,), (2, 3), (2, 3), (200,), (100,), (129,), (7, 5, 3), (1000,), *[(3, 5)] * 7, (64,), (0,)]
+    params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    channels_last = torch.randn(4, 8, 3, 3, generator=generator).contiguous(memory_format=torch.channels_last)
+    params.append(torch.nn.Parameter(channels_last))
+    run([{"params": params}], OPTIONS[name], lambda ps, step: make_grads("missing", ps, step), {"fused": True})
+
+
+@pytest.mark.parametrize("name", ["momentum-joint", "clip", "nesterov"])
+def test_equals_reference_at_real_sizes(name: str) -> None:
+    """Past every limit as it is: 2^18 and 2^20 elements and a remainder."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [fused_cpu.SMALL, fused_cpu.SMALL + 1, fused_cpu.BLOCK + 3, fused_cpu.CACHE + 5]
+    params = [torch.nn.Parameter(torch.rand(size, generator=generator)) for size in sizes]
+    run([{"params": params}], OPTIONS[name], lambda ps, step: make_grads("dense", ps, step), {"fused": True}, 2)
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e-11, 1e-9, 1e-4, 1e6])
+def test_any_size_of_the_trust_ratio(scale: float) -> None:
+    """dampening = 1 - b loses b where b is small."""
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.randn(size, generator=generator) for size in (5000, 20)]
+    grads = [torch.randn(size, generator=generator) for size in (5000, 20)]
+    options: Options = {"lr": 1.0, "momentum": 0.9, "weight_decay": 0.1, "trust_coefficient": scale}
+    reference = ReferenceLARS([{"params": params}], **options)
+    reference.step(grads)
+    buffers: list[Tensor | None] = [None, None]
+    lars(params, grads, buffers, fused=True, **options)
+    # relative to the buffer's own size, which is far below other tests' tolerances at such ratios
+    for actual, expected in zip(buffers, reference.momentum_buffers, strict=True):
+        assert actual is not None
+        wanted = torch.as_tensor(expected)
+        assert (actual.double() - wanted).norm() <= 1e-6 * wanted.norm()
+
+
+@pytest.mark.parametrize("name", ["momentum", "base", "nesterov", "joint", "momentum-unadapted"])
+@pytest.mark.parametrize("size", [10, 5000], ids=["stacked", "alone"])
+def test_version_counters_move(name: str, size: int) -> None:
+    param = torch.nn.Parameter(torch.randn(size))
+    optimizer = LARS([param], fused=True, **OPTIONS[name])
+    (param**2).sum().backward()
+    stale = (param**2).sum()  # autograd keeps the parameter as it is now
+    versions = []
+    for _ in range(2):
+        buffer = optimizer.state[param].get("momentum_buffer") if param in optimizer.state else None
+        versions.append((param._version, 0 if buffer is None else buffer._version))
+        optimizer.step()
+    versions.append((param._version, 0 if buffer is None else buffer._version))
+    assert versions[0][0] < versions[1][0] < versions[2][0]
+    assert buffer is None or versions[1][1] < versions[2][1]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        stale.backward()
+
+
+@pytest.mark.parametrize("name", ["momentum", "joint", "nesterov", "base", "clip-paper", "dampening"])
+def test_regrouping_and_permuting_changes_no_bit(name: str) -> None:
+    """A small tensor is computed in a stack whether or not others have its shape, in any order."""
+    shapes = [(3, 5), (64,), (5000,), (3, 5), (10, 10, 10), (64,), (3, 5), (20000,)]
+
+    def states(order: list[int], per_group: int) -> dict[int, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+        groups = [order[i : i + per_group] for i in range(0, len(order), per_group)]
+        optimizer = LARS([{"params": [params[i] for i in group]} for group in groups], fused=True, **OPTIONS[name])
+        for step in range(3):
+            set_grads(params, make_grads("dense", params, step))
+            optimizer.step()
+        return dict(enumerate(p.detach() for p in params))
+
+    expected = states(list(range(8)), 8)
+    for order, per_group in [([7, 3, 1, 0, 2, 6, 5, 4], 8), (list(range(8)), 1), ([6, 5, 4, 3, 2, 1, 0, 7], 3)]:
+        for i, param in states(order, per_group).items():
+            assert torch.equal(param, expected[i]), (order, per_group, shapes[i])
+
+
+def test_no_temporary_above_4_mib() -> None:
+    shapes = [(1 << 23,), (2048, 1024), *[(32, 32)] * 1000, *[(64,)] * 50]
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    for name in ("momentum", "joint", "nesterov"):
+        optimizer = LARS(params, **OPTIONS[name])
+        set_grads(params, [torch.randn_like(p) for p in params])
+        optimizer.step()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            optimizer.step()
+        allocated = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        live = peak = 0
+        for size in allocated:
+            live += size
+            peak = max(peak, live)
+        assert allocated and peak <= 4 << 20, f"{name}: {peak / 2**20:.1f} MiB"
+
+
+def test_is_the_default_on_cpu_and_only_there() -> None:
+    param = torch.nn.Parameter(torch.randn(4))
+    assert "fused" in repr(LARS([param], lr=1.0, weight_decay=0.1))
+    for options in ({"foreach": False}, {"fused": False}, {"differentiable": True}):
+        assert "adapted, single" in repr(LARS([param], lr=1.0, weight_decay=0.1, **options))
+    assert "foreach" in repr(LARS([param], lr=1.0, weight_decay=0.1, foreach=True))
+    # torch's SGD is fused only where one asks for it
+    assert "not adapted, single" in repr(LARS([param], lr=1.0))
+    assert "not adapted, fused" in repr(LARS([param], lr=1.0, fused=True))
