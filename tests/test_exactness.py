@@ -228,7 +228,7 @@ def test_implementations_agree_state_by_state(name: str) -> None:
     params, states = results[0]
     for other_params, other_states in results[1:]:
         for param, other, state, other_state in zip(params, other_params, states, other_states, strict=True):
-            wide = {"rtol": 1e-5, "atol": 1e-6} if param.dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
+            wide = {"rtol": 1e-4, "atol": 1e-5} if param.dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
             torch.testing.assert_close(other, param, **wide)
             assert state.keys() == other_state.keys()
             for key in state:

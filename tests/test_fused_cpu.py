@@ -84,8 +84,8 @@ def test_every_layout_of_param_grad_and_buffer(layouts: tuple[str, str, str], na
 
 @pytest.fixture
 def tiny_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Limits so small that small tensors go through every loop: stacks, chunks, blocks, passes, and their remainders."""
-    for limit, elements in {"SMALL": 16, "STACK": 50, "CACHE": 300, "BLOCK": 64, "PASSES": 32}.items():
+    """Limits so small that small tensors go through every loop: stacks, chunks, blocks, and their remainders."""
+    for limit, elements in {"SMALL": 16, "STACK": 50, "CACHE": 300, "BLOCK": 64}.items():
         monkeypatch.setattr(fused_cpu, limit, elements)
 
 
@@ -192,3 +192,12 @@ def test_is_the_default_on_cpu_and_only_there() -> None:
     # torch's SGD is fused only where one asks for it
     assert "not adapted, single" in repr(LARS([param], lr=1.0))
     assert "not adapted, fused" in repr(LARS([param], lr=1.0, fused=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
+def test_trust_ratios_whatever_runs(options: Options) -> None:
+    """The fused step measures during the update: what is asked before it must be measured for the question."""
+    params = [torch.nn.Parameter(torch.tensor([3.0, 4.0])), torch.nn.Parameter(torch.ones(6000))]
+    params[0].grad = torch.tensor([0.0, 2.0])
+    optimizer = LARS([("a", params[0]), ("b", params[1])], lr=1.0, trust_coefficient=0.1, adapt=True, **options)
+    assert optimizer.trust_ratios() == {"a": pytest.approx(0.25)}

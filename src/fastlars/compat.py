@@ -6,20 +6,39 @@ from typing import List  # noqa: UP035  TorchScript reads these spellings only
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.optim.optimizer import (
     _default_to_fused_or_foreach,  # since 2.0
     _use_grad_for_differentiable,  # since 1.13
     required,  # since the beginning; torch's optimizers no longer use it, its message is what users know
 )
 
-__all__ = ["NAMED_PARAMETERS", "default_foreach", "outside_graphs", "required", "use_grad_for_differentiable"]
+__all__ = [
+    "NAMED_PARAMETERS",
+    "bump_versions",
+    "default_foreach",
+    "outside_graphs",
+    "required",
+    "use_grad_for_differentiable",
+]
 
 # Lazy, unlike torch.compiler.disable, which imports torch._dynamo at once: since 2.1, what torch's fused optimizers use.
 outside_graphs = torch._disable_dynamo  # type: ignore[attr-defined]
 use_grad_for_differentiable = _use_grad_for_differentiable
 
+_TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
 # Optimizers take (name, parameter) pairs and keep group["param_names"] from 2.6 on.
-NAMED_PARAMETERS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 6)
+NAMED_PARAMETERS = _TORCH >= (2, 6)
+
+
+def bump_versions(tensors: List[Tensor]) -> None:
+    """Tell autograd that these were written, for kernels that do not."""
+    if _TORCH >= (2, 8):
+        increment_version(tensors)
+        return
+    for tensor in tensors:
+        increment_version(tensor)
 
 
 def default_foreach(params: List[Tensor]) -> bool:

@@ -6,7 +6,7 @@ only v = m v + b g + c w and w -= q v. The class measures all groups before it u
 
 from __future__ import annotations
 
-from typing import List, NamedTuple, Optional, Tuple, Union  # noqa: UP035  TorchScript reads these spellings only
+from typing import Dict, List, NamedTuple, Optional, Tuple, Union  # noqa: UP035  TorchScript reads these spellings only
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch.optim.sgd import sgd
 
 from . import fused_cpu
 from .coefficients import coefficients, gradient_scale, is_adapted, scalar_lr
-from .compat import default_foreach
+from .compat import bump_versions, default_foreach
 from .norms import buckets, is_half, joint_norms, norms, real
 from .options import Options
 from .updates import multi_tensor_lars, single_tensor_lars
@@ -116,31 +116,26 @@ def split(
     params: List[Tensor], grads: List[Tensor], momentum_buffers: List[Optional[Tensor]], options: Options
 ) -> List[Part]:
     """The tensors sorted into parts; torch's own helper does not sort while compiling."""
-    parts: List[Part] = []
-    preferred = implementation(params, options)
+    preferred = implementation(params, options) if params else "single"
+    parts: Dict[object, Part] = {}
+    key: object
     for i, param in enumerate(params):
         grad = grads[i]
         buffer = momentum_buffers[i] if options.momentum != 0 else None
-        runs = "single" if preferred == "fused" and not fused_cpu.serves(param, grad, buffer) else preferred
-        home: Optional[Part] = None
-        for part in parts:
-            if (
-                part.implementation == runs
-                and part.params[0].device == param.device
-                and part.params[0].dtype == param.dtype
-                and part.grads[0].dtype == grad.dtype
-                and (options.momentum == 0 or (part.momentum_buffers[0] is None) == (buffer is None))
-            ):
-                home = part
-        if home is None:
-            home = Part(runs, [], [], [], [])
-            parts.append(home)
-        home.indices.append(i)
-        home.params.append(param)
-        home.grads.append(grad)
+        if preferred == "fused" and fused_cpu.serves(param, grad, buffer):
+            runs, key = "fused", buffer is None  # which is one device and dtype
+        else:
+            runs = "single" if preferred == "fused" else preferred
+            key = (param.device, param.dtype, grad.dtype, buffer is None)
+        part = parts.get(key)
+        if part is None:
+            part = parts[key] = Part(runs, [], [], [], [])
+        part.indices.append(i)
+        part.params.append(param)
+        part.grads.append(grad)
         if options.momentum != 0:
-            home.momentum_buffers.append(buffer)
-    return parts
+            part.momentum_buffers.append(buffer)
+    return list(parts.values())
 
 
 def implementation(params: List[Tensor], options: Options) -> str:
@@ -279,7 +274,7 @@ def _torch_sgd(
         maximize=options.maximize,
     )
     if implementation == "fused":
-        fused_cpu.bump_versions(params, momentum_buffers)
+        bump_versions(params + [buffer for buffer in momentum_buffers if buffer is not None])
 
 
 def _coefficient_lists(

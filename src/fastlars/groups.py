@@ -53,7 +53,7 @@ def param_groups(
         (['0.weight'], ['0.bias', '1.weight', '1.bias'])
     """
     named = list(model.named_parameters()) if isinstance(model, nn.Module) else list(model)
-    if not all(isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) for item in named):
+    if not all(map(_is_named_parameter, named)):
         raise TypeError("param_groups needs a module or (name, parameter) pairs; pass model.named_parameters()")
     if not named:
         raise ValueError("param_groups got no parameters; pass a module that has some, or its named_parameters()")
@@ -78,3 +78,7 @@ def param_groups(
         {"params": rest, "weight_decay": 0.0, "adapt": False, **(unadapted or {})},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _is_named_parameter(item: object) -> bool:
+    return isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], Tensor)

@@ -299,7 +299,8 @@ class LARS(Optimizer):
             if not params or not is_adapted(_options(group)):
                 continue
             names = group.get("param_names") or [f"{i}.{j}" for j in range(len(group["params"]))]
-            options = _options(group)._replace(momentum=0.0, skip_nonfinite=False)
+            # not fused, which measures at the update only
+            options = _options(group)._replace(momentum=0.0, skip_nonfinite=False, fused=False)
             values = [0.0] * len(params)
             for part in split(params, [p.grad for p in params], [], options):
                 measured = measure(part, options, None)

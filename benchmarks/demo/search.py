@@ -1,0 +1,109 @@
+"""The choice of the lr: a grid that moves until its best lr lies inside, of the same size for every method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from .training import Method, Protocol, Result, Run
+
+COARSE = 2  # half-steps between neighbours of the first grid
+
+
+@dataclass
+class Grid:
+    """The trials of one method at one batch.
+
+    Trial k is lr = middle * 2 ** (k / 2): the grid moves by even k, a factor of 2, and is refined by odd k.
+    """
+
+    middle: float
+    trials: dict[int, list[Result]] = field(default_factory=dict)
+
+    def lr(self, k: int) -> float:
+        return float(self.middle * 2 ** (k / 2))
+
+    def score(self, k: int) -> tuple[float, float]:
+        """Mean validation accuracy; the mean loss decides between equal ones."""
+        results = self.trials[k]
+        return (
+            sum(result.accuracy for result in results) / len(results),
+            -sum(result.loss for result in results) / len(results),
+        )
+
+    @property
+    def best(self) -> int:
+        return max(sorted(self.trials), key=self.score)
+
+    @property
+    def best_lr(self) -> float:
+        return self.lr(self.best)
+
+    @property
+    def is_inside(self) -> bool:
+        return min(self.trials) < self.best < max(self.trials)
+
+    @property
+    def is_refined(self) -> bool:
+        return any(k % COARSE for k in self.trials)
+
+    def next_trial(self) -> int:
+        """One more on the side on which the best lies nearer to the edge."""
+        low, high = min(self.trials), max(self.trials)
+        return low - COARSE if self.best - low < high - self.best else high + COARSE
+
+
+def next_trials(grids: Sequence[Grid], *, first: int, most: int) -> list[list[int]]:
+    """What to try next, for the grids of all methods at one batch. Nothing for all of them: the search is over.
+
+    A best lr on the edge moves its grid on by one trial, and every shorter grid gets one more as well, so that all have
+    the same number of trials in the end. Once every best lies inside, one trial goes on either side of it, half-way
+    (in the logarithm) to its neighbours.
+
+    Args:
+        grids: One for each method.
+        first: Trials of a new grid; odd.
+        most: A grid of this many trials does not grow any further.
+    """
+    if not all(grid.trials for grid in grids):
+        return [list(range(1 - first, first, COARSE)) for _ in grids]
+    if any(grid.is_refined for grid in grids):
+        return [[] for _ in grids]
+    longest = max(len(grid.trials) for grid in grids)
+    wanted = [
+        [grid.next_trial()] if len(grid.trials) < min(longest + (not grid.is_inside), most) else [] for grid in grids
+    ]
+    return wanted if any(wanted) else [[grid.best - 1, grid.best + 1] for grid in grids]
+
+
+def search(
+    methods: Sequence[Method],
+    batches: Sequence[int],
+    protocol: Protocol,
+    train: Callable[[list[Run]], list[Result]],
+) -> dict[tuple[int, Method], Grid]:
+    """Search all grids at once, round by round: the runs of a round do not wait for each other."""
+    grids = {(batch, method): Grid(method.first_lr) for batch in batches for method in methods}
+    while True:
+        wanted = [
+            (batch, method, k)
+            for batch in batches
+            for method, trials in zip(
+                methods,
+                next_trials(
+                    [grids[batch, method] for method in methods],
+                    first=protocol.first_trials,
+                    most=protocol.most_trials,
+                ),
+                strict=True,
+            )
+            for k in trials
+        ]
+        if not wanted:
+            return grids
+        seeds = protocol.search_seeds
+        results = train(
+            [Run(method, batch, grids[batch, method].lr(k), seed) for batch, method, k in wanted for seed in seeds]
+        )
+        for i, (batch, method, k) in enumerate(wanted):
+            grids[batch, method].trials[k] = results[i * len(seeds) : (i + 1) * len(seeds)]
