@@ -221,7 +221,7 @@ class LARS(Optimizer):
     def _warn_if_nothing_is_adapted(self) -> None:
         self._looked_for_adapted = True
         groups = [_options(group) for group in self.param_groups]
-        if any(is_adapted(options) or options.adapt is False for options in groups):
+        if any(is_adapted(options) or options.adapt is not None for options in groups):
             return
         warnings.warn(
             "LARS adapts no parameter: weight_decay is 0 in every group, so each takes a plain SGD step. Set "

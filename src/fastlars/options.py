@@ -42,7 +42,7 @@ _OPTIONAL_BOOLEAN = ("adapt", "foreach", "fused")
 def check_options(options: Mapping[str, Any], where: str) -> None:
     """Raise for the first option that breaks its rule; ``where`` says whose options these are, as in "param group 1"."""
     for key in options:
-        if key not in NAMES and (name := nearest_name(key)):
+        if key not in NAMES and isinstance(key, str) and (name := nearest_name(key)):
             raise ValueError(f"{where}: {key!r} is not an option of LARS; did you mean {name!r}?")
 
     _check_lr(options["lr"], where)
@@ -50,10 +50,11 @@ def check_options(options: Mapping[str, Any], where: str) -> None:
         _check_number(name, options[name], where, minimum=0.0)
     _check_number("dampening", options["dampening"], where)
     for name in _BOOLEAN + _OPTIONAL_BOOLEAN:
-        allowed = (True, False) if name in _BOOLEAN else (None, True, False)
-        if not any(options[name] is value for value in allowed):
-            rule = " or ".join(str(value) for value in allowed)
-            raise TypeError(f"{where}: {name} must be {rule}, got {options[name]!r}")
+        value, optional = options[name], name in _OPTIONAL_BOOLEAN
+        # 0 and 1 too: config files and old checkpoints have them
+        if not (isinstance(value, int) and value in (0, 1)) and not (optional and value is None):
+            rule = "None, True or False" if optional else "True or False"
+            raise TypeError(f"{where}: {name} must be {rule}, got {value!r}")
     if options["trust_denominator"] not in TRUST_DENOMINATORS:
         rule = " or ".join(repr(value) for value in TRUST_DENOMINATORS)
         raise ValueError(f"{where}: trust_denominator must be {rule}, got {options['trust_denominator']!r}")
@@ -129,4 +130,8 @@ def nearest_name(key: str) -> str | None:
     """The option that an unknown key was probably meant to be, None for keys that schedulers and users add."""
     if any(key.startswith(f"{name}_") or key.endswith(f"_{name}") for name in NAMES):
         return None  # initial_lr, max_momentum, weight_decay_scale: companions of an option
-    return next(iter(difflib.get_close_matches(key.lower(), NAMES, n=1, cutoff=0.74)), None)
+    # the short names look like many words
+    candidates = [(name, 0.74 if len(name) > 5 else 0.8) for name in NAMES]
+    ratios = {name: difflib.SequenceMatcher(None, key.lower(), name).ratio() for name in NAMES}
+    close = [name for name, cutoff in candidates if ratios[name] >= cutoff]
+    return max(close, key=ratios.__getitem__, default=None)

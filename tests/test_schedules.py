@@ -1,0 +1,138 @@
+"""The schedules have the values their formulas say, in place for a tensor lr, and survive saving at any step."""
+
+import copy
+import io
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from cases import make_grads, make_params
+from fastlars import LARS
+from fastlars.schedules import warmup_cosine, warmup_polynomial
+
+# schedule, what is left of lr at this share of the decay
+SCHEDULES: dict[str, tuple[Callable[..., LambdaLR], Callable[[float], float]]] = {
+    "polynomial": (warmup_polynomial, lambda share: (1 - share) ** 2),
+    "linear": (lambda *args: warmup_polynomial(*args, power=1), lambda share: 1 - share),
+    "root": (lambda *args: warmup_polynomial(*args, power=0.5), lambda share: math.sqrt(1 - share)),
+    "cosine": (warmup_cosine, lambda share: math.cos(share * math.pi / 2) ** 2),
+}
+schedules = pytest.mark.parametrize("schedule", SCHEDULES)
+LENGTHS = [(0, 1), (0, 5), (1, 2), (2, 6), (5, 6), (3, 10)]
+
+
+def make(lr: float | Tensor = 8.0) -> LARS:
+    params = make_params(torch.float64, layouts=["matrix", "vector"])
+    groups = [{"params": params[:1]}, {"params": params[1:], "lr": 0.5}]
+    return LARS(groups, lr=lr, momentum=0.9, weight_decay=0.1)
+
+
+def expected(schedule: str, warmup: int, total: int, step: int) -> float:
+    if step < warmup:
+        return (step + 1) / warmup
+    return SCHEDULES[schedule][1]((step - warmup) / (total - warmup)) if step < total else 0.0
+
+
+def go_on(optimizer: LARS, scheduler: LambdaLR, steps: range) -> list[list[float]]:
+    seen = []
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for step in steps:
+        for param, grad in zip(params, make_grads("dense", params, step), strict=True):
+            param.grad = grad
+        seen.append([float(group["lr"]) for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    return seen
+
+
+@schedules
+@pytest.mark.parametrize(("warmup", "total"), LENGTHS)
+def test_values(schedule: str, warmup: int, total: int) -> None:
+    optimizer = make()
+    seen = go_on(optimizer, SCHEDULES[schedule][0](optimizer, warmup, total), range(total + 3))
+    for step, lrs in enumerate(seen):
+        factor = expected(schedule, warmup, total, step)
+        assert lrs == pytest.approx([8.0 * factor, 0.5 * factor], rel=1e-12, abs=1e-14), f"step {step}"
+    assert max(seen) == [8.0, 0.5]
+    assert seen[total:] == [[0.0, 0.0]] * 3  # past the end: exactly 0, nothing moves
+    assert all(p.isfinite().all() for group in optimizer.param_groups for p in group["params"])
+
+
+@schedules
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_tensor_lr_is_written_in_place(schedule: str, dtype: torch.dtype) -> None:
+    lr = torch.tensor(8.0, dtype=dtype)
+    optimizer = make(lr)
+    held = optimizer.param_groups[0]["lr"]
+    seen = go_on(optimizer, SCHEDULES[schedule][0](optimizer, 2, 6), range(8))
+    assert optimizer.param_groups[0]["lr"] is held
+    for step, (value, _) in enumerate(seen):
+        assert value == pytest.approx(8.0 * expected(schedule, 2, 6, step), rel=1e-6, abs=1e-6)
+
+
+def by_state_dict(optimizer: LARS, scheduler: LambdaLR, build: Callable[..., LambdaLR]) -> tuple[LARS, LambdaLR]:
+    file = io.BytesIO()
+    torch.save({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    groups = [{"params": copy.deepcopy(group["params"])} for group in optimizer.param_groups]
+    restored = LARS(groups, lr=3.0)
+    restored_scheduler = build(restored, 2, 6)
+    restored.load_state_dict(saved["optimizer"])
+    restored_scheduler.load_state_dict(saved["scheduler"])
+    restored.step()  # torch warns if a scheduler steps before its optimizer; there is no gradient yet
+    return restored, restored_scheduler
+
+
+WAYS: dict[str, Callable[..., Any]] = {
+    "state_dict": by_state_dict,
+    "pickle": lambda optimizer, scheduler, _: pickle.loads(pickle.dumps((optimizer, scheduler))),
+    "deepcopy": lambda optimizer, scheduler, _: copy.deepcopy((optimizer, scheduler)),
+}
+
+
+@schedules
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("saved_at", [1, 2, 3, 6, 7])
+def test_a_saved_run_goes_on(way: Callable[..., Any], saved_at: int, schedule: str) -> None:
+    build = SCHEDULES[schedule][0]
+    optimizer = make(torch.tensor(8.0, dtype=torch.float64))
+    scheduler = build(optimizer, 2, 6)
+    go_on(optimizer, scheduler, range(saved_at))
+    restored, restored_scheduler = way(optimizer, scheduler, build)
+    steps = range(saved_at, 9)
+    assert go_on(restored, restored_scheduler, steps) == go_on(optimizer, scheduler, steps)
+    assert restored_scheduler.get_last_lr() == scheduler.get_last_lr()
+    for group, restored_group in zip(optimizer.param_groups, restored.param_groups, strict=True):
+        for param, other in zip(group["params"], restored_group["params"], strict=True):
+            assert param is not other
+            assert torch.equal(param, other)
+
+
+@pytest.mark.parametrize("build", [warmup_polynomial, warmup_cosine])
+@pytest.mark.parametrize(("warmup", "total"), [(-1, 5), (5, 5), (6, 5), (0, 0), (float("nan"), 5), (0, float("nan"))])
+def test_lengths_are_checked_before_anything_changes(build: Callable[..., LambdaLR], warmup: Any, total: Any) -> None:
+    optimizer = make()
+    before = copy.deepcopy(optimizer.state_dict())
+    message = rf"0 <= warmup_steps < total_steps must hold, got warmup_steps={warmup} and total_steps={total}"
+    with pytest.raises(ValueError, match=message):
+        build(optimizer, warmup, total)
+    assert optimizer.state_dict() == before
+
+
+@pytest.mark.parametrize("power", [0, -1.0, float("nan")])
+def test_power_is_checked(power: float) -> None:
+    with pytest.raises(ValueError, match=f"power must be > 0, got {power}"):
+        warmup_polynomial(make(), 1, 5, power)
+
+
+def test_any_optimizer_will_do() -> None:
+    sgd = torch.optim.SGD(make_params(torch.float32), lr=4.0)
+    scheduler = warmup_polynomial(sgd, warmup_steps=4, total_steps=10)
+    assert (sgd.param_groups[0]["lr"], scheduler.base_lrs) == (1.0, [4.0])
