@@ -1,0 +1,143 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["nox[uv]>=2025.5.1"]
+# ///
+"""Everything a maintainer runs. CONTRIBUTING.md shows what each session prints."""
+
+import functools
+import platform
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import nox
+
+nox.options.default_venv_backend = "uv"
+nox.options.sessions = ["quick", "lint", "types"]
+
+NEWEST = "torch>=2.4"  # whatever the resolver finds for this Python and machine
+ON_CPU = "not cuda and not mps"
+EVERYWHERE = ("cpu", "cuda", "mps")
+
+# Floor, newest and one between run on every device; .ci/run insists on their cpu cells, which are tagged "gate".
+VERSIONS = [
+    ("3.11", "2.4.1", EVERYWHERE),
+    ("3.12", "2.6.0", ("cpu",)),
+    ("3.12", "2.8.0", ("cpu",)),
+    ("3.13", "2.10.0", ("cpu",)),
+    ("3.11", "2.13.0", EVERYWHERE),
+    ("3.13", "2.15.0", EVERYWHERE),
+    ("3.14", "2.15.0", ("cpu",)),
+]
+CELLS = [
+    nox.param(
+        *(python, torch, device),
+        id=f"py{python.replace('.', '')}-torch{torch}-{device}",
+        tags=[device, "gate"] if device == "cpu" and devices == EVERYWHERE else [device],
+    )
+    for python, torch, devices in VERSIONS
+    for device in devices
+]
+
+
+@nox.session
+def quick(session: nox.Session) -> None:
+    """The README's test command: the suite and the demo's tests, this Python, newest torch."""
+    install(session, NEWEST, "--group", "test", "--group", "demo")
+    pytest(session, ON_CPU)
+
+
+@nox.session
+@nox.parametrize("python,torch,device", CELLS)
+def tests(session: nox.Session, torch: str, device: str) -> None:
+    """The suite on one Python, torch and device."""
+    if not present(device):
+        session.skip(f"this machine has no {device} device")
+    install(session, f"torch=={torch}", "--group", "test")
+    pytest(session, ON_CPU if device == "cpu" else device)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Lint and format check; `-- --fix` repairs what ruff can."""
+    session.install("--group", "lint")
+    session.run("ruff", "check", *session.posargs)
+    session.run("ruff", "format", *([] if "--fix" in session.posargs else ["--check"]))
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Strict mypy on src."""
+    session.install(NEWEST, "--group", "types")
+    session.run("mypy", *session.posargs)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """The demo; what follows `--` goes to it."""
+    install(session, NEWEST, "--group", "demo")
+    session.run("python", "-m", "benchmarks.demo", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation into docs/_build; warnings are errors."""
+    install(session, NEWEST, "--group", "docs")
+    session.run("sphinx-build", "-n", "-W", "--keep-going", "-q", "docs", "docs/_build", *session.posargs)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build sdist and wheel into dist/, look at what they hold, import the wheel beside torch alone."""
+    shutil.rmtree("dist", ignore_errors=True)
+    session.run("uv", "build", "--quiet")
+    (sdist,), (wheel,) = Path("dist").glob("*.tar.gz"), Path("dist").glob("*.whl")
+    session.run("uvx", "twine", "check", "--strict", str(sdist), str(wheel))
+
+    with tarfile.open(sdist) as archive:
+        held = {name.split("/")[1] for name in archive.getnames()}
+    include = nox.project.load_toml()["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    expected = {".gitignore", "PKG-INFO", "pyproject.toml", *(name.strip("/") for name in include)}
+    if held != expected:
+        session.error(f"{sdist}: unexpected {sorted(held - expected)}, missing {sorted(expected - held)}")
+    session.run("uvx", "check-wheel-contents", "--src-dir", "src", str(wheel))
+
+    session.install(str(wheel))
+    session.run("python", "-I", "-c", "import fastlars; print(fastlars.__version__, fastlars.__file__)")
+
+
+def install(session: nox.Session, *requirements: str) -> None:
+    """Install `requirements` and the wheel of this checkout, which is built once a run."""
+    folder = Path(wheel_folder().name)
+    if not list(folder.glob("*.whl")):
+        session.run("uv", "build", "--wheel", "--quiet", "--out-dir", str(folder))
+    (wheel,) = folder.glob("*.whl")
+    session.install(str(wheel), *requirements)
+
+
+@functools.cache
+def wheel_folder() -> "TemporaryDirectory[str]":
+    """The one folder of this run, removed when it ends."""
+    return TemporaryDirectory(prefix="fastlars-wheel-")
+
+
+def pytest(session: nox.Session, marked: str) -> None:
+    """Run the tests that the mark expression `marked` selects; they check that they import the wheel."""
+    session.run("python", "-m", "pytest", "-m", marked, *session.posargs, env={"FASTLARS_EXPECT_WHEEL": "1"})
+
+
+def present(device: str) -> bool:
+    """Tell whether this machine has `device` without torch, so before anything is installed."""
+    if device == "cuda":
+        command = shutil.which("nvidia-smi")
+        return command is not None and subprocess.run([command, "-L"], capture_output=True, check=False).returncode == 0
+    if device == "mps":
+        return sys.platform == "darwin" and platform.machine() == "arm64"
+    return True
+
+
+if __name__ == "__main__":
+    nox.main()
