@@ -83,6 +83,22 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session
+def bench(session: nox.Session) -> None:
+    """The benchmarks, then docs/performance.md; what follows `--` goes to each (--device cuda, --rounds N)."""
+    install(session, NEWEST, "--group", "bench")
+    for program in ("step_time", "scaling", "training_step"):
+        session.run("python", "-m", f"benchmarks.{program}", *session.posargs)
+    session.run("python", "-m", "benchmarks.render")
+
+
+@nox.session
+def bench_compare(session: nox.Session) -> None:
+    """Compare two runs: `-- BEFORE.json AFTER.json [--margin PERCENT]`; fails if one of ours became slower."""
+    install(session, NEWEST, "--group", "bench")
+    session.run("python", "-m", "benchmarks.compare", *session.posargs)
+
+
+@nox.session
 def docs(session: nox.Session) -> None:
     """Build the documentation into docs/_build; warnings are errors."""
     install(session, NEWEST, "--group", "docs")

@@ -1,0 +1,114 @@
+"""What a step costs besides time: bytes that its operations read and write, memory it holds, launches and host reads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's CUDA builds log every profiler start to stderr
+
+Step = Callable[[], object]
+
+ONLY_WRITES = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}  # what they mutate
+ONLY_READS = {("_fused_sgd_", "grads")}  # written with a grad_scale only
+NO_READS = {
+    "empty_like",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "new_empty",
+    "new_zeros",
+    "new_full",
+}  # of their inputs
+NO_WRITES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}  # memory, not values
+
+LAUNCHES = {
+    "cudaLaunchKernel",
+    "cudaLaunchKernelExC",
+    "cudaLaunchCooperativeKernel",
+    "cuLaunchKernel",
+    "cuLaunchKernelEx",
+}
+
+
+class _ByteCounter(TorchDispatchMode):
+    """Adds up what every operation must read and write, as if none of it were in a cache.
+
+    It sees operations, not kernels: an operation that goes over its tensors more than once is counted once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        schema, name = func._schema, func.overloadpacket.__name__
+        aliases = [returned.alias_info for returned in schema.returns]
+        if any(alias is not None and not alias.is_write for alias in aliases):
+            return result  # a view
+        read: dict[tuple[int, int], int] = {}  # an operand that is given twice is read once
+        written: dict[tuple[int, int], int] = {}
+        for i, argument in enumerate(schema.arguments):
+            operands = _tensors(args[i] if i < len(args) else kwargs.get(argument.name))
+            mutated = argument.alias_info is not None and argument.alias_info.is_write
+            mutated = mutated and (name, argument.name) not in ONLY_READS
+            if mutated:
+                written.update(operands)
+            if name not in NO_READS and not (mutated and (name in ONLY_WRITES or argument.is_out)):
+                read.update(operands)
+        if name not in NO_WRITES and all(alias is None for alias in aliases):
+            written.update(_tensors(result))
+        self.bytes += sum(read.values()) + sum(written.values())
+        return result
+
+
+def _tensors(tree: Any) -> dict[tuple[int, int], int]:
+    """Bytes of each tensor, by where it lies."""
+    found = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return {(tensor.data_ptr(), tensor.numel()): tensor.numel() * tensor.itemsize for tensor in found}
+
+
+def bytes_moved(step: Step) -> int:
+    with _ByteCounter() as counter:
+        step()
+    return int(counter.bytes)
+
+
+def peak_extra_bytes(step: Step, device: torch.device) -> int:
+    """The most memory that a step holds beyond what was held before it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    held = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def launches_and_host_reads(step: Step, device: torch.device) -> tuple[int | None, int | None]:
+    """Kernel launches of a step, and copies to the host; None where there is no GPU."""
+    if device.type != "cuda":
+        return None, None
+    torch.cuda.synchronize(device)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize(device)
+    names = [event.name() for event in profiler.profiler.kineto_results.events()]
+    return sum(name in LAUNCHES for name in names), sum(name.startswith("Memcpy DtoH") for name in names)

@@ -1,0 +1,159 @@
+"""Write docs/performance.md and its figures from benchmarks/results/*.json: no figure there is typed by hand."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from . import figure
+from .commandline import FOLDER
+from .machine import sentence
+from .optimizers import YARDSTICK
+from .promises import PROMISES
+from .results import Results, find, load_all
+from .tables import (
+    STEP_COLUMNS,
+    STEP_NOTE,
+    TRAINING_COLUMNS,
+    TRAINING_NOTE,
+    Column,
+    filled,
+    heading,
+    number,
+    title,
+)
+
+DOCS = FOLDER.parents[1] / "docs"
+INTRODUCTION = """\
+<!-- Written by `python -m benchmarks.render` from benchmarks/results; edit that. -->
+
+# Performance
+
+A step of an optimizer reads and writes memory and computes next to nothing, so bytes come first. In float32, torch's SGD with
+momentum must read parameter, gradient and momentum buffer and write parameter and buffer: 20 bytes a parameter, which
+`torch.optim.SGD(fused=True)` moves. LARS needs the norms of parameter and gradient before it can update: 28 bytes, 1.4 times
+as many, if both are read twice from memory, and 20 where the second read comes from a cache. These are the floors.
+
+All optimizers step the same tensors. They are interleaved: in each round everyone makes one step, in a new order, together with
+a copy of 256 MiB that measures the bandwidth; ms are medians, ratios are medians of the ratios within a round. On a CPU the
+caches hold what the one before left, on a GPU the L2 cache is flushed before each step. All use momentum and weight decay, and
+each LARS adapts every tensor (pytorch_optimizer's leaves vectors out). The quadra loop is a minimal loop of ours that stands for
+the LARS of Lightning Bolts, quadra and lightly, in whose manner Python reads two norms a tensor. A share of the copy above 100 %
+is possible: a copy also fetches the memory that it is about to overwrite, and caches help.
+"""
+COMMANDS = """\
+## Measure it yourself
+
+    python -m nox -s bench                       # CPU: step time, scaling, training step; then this page
+    python -m nox -s bench -- --device cuda      # the same on an NVIDIA GPU
+    python -m nox -s bench_compare -- before.json after.json --margin 10
+
+One part, some models, some optimizers: `python -m benchmarks.step_time --help`.
+"""
+DEVICES = {"cpu": "CPU", "cuda": "GPU"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.render", description=__doc__)
+    parser.add_argument("--results", type=Path, default=FOLDER, metavar="DIR", help="(default: benchmarks/results)")
+    parser.add_argument("--docs", type=Path, default=DOCS, metavar="DIR", help="(default: docs)")
+    options = parser.parse_args(arguments)
+    try:
+        all_results = load_all(options.results)
+    except ValueError as error:
+        print(f"render: {error}", file=sys.stderr)
+        return 2
+    options.docs.mkdir(parents=True, exist_ok=True)
+    sections = ["\n".join(section(all_results, device, options.docs)) for device in DEVICES]
+    (options.docs / "performance.md").write_text("\n".join([INTRODUCTION, *sections, COMMANDS]), encoding="utf-8")
+    return 0
+
+
+def section(all_results: list[Results], device: str, docs: Path) -> Iterator[str]:
+    """One device: the figure, then everything in numbers."""
+    yield f"## {DEVICES[device]}\n"
+    step_time, scaling, training = (
+        find(all_results, name, device) for name in ("step_time", "scaling", "training_step")
+    )
+    if step_time is None:
+        yield f"Not measured. `{_command(device)}` measures it.\n"
+        return
+    picture = docs / f"performance-{device}.svg"
+    figure.draw(step_time, scaling, picture)
+    yield f"![{figure.alt_text(step_time, scaling)}]({picture.name})\n"
+    yield f"Measured on {sentence(step_time.machine)}\n"
+    if device == "cpu":
+        yield from _promises(step_time)
+    yield "### The step alone\n"
+    yield STEP_NOTE.replace("*", r"\*") + "\n"
+    yield from _skipped(step_time)
+    for case in step_time.cases:
+        yield from _case_table(step_time, case, STEP_COLUMNS)
+    for name, results in (("Cost against size", scaling), ("The whole training step", training)):
+        yield f"### {name}\n"
+        if results is None:
+            yield f"Not measured. `{_command(device)}` measures it.\n"
+        elif results is scaling:
+            yield from _scaling_table(results)
+        else:
+            yield f"{TRAINING_NOTE}\n"
+            for case in results.cases:
+                yield from _case_table(results, case, TRAINING_COLUMNS)
+
+
+def _command(device: str) -> str:
+    return "python -m nox -s bench" + ("" if device == "cpu" else f" -- --device {device}")
+
+
+def _promises(results: Results) -> Iterator[str]:
+    values = [(promise, promise.measured(results)) for promise in PROMISES]
+    if all(value is None for _, value in values):
+        return
+    yield "What fastlars promises of its default on a CPU, and what this run measured:\n"
+    rows = []
+    for promise, value in values:
+        kept = "not measured" if value is None else "kept" if promise.kept(value) else "not kept"
+        rows.append([promise.case, title(promise.against), promise.bound, number(value), kept])
+    yield from _markdown(["model", "against", "promised", "measured", ""], rows, numbers={3})
+
+
+def _skipped(results: Results) -> Iterator[str]:
+    for name, reason in results.skipped.items():
+        yield f"{title(name)} was skipped: {reason}.\n"
+
+
+def _case_table(results: Results, case: str, columns: tuple[Column, ...]) -> Iterator[str]:
+    texts = filled(results, results.of_case(case), columns)
+    yield f"**{heading(results, case)}**\n"
+    rows = [list(row) for row in zip(*(column for _, column in texts), strict=True)]
+    yield from _markdown([header for header, _ in texts], rows, numbers=set(range(1, len(texts))))
+
+
+def _scaling_table(results: Results) -> Iterator[str]:
+    contenders = list(dict.fromkeys(row.contender for case in results.cases for row in results.of_case(case)))
+    yield f"Milliseconds, and times the time of {title(YARDSTICK)}.\n"
+    rows = []
+    for case in results.cases:
+        found = {row.contender: row for row in results.of_case(case)}
+        first = next(iter(found.values()))
+        cells = [f"{first.tensors:,}", f"{first.elements:,}"]
+        for contender in contenders:
+            ratio = results.ratio(case, contender, YARDSTICK)
+            cells.append(f"{found[contender].median:.3g}" + ("" if ratio is None else f" ({ratio:.2f})"))
+        rows.append(cells)
+    header = ["tensors", "parameters", *(title(contender) for contender in contenders)]
+    yield from _markdown(header, rows, numbers=set(range(len(header))))
+
+
+def _markdown(header: list[str], rows: list[list[str]], numbers: set[int]) -> Iterator[str]:
+    yield "| " + " | ".join(header) + " |"
+    yield "| " + " | ".join("---:" if i in numbers else "---" for i in range(len(header))) + " |"
+    for row in rows:
+        yield "| " + " | ".join(cell.replace("*", r"\*") for cell in row) + " |"
+    yield ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

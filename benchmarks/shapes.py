@@ -1,0 +1,106 @@
+"""Parameter shapes of real models, computed from their papers' architectures: no torchvision, timm or transformers needed.
+
+Element and tensor counts are those that torchvision and transformers publish for their models; a test compares.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model's parameters as an optimizer sees them."""
+
+    name: str  # on the command line and in the results
+    title: str  # in tables and figures
+    shapes: Callable[[], list[Shape]]
+
+    @property
+    def elements(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes())
+
+    @property
+    def tensors(self) -> int:
+        return len(self.shapes())
+
+
+def resnet50() -> list[Shape]:
+    """He et al., arXiv 1512.03385, with the stride in the 3x3 convolution; batch norms have weight and bias."""
+    shapes = [*_conv_norm(3, 64, 7)]
+    channels = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            shapes += _conv_norm(channels, width, 1) + _conv_norm(width, width, 3) + _conv_norm(width, 4 * width, 1)
+            if block == 0:
+                shapes += _conv_norm(channels, 4 * width, 1)
+            channels = 4 * width
+    return shapes + _linear(channels, 1000)
+
+
+def vit(width: int, depth: int, patch: int = 16, image: int = 224, classes: int = 1000) -> list[Shape]:
+    """Dosovitskiy et al., arXiv 2010.11929: query, key and value in one matrix, as in torch.nn.MultiheadAttention."""
+    tokens = (image // patch) ** 2 + 1
+    shapes: list[Shape] = [(1, 1, width), (1, tokens, width), (width, 3, patch, patch), (width,)]
+    for _ in range(depth):
+        shapes += _norm(width) + _linear(width, 3 * width) + _linear(width, width)
+        shapes += _norm(width) + _linear(width, 4 * width) + _linear(4 * width, width)
+    return shapes + _norm(width) + _linear(width, classes)
+
+
+def bert_base(width: int = 768, depth: int = 12) -> list[Shape]:
+    """Devlin et al., arXiv 1810.04805, uncased, with the pooler and without a head."""
+    shapes: list[Shape] = [(30522, width), (512, width), (2, width), *_norm(width)]
+    for _ in range(depth):
+        shapes += 3 * _linear(width, width) + _linear(width, width) + _norm(width)
+        shapes += _linear(width, 4 * width) + _linear(4 * width, width) + _norm(width)
+    return shapes + _linear(width, width)
+
+
+def convnext_tiny() -> list[Shape]:
+    """Liu et al., arXiv 2201.03545: depthwise 7x7, norm, two pointwise layers, layer scale."""
+    shapes: list[Shape] = [(96, 3, 4, 4), (96,), *_norm(96)]
+    channels = 96
+    for width, blocks in ((96, 3), (192, 3), (384, 9), (768, 3)):
+        if width != channels:
+            shapes += [*_norm(channels), (width, channels, 2, 2), (width,)]
+            channels = width
+        for _ in range(blocks):
+            shapes += [(width,), (width, 1, 7, 7), (width,), *_norm(width)]
+            shapes += _linear(width, 4 * width) + _linear(4 * width, width)
+    return shapes + _norm(channels) + _linear(channels, 1000)
+
+
+def small_tensors(count: int = 1000, side: int = 32) -> list[Shape]:
+    """Many small matrices: what a call a tensor costs."""
+    return [(side, side)] * count
+
+
+def _linear(inputs: int, outputs: int) -> list[Shape]:
+    return [(outputs, inputs), (outputs,)]
+
+
+def _norm(channels: int) -> list[Shape]:
+    return [(channels,), (channels,)]
+
+
+def _conv_norm(inputs: int, outputs: int, kernel: int) -> list[Shape]:
+    return [(outputs, inputs, kernel, kernel), *_norm(outputs)]
+
+
+MODELS = {
+    model.name: model
+    for model in (
+        Model("resnet50", "ResNet-50", resnet50),
+        Model("vit_b", "ViT-B/16", lambda: vit(768, 12)),
+        Model("vit_l", "ViT-L/16", lambda: vit(1024, 24)),
+        Model("bert_base", "BERT-base", bert_base),
+        Model("convnext_t", "ConvNeXt-T", convnext_tiny),
+        Model("small", "1000 tensors of 32x32", small_tensors),
+    )
+}
+TINY = Model("tiny", "tiny ViT (for tests)", lambda: vit(32, 2, image=32, classes=10))  # on request only

@@ -1,0 +1,109 @@
+"""Interleaved timing: in each round every contender makes one step, in an order that changes from round to round.
+
+What disturbs a machine for a while then disturbs all contenders, and ratios are taken round by round. pytest-benchmark is
+not used because it times one contender after the other, so that a slow minute counts against whoever ran in it.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from .results import COPY
+
+Step = Callable[[], object]
+
+COPY_ELEMENTS = 64 << 20  # float32: 256 MiB, more than any cache
+FEWEST_ROUNDS = 5
+
+
+class Clock(Protocol):
+    """Times one call, in milliseconds."""
+
+    device: torch.device
+
+    def time(self, step: Step) -> float: ...
+
+
+class CPUClock:
+    """The wall clock. Caches hold whatever the contender before has left there."""
+
+    device = torch.device("cpu")
+
+    def time(self, step: Step) -> float:
+        start = time.perf_counter()
+        step()
+        return (time.perf_counter() - start) * 1e3
+
+
+class CUDAClock:
+    """Events on the device; before each call the L2 cache is flushed by writing 256 MiB."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._flush = torch.empty(COPY_ELEMENTS, dtype=torch.float32, device=device)
+
+    def time(self, step: Step) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        self._flush.zero_()
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end))
+
+
+def clock_for(device: torch.device) -> Clock:
+    return CUDAClock(device) if device.type == "cuda" else CPUClock()
+
+
+class Copy:
+    """The yardstick of bandwidth: x.copy_(y) of 256 MiB, which reads and writes them."""
+
+    bytes_moved = 2 * 4 * COPY_ELEMENTS
+
+    def __init__(self, device: torch.device) -> None:
+        self._from = torch.ones(COPY_ELEMENTS, dtype=torch.float32, device=device)
+        self._to = torch.zeros(COPY_ELEMENTS, dtype=torch.float32, device=device)
+
+    def __call__(self) -> None:
+        self._to.copy_(self._from)
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long to go on: `rounds`, but no longer than `seconds` once there are a few."""
+
+    rounds: int
+    seconds: float
+
+
+def interleave(
+    steps: Mapping[str, Step], clock: Clock, length: Length, copy: Copy | None = None
+) -> dict[str, list[float]]:
+    """Milliseconds of each contender in each round (and of `copy`, if given), after one round that is not counted."""
+    if copy is not None:
+        steps = {**steps, COPY: copy}
+    for step in steps.values():
+        clock.time(step)
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    order, shuffle = list(steps), random.Random(0).shuffle
+    gc.collect()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        for done in range(length.rounds):
+            if done >= FEWEST_ROUNDS and time.perf_counter() - start > length.seconds:
+                break
+            shuffle(order)
+            for name in order:
+                samples[name].append(clock.time(steps[name]))
+    finally:
+        gc.enable()
+    return samples

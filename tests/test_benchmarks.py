@@ -1,0 +1,253 @@
+"""The benchmarks: shapes are the models', a run leaves what it should, and what is computed from it is right. Nothing is timed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+for module in ("rich", "matplotlib"):
+    pytest.importorskip(module, reason="the benchmarks have their own dependencies: group bench")
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))  # benchmarks/ is no part of the package; it is run from the repository root
+
+from benchmarks import compare, models, render, step_time, training_step
+from benchmarks.counting import bytes_moved, peak_extra_bytes
+from benchmarks.measuring import measure
+from benchmarks.optimizers import CONTENDERS, LOOP, OURS, YARDSTICK, Contender
+from benchmarks.results import COPY, Results, Row, load, save
+from benchmarks.shapes import MODELS, TINY
+from benchmarks.timing import FEWEST_ROUNDS, CPUClock, Length, interleave
+
+CPU = torch.device("cpu")
+
+# elements and tensors of torchvision's resnet50, vit_b_16, vit_l_16 and convnext_tiny, and of transformers' BertModel
+PUBLISHED = {
+    "resnet50": (25_557_032, 161),
+    "vit_b": (86_567_656, 152),
+    "vit_l": (304_326_632, 296),
+    "bert_base": (109_482_240, 199),
+    "convnext_t": (28_589_128, 182),
+    "small": (1_024_000, 1000),
+}
+
+
+def results(benchmark: str, samples: dict[tuple[str, str], list[float]], **machine: Any) -> Results:
+    """A run by hand: milliseconds by case and contender."""
+    known = {
+        "device": "cpu",
+        "device_name": "a CPU",
+        "cpu": "a CPU",
+        "cores": 2,
+        "threads": 2,
+        "load": 0.1,
+        "system": "Linux",
+        "python": "3.11",
+        "versions": {"torch": "2.13.0"},
+        "commit": "0",
+        "date": "2026-01-01",
+    }
+    rows = [Row(case, who, 10, 1_000_000, ms, bytes_moved=20_000_000) for (case, who), ms in samples.items()]
+    return Results(benchmark, {**known, **machine}, {"dtype": "float32"}, rows)
+
+
+def a_run(factor: float = 1.0, **machine: Any) -> Results:
+    samples = {("ResNet-50", YARDSTICK): [1.0, 2.0, 4.0], ("ResNet-50", OURS[0]): [factor, 2 * factor, 4 * factor]}
+    samples |= {("ResNet-50", LOOP): [3.0, 6.0, 8.0], ("ResNet-50", COPY): [2.0, 2.0, 2.0]}
+    return results("step_time", samples, **machine)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_shapes_have_the_published_totals(name: str) -> None:
+    assert (MODELS[name].elements, MODELS[name].tensors) == PUBLISHED[name]
+    assert PUBLISHED.keys() == MODELS.keys()
+
+
+@pytest.mark.parametrize("name", ["resnet50", "vit_b"])
+def test_the_trained_models_have_these_shapes(name: str) -> None:
+    with torch.device("meta"):
+        model = {"resnet50": models.resnet50, "vit_b": models.ViT}[name]()
+        size = 64 if name == "resnet50" else 224
+        assert model(torch.empty(2, 3, size, size)).shape == (2, 1000)
+    assert sorted(tuple(p.shape) for p in model.parameters()) == sorted(MODELS[name].shapes())
+
+
+def test_bytes_and_memory_are_those_of_the_design() -> None:
+    """One tensor past any stacking: 20 bytes a parameter for fused SGD, 28 for ours, 52 and no temporary for foreach."""
+    counted, held = {}, {}
+    for name in (YARDSTICK, "sgd-loop", *OURS, LOOP):
+        param = torch.nn.Parameter(torch.ones(1000, 1000))
+        param.grad = torch.ones(1000, 1000)
+        optimizer = CONTENDERS[name].make([param])
+        optimizer.step()
+        counted[name] = round(bytes_moved(optimizer.step) / 1e6, 1)
+        held[name] = round(peak_extra_bytes(optimizer.step, CPU) / 1e6, 1)
+    expected = {
+        YARDSTICK: 20,
+        "sgd-loop": 44,
+        "fastlars-fused": 28,
+        "fastlars-foreach": 52,
+        "fastlars-single": 52,
+        LOOP: 60,
+    }
+    assert counted == expected
+    assert held == {**dict.fromkeys(expected, 0), "sgd-loop": 4, LOOP: 4}
+
+
+def test_the_loop_is_the_lars_that_it_stands_for() -> None:
+    stepped = {}
+    for name in (LOOP, "fastlars-single"):
+        params = [torch.nn.Parameter(torch.linspace(0.1, 1, 6).view(2, 3)), torch.nn.Parameter(torch.zeros(3))]
+        for param in params:
+            param.grad = torch.full_like(param, 0.5)
+        optimizer = CONTENDERS[name].make(params)
+        optimizer.param_groups[0]["lr"] = 10.0
+        for _ in range(3):
+            optimizer.step()
+        stepped[name] = params
+    torch.testing.assert_close(stepped[LOOP], stepped["fastlars-single"])
+
+
+def test_everyone_makes_one_step_a_round() -> None:
+    class Counting:
+        device = CPU
+
+        def time(self, step: Any) -> float:
+            step()
+            return 1.0
+
+    calls: list[str] = []
+    steps = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    samples = interleave(steps, Counting(), Length(rounds=4, seconds=60))
+    assert samples == {name: [1.0] * 4 for name in "abc"}
+    rounds = [tuple(calls[i : i + 3]) for i in range(3, 15, 3)]
+    assert all(sorted(order) == ["a", "b", "c"] for order in rounds) and len(set(rounds)) > 1
+
+    samples = interleave(steps, Counting(), Length(rounds=50, seconds=0))
+    assert len(samples["a"]) == FEWEST_ROUNDS
+
+
+def test_who_writes_gradients_gets_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Writer(torch.optim.SGD):
+        def step(self) -> None:  # type: ignore[override]
+            for p in self.param_groups[0]["params"]:
+                p.grad.mul_(0.5)
+
+    seen: list[Any] = []
+
+    class Reader(torch.optim.SGD):
+        def step(self) -> None:  # type: ignore[override]
+            seen.append(self.param_groups[0]["params"][0].grad.clone())
+
+    both = {
+        cls.__name__: Contender(cls.__name__, "", lambda params, c=cls: c(params, 0.1), "p") for cls in (Writer, Reader)
+    }
+    monkeypatch.setattr("benchmarks.measuring.CONTENDERS", both)
+
+    class SmallCopy:
+        bytes_moved = 0
+
+        def __call__(self) -> None:
+            pass
+
+    rows = measure("case", [(8,)], list(both), CPUClock(), SmallCopy(), Length(2, 1), torch.float32)  # type: ignore[arg-type]
+    assert [row.writes_grad for row in rows] == [True, False, False]
+    of_measure = [grad for grad in seen if grad.shape == (8,)]
+    assert len(of_measure) > 4 and all(torch.equal(grad, of_measure[0]) for grad in of_measure)
+
+
+def test_a_run_writes_what_load_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.json"
+    arguments = ["--models", TINY.name, "--rounds", "2", "--out", str(path), "--only", YARDSTICK, *OURS, LOOP]
+    assert step_time.main(arguments) == 0
+    run = load(path)
+    assert [row.contender for row in run.rows] == [YARDSTICK, *OURS, LOOP, COPY]
+    assert all(len(row.ms) == 2 and min(row.ms) > 0 for row in run.rows)
+    assert {(row.tensors, row.elements) for row in run.rows} == {(TINY.tensors, TINY.elements)}
+    assert run.machine["versions"]["torch"] and str(tmp_path) not in path.read_text()
+    printed = capsys.readouterr().out
+    assert printed.index("bytes/param") < printed.index("ms") and "\x1b" not in printed and "…" not in printed
+
+
+def test_a_training_run_has_first_steps(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    assert training_step.main(["--models", "tiny", "--rounds", "2", "--out", str(path)]) == 0
+    assert all(row.first_step_ms is not None and len(row.ms) == 2 for row in load(path).rows)
+
+
+def test_a_peer_that_is_not_installed_is_skipped_by_name() -> None:
+    assert (
+        Contender("x", "x", CONTENDERS[LOOP].make, package="no-such-package").missing()
+        == "no-such-package is not installed"
+    )
+
+    def broken(_params: Any) -> Any:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    assert "nms does not exist" in Contender("x", "x", broken, package="torch").missing()
+    assert CONTENDERS[LOOP].missing() == ""
+
+
+def test_figures_are_computed_round_by_round(tmp_path: Path) -> None:
+    run = a_run()
+    save(run, tmp_path / "run.json")
+    assert load(tmp_path / "run.json") == run
+    assert run.ratio("ResNet-50", LOOP, YARDSTICK) == 3.0  # of 3, 3, 2; the medians' ratio is 3 too
+    row, copy = run.find("ResNet-50", YARDSTICK), run.find("ResNet-50", COPY)
+    assert row is not None and copy is not None
+    assert (row.bytes_per_parameter, row.gb_s, run.share_of_copy(row)) == (20.0, 10.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("factor", "margin", "status"), [(1.0, "10", 0), (1.09, "10", 0), (1.11, "10", 1), (1.11, "12", 0), (0.5, "10", 0)]
+)
+def test_compare_exits_1_on_a_regression(tmp_path: Path, factor: float, margin: str, status: int) -> None:
+    before, after = tmp_path / "before.json", tmp_path / "after.json"
+    save(a_run(), before)
+    save(a_run(factor), after)
+    assert compare.main([str(before), str(after), "--margin", margin]) == status
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        (results("scaling", {}), "one benchmark"),
+        (a_run(threads=8), "same threads"),
+        (results("step_time", {("ViT-B/16", YARDSTICK): [1.0]}), "no case in common"),
+        (None, "must be a result"),
+    ],
+    ids=["benchmark", "threads", "cases", "no file"],
+)
+def test_compare_refuses_what_does_not_compare(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], other: Results | None, reason: str
+) -> None:
+    save(a_run(), tmp_path / "before.json")
+    if other is not None:
+        save(other, tmp_path / "after.json")
+    assert compare.main([str(tmp_path / "before.json"), str(tmp_path / "after.json")]) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_the_page_has_the_figures_of_the_results(tmp_path: Path) -> None:
+    save(a_run(1.2), tmp_path / "results" / "step_time-cpu.json")
+    samples = {
+        (f"{series}: {i}", who): [1.0]
+        for series in ("tensors", "elements")
+        for i in (1, 2)
+        for who in (YARDSTICK, COPY)
+    }
+    save(results("scaling", samples), tmp_path / "results" / "scaling-cpu.json")
+    for _ in range(2):
+        assert render.main(["--results", str(tmp_path / "results"), "--docs", str(tmp_path / "docs")]) == 0
+        picture = (tmp_path / "docs" / "performance-cpu.svg").read_bytes()
+    page = (tmp_path / "docs" / "performance.md").read_text()
+    assert "| ResNet-50 | torch SGD(fused=True) | at most 1.40 times its time (aim 1.28) | 1.20 | kept |" in page
+    assert "| ViT-B/16 | quadra loop | at least 2.0 times as fast |  | not measured |" in page
+    assert "![Step time" in page and "fastlars fused 1.20 on ResNet-50" in page
+    assert "Not measured. `python -m nox -s bench -- --device cuda` measures it." in page
+    assert render.main(["--results", str(tmp_path / "results"), "--docs", str(tmp_path / "docs")]) == 0
+    assert (tmp_path / "docs" / "performance-cpu.svg").read_bytes() == picture, "the same results make the same file"
