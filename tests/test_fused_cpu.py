@@ -84,8 +84,8 @@ def test_every_layout_of_param_grad_and_buffer(layouts: tuple[str, str, str], na
 
 @pytest.fixture
 def tiny_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Limits so small that small tensors go through every loop: stacks, chunks, blocks, and their remainders."""
-    for limit, elements in {"SMALL": 16, "STACK": 50, "CACHE": 300, "BLOCK": 64}.items():
+    """Limits so small that small tensors go through every loop: stacks, blocks, and their remainders."""
+    for limit, elements in {"SMALL": 16, "STACK": 50}.items():
         monkeypatch.setattr(fused_cpu, limit, elements)
 
 
@@ -101,9 +101,9 @@ def test_equals_reference_through_every_loop(name: str, tiny_limits: None) -> No
 
 @pytest.mark.parametrize("name", ["momentum-joint", "clip", "nesterov"])
 def test_equals_reference_at_real_sizes(name: str) -> None:
-    """Past every limit as it is: 2^18 and 2^20 elements and a remainder."""
+    """Past every limit as it is, with and without a remainder."""
     generator = torch.Generator().manual_seed(0)
-    sizes = [fused_cpu.SMALL, fused_cpu.SMALL + 1, fused_cpu.BLOCK + 3, fused_cpu.CACHE + 5]
+    sizes = [fused_cpu.SMALL, fused_cpu.SMALL + 1, fused_cpu.STACK + 3, 5 * fused_cpu.STACK]
     params = [torch.nn.Parameter(torch.rand(size, generator=generator)) for size in sizes]
     run([{"params": params}], OPTIONS[name], lambda ps, step: make_grads("dense", ps, step), {"fused": True}, 2)
 

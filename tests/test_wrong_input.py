@@ -345,3 +345,15 @@ def test_0_and_1_are_truth_values() -> None:
 )
 def test_tags_of_users_are_not_taken_for_misspelt_options(tag: str) -> None:
     LARS([{"params": torch.ones(2, requires_grad=True), tag: 1}], lr=1.0)
+
+
+def test_fused_is_refused_where_there_is_no_fused_step() -> None:
+    param = torch.ones(2, device="meta", requires_grad=True)
+    with pytest.raises(NotImplementedError, match="fused=True is for CPU tensors in this version, got one on meta"):
+        LARS([param], lr=1.0, fused=True)
+    optimizer = LARS([param], lr=1.0)
+    state = optimizer.state_dict()
+    state["param_groups"][0]["fused"] = True
+    with pytest.raises(NotImplementedError, match="leave fused=None"):
+        optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["fused"] is None

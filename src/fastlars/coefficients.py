@@ -10,13 +10,16 @@ Source: You, Gitman, Ginsburg, arXiv 1708.03888, Eq. 6 and Algorithm 1.
 
 from __future__ import annotations
 
-from typing import Optional, Tuple, Union  # noqa: UP035  TorchScript reads these spellings only
+from typing import Any, Optional, Tuple, Union  # noqa: UP035  TorchScript reads these spellings only
 
 import torch
 from torch import Tensor
 
 from .norms import norm_dtype
 from .options import Options
+
+# The formula takes norms as tensors of any shape or, where the host knows them, as numbers.
+Number = Union[float, Tensor]
 
 
 def is_adapted(options: Options) -> bool:
@@ -26,68 +29,67 @@ def is_adapted(options: Options) -> bool:
     return options.adapt
 
 
-def trust_ratio(
-    param_norm: Tensor, direction_norm: Tensor, lr: Union[float, Tensor], options: Options
-) -> Tuple[Tensor, Tensor]:
-    """Trust ratio and effective weight decay of each tensor, from norms of any shape.
+def where(condition: Any, if_true: Number, if_false: Number) -> Number:
+    """`torch.where` for numbers too; at least one of the two is a tensor where the condition is."""
+    if isinstance(condition, Tensor):
+        return torch.where(condition, if_true, if_false)
+    return if_true if condition else if_false
 
-    ``direction_norm`` is |g| for "separate" and |g + weight_decay * w| for "joint".
-    """
-    # `!= 0` and not `> 0`: a NaN norm must reach the parameters, as it does in the formula
-    nonzero = (param_norm != 0) & (direction_norm != 0)
+
+def is_nonzero(param_norm: Number, direction_norm: Number) -> Any:
+    """Whether there is a ratio to take. Not `> 0`: a NaN norm must reach the parameters, as it does in the formula."""
+    return (param_norm != 0) & (direction_norm != 0)
+
+
+def trust_ratio(param_norm: Number, direction_norm: Number, lr: Number, options: Options) -> Number:
+    """lam, the trust ratio. ``direction_norm`` is |g| for "separate" and |g + weight_decay * w| for "joint"."""
+    nonzero = is_nonzero(param_norm, direction_norm)
     denominator = direction_norm + options.eps
     if options.trust_denominator == "separate":
         denominator = denominator + options.weight_decay * param_norm
     # the inner `where`: no division by 0 on the side that is not taken, whose gradient would be NaN
-    ratio = options.trust_coefficient * param_norm / torch.where(nonzero, denominator, 1.0)
+    ratio = options.trust_coefficient * param_norm / where(nonzero, denominator, 1.0)
     if options.trust_clip:
         # min(ratio / lr, 1), and 1 at lr = 0
-        clipped = ratio >= lr
-        # ones_like and not 1.0: `where` of two numbers has the default dtype
-        ratio = torch.where(clipped, 1.0, ratio) / torch.where(clipped, torch.ones_like(ratio), lr)
-    ratio = torch.where(nonzero, ratio, 1.0)
-    decay = torch.full_like(ratio, options.weight_decay)
-    if options.trust_denominator == "separate":
-        decay = torch.where(nonzero, decay, 0.0)
-    return ratio, decay
+        ratio = where(ratio >= lr, 1.0, ratio / where(lr > 0, lr, 1.0))
+    return where(nonzero, ratio, 1.0)
+
+
+def coefficients(
+    norms: Optional[Tuple[Number, Number]], lr: Number, scale: Optional[Number], first_step: bool, options: Options
+) -> Tuple[Number, Number]:
+    """The factors b of the gradient and c of the parameter, in the shape of the norms.
+
+    ``norms`` are the param norm and the direction norm; None for tensors that are not adapted.
+    """
+    ratio: Number = 1.0 if norms is None else trust_ratio(norms[0], norms[1], lr, options)
+    if options.momentum != 0 and not first_step:
+        ratio = ratio * (1 - options.dampening)
+    if options.lr_in_momentum:
+        ratio = ratio * lr
+    c = ratio * options.weight_decay
+    if norms is not None and options.trust_denominator == "separate":
+        c = where(is_nonzero(*norms), c, 0.0)
+    b = ratio if scale is None else ratio * scale
+    return b, c
+
+
+def on_device(value: Tensor, like: Tensor) -> Tensor:
+    """A 1-element tensor as a 0-dim tensor on ``like``'s device."""
+    # a non-blocking copy to the CPU would be read there before it has arrived
+    return value.reshape(()).to(device=like.device, non_blocking=like.device.type != "cpu")
 
 
 def scalar_lr(lr: Union[float, Tensor], like: Tensor) -> Union[float, Tensor]:
-    """A tensor lr as a 0-dim tensor on ``like``'s device; a float as it is."""
-    if isinstance(lr, Tensor):
-        return lr.reshape(()).to(device=like.device, non_blocking=True)
-    return lr
+    """A tensor lr as a 0-dim tensor on ``like``'s device, in the dtype of its norms; a float as it is."""
+    return on_device(lr, like).to(norm_dtype(like.dtype)) if isinstance(lr, Tensor) else lr
 
 
 def gradient_scale(grad_scale: Optional[Tensor], maximize: bool, like: Tensor) -> Optional[Tensor]:
     """The factor s that makes a raw gradient the one to descend along, on ``like``'s device; None where it is 1."""
     if grad_scale is not None:
-        scale = grad_scale.reshape(()).to(device=like.device, dtype=torch.float32, non_blocking=True).reciprocal()
+        scale = on_device(grad_scale, like).to(torch.float32).reciprocal()
         return -scale if maximize else scale
     if maximize:
         return torch.full((), -1.0, dtype=torch.float32, device=like.device)
     return None
-
-
-def coefficients(
-    norms: Optional[Tensor], like: Tensor, scale: Optional[Tensor], first_step: bool, options: Options
-) -> Tuple[Tensor, Tensor]:
-    """The factors b of the gradients and c of the parameters, on ``like``'s device, in the dtype its norms have.
-
-    ``norms`` holds param norms in row 0 and direction norms in row 1, shape (>= 2, n); None for tensors that are not
-    adapted. b and c have shape (n,), or () without norms.
-    """
-    dtype = norm_dtype(like.dtype)
-    lr = scalar_lr(options.lr, like)
-    if norms is None:
-        ratio = torch.ones((), dtype=dtype, device=like.device)
-        decay = torch.full_like(ratio, options.weight_decay)
-    else:
-        ratio, decay = trust_ratio(norms[0], norms[1], lr, options)
-    if options.momentum != 0 and not first_step:
-        ratio = ratio * (1 - options.dampening)
-    if options.lr_in_momentum:
-        ratio = ratio * lr
-    c = ratio * decay
-    b = ratio if scale is None else ratio * scale
-    return b.to(dtype), c.to(dtype)

@@ -6,16 +6,16 @@ only v = m v + b g + c w and w -= q v. The class measures all groups before it u
 
 from __future__ import annotations
 
-from typing import Dict, List, NamedTuple, Optional, Tuple, Union  # noqa: UP035  TorchScript reads these spellings only
+from typing import Dict, List, NamedTuple, Optional, Tuple, Union, cast  # noqa: UP035  TorchScript reads these spellings only
 
 import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
 from . import fused_cpu
-from .coefficients import coefficients, gradient_scale, is_adapted, scalar_lr
+from .coefficients import coefficients, gradient_scale, is_adapted, on_device, scalar_lr
 from .compat import bump_versions, default_foreach
-from .norms import buckets, is_half, joint_norms, norms, real
+from .norms import buckets, is_half, joint_norms, norm_dtype, norms, real
 from .options import Options
 from .updates import multi_tensor_lars, single_tensor_lars
 
@@ -125,8 +125,9 @@ def split(
         if preferred == "fused" and fused_cpu.serves(param, grad, buffer):
             runs, key = "fused", buffer is None  # which is one device and dtype
         else:
-            runs = "single" if preferred == "fused" else preferred
-            key = (param.device, param.dtype, grad.dtype, buffer is None)
+            # foreach ops do not write to conjugate views
+            runs = "single" if preferred == "fused" or param.is_conj() else preferred
+            key = (runs, param.is_conj(), param.device, param.dtype, grad.dtype, buffer is None)
         part = parts.get(key)
         if part is None:
             part = parts[key] = Part(runs, [], [], [], [])
@@ -185,8 +186,7 @@ def any_nonfinite(measured: List[Optional[Tensor]], found_inf: Optional[Tensor])
     flags = [(~rows[-1].isfinite()).any() for rows in measured if rows is not None]
     if found_inf is not None:
         flags.append(found_inf.reshape(()) != 0)
-    device = flags[0].device
-    return torch.stack([flag.to(device, non_blocking=True) for flag in flags]).any()
+    return torch.stack([on_device(flag, flags[0]) for flag in flags]).any()
 
 
 def update(
@@ -217,7 +217,8 @@ def _update_ours(
 
     dtype = part.params[0].dtype
     foreach = part.implementation == "foreach"
-    if found_inf is None and not is_half(dtype):
+    # a conjugate view cannot be written through its real view, which is a copy
+    if found_inf is None and not is_half(dtype) and not part.params[0].is_conj():
         _step(part.params, part.grads, buffers, b, c, options, foreach)
         return
 
@@ -225,7 +226,7 @@ def _update_ours(
     # step that the device may skip is written back or not (a factor of 0 would not do: 0 * NaN is NaN).
     torch_sgd = _is_torch_sgd(options, grad_scale)
     wide = torch.float32 if is_half(dtype) and not torch_sgd else dtype
-    skip = None if found_inf is None else found_inf.reshape(()).to(device=part.params[0].device, non_blocking=True) != 0
+    skip = None if found_inf is None else on_device(found_inf, part.params[0]) != 0
     for bucket in buckets(part.params) if foreach else [[i] for i in range(len(part.params))]:
         params = [part.params[i] for i in bucket]
         grads = [part.grads[i] for i in bucket]
@@ -233,13 +234,13 @@ def _update_ours(
         new_params = _copies(params, wide, foreach)
         new_buffers = _copies(momentum_buffers, wide, foreach)
         if torch_sgd:
-            copies: List[Optional[Tensor]] = list(new_buffers)
-            _torch_sgd(new_params, grads, copies, options, part.implementation)
+            _torch_sgd(new_params, grads, [*new_buffers], options, part.implementation)
         else:
             if foreach and is_half(grads[0].dtype):
                 grads = _copies(grads, wide, foreach)  # foreach ops are one launch only among equal dtypes
             _step(new_params, grads, new_buffers, [b[i] for i in bucket], [c[i] for i in bucket], options, foreach)
         _write_back(params + momentum_buffers, new_params + new_buffers, skip, foreach)
+        new_params, new_buffers, grads = [], [], []  # freed before the next bucket is made
 
 
 def _is_torch_sgd(options: Options, grad_scale: Optional[Tensor]) -> bool:
@@ -260,6 +261,9 @@ def _torch_sgd(
     writes_grad = (
         implementation == "foreach" and options.nesterov and options.weight_decay == 0 and not options.maximize
     )
+    lr = options.lr
+    if isinstance(lr, Tensor):
+        lr = lr.reshape(())  # it stays on the CPU, where sgd reads it
     sgd(
         params,
         list(torch._foreach_mul(grads, 1.0)) if writes_grad else grads,
@@ -268,7 +272,7 @@ def _torch_sgd(
         fused=implementation == "fused",
         weight_decay=options.weight_decay,
         momentum=options.momentum,
-        lr=scalar_lr(options.lr, params[0]),  # type: ignore[arg-type]  # torch 2.4 takes tensors, and does not say so
+        lr=cast(float, lr),  # it takes tensors too; older versions do not say so
         dampening=options.dampening,
         nesterov=options.nesterov,
         maximize=options.maximize,
@@ -283,13 +287,29 @@ def _coefficient_lists(
     like = real(part.params[0])
     first_step = options.momentum != 0 and part.momentum_buffers[0] is None
     scale = gradient_scale(grad_scale, options.maximize, like)
-    b, c = coefficients(measured if is_adapted(options) else None, like, scale, first_step, options)
-    n = len(part.params)
-    return list(b.expand(n).unbind()), list(c.expand(n).unbind())
+    norms = (measured[0], measured[1]) if is_adapted(options) and measured is not None else None
+    b, c = coefficients(norms, scalar_lr(options.lr, like), scale, first_step, options)
+    return _unbind(b, part, like), _unbind(c, part, like)
+
+
+def _unbind(numbers: Union[float, Tensor], part: Part, like: Tensor) -> List[Tensor]:
+    """One 0-dim tensor for each of the part's, on their device and in the dtype of their norms."""
+    dtype = norm_dtype(like.dtype)
+    if isinstance(numbers, Tensor):
+        numbers = numbers.to(dtype)
+    else:
+        numbers = torch.full((), numbers, dtype=dtype, device=like.device)
+    return list(numbers.expand(len(part.params)).unbind())
 
 
 def _copies(tensors: List[Tensor], dtype: torch.dtype, foreach: bool) -> List[Tensor]:
-    copies = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    # with the strides kept, even if they leave gaps: torch's kernels round bfloat16 differently in another layout
+    copies = [
+        torch.empty_like(t, dtype=dtype)
+        if t.dtype != dtype
+        else torch.empty_strided(t.shape, t.stride(), dtype=dtype, device=t.device)
+        for t in tensors
+    ]
     if not copies:
         return copies  # foreach ops refuse empty lists
     _write_back(copies, tensors, None, foreach)
@@ -301,7 +321,8 @@ def _write_back(targets: List[Tensor], sources: List[Tensor], skip: Optional[Ten
         torch._foreach_copy_(targets, sources)
         return
     for target, source in zip(targets, sources):
-        target.copy_(source if skip is None else torch.where(skip, target, source))
+        # chosen in the target's dtype: a NaN that went through float32 and back has other bits
+        target.copy_(source if skip is None else torch.where(skip, target, source.to(target.dtype)))
 
 
 def _step(

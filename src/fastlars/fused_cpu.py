@@ -14,19 +14,18 @@ from typing import Dict, List, Optional, Tuple, cast  # noqa: UP035  as in funct
 import torch
 from torch import Tensor
 
-from .coefficients import coefficients, gradient_scale, is_adapted, scalar_lr
+from .coefficients import Number, coefficients, is_adapted
 from .compat import bump_versions, outside_graphs
-from .norms import ROW
+from .norms import ROW, flat_norm
 from .options import Options
 
-SMALL = ROW  # tensors up to this size are stacked with others of their shape: a call each would cost more than the work
-STACK = (
-    1 << 18
-)  # elements stacked at a time: two workspaces of 1 MiB, made once a step (page faults cost most of a stack)
-CACHE = 1 << 20  # elements whose norms are taken before their update: parameters and gradients, 8 MiB, stay in cache
-BLOCK = 1 << 18  # elements summed by one dot product, relative error 1e-7; the sums are added in double precision
-
-# 1 - b is passed in double precision, and b is taken back from it: with a smaller b, rounding would show in float32
+# Tensors up to this size are stacked with others of their shape: a call each would cost more than the work.
+SMALL = 4096
+# Elements stacked at a time, in two workspaces of 1 MiB made once a step: page faults cost most of a stack.
+STACK = 1 << 18
+# Row norms that one dot product may add in float32: relative error up to 5e-7.
+ROWS = 4096
+# 1 - b is passed in double precision, and b is taken back from it: with a smaller b, rounding would show in float32.
 SMALLEST_B = 1e-8
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -34,16 +33,19 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 def serves(param: Tensor, grad: Tensor, buffer: Optional[Tensor]) -> bool:
     """Whether the kernel, which walks over memory, computes these tensors right."""
-    if not (_is_plain(param) and _is_plain(grad) and (buffer is None or _is_plain(buffer))):
+    third = param if buffer is None else buffer
+    # written out, since it is asked of every tensor in every step
+    if (
+        not (param.dtype is grad.dtype is third.dtype is torch.float32)
+        or not (param.is_cpu and grad.is_cpu and third.is_cpu)
+        or not (type(param) in _PLAIN and type(grad) in _PLAIN and type(third) in _PLAIN)
+        or (param.is_neg() or grad.is_neg() or third.is_neg())
+    ):
         return False
-    if param.is_contiguous() and grad.is_contiguous() and (buffer is None or buffer.is_contiguous()):
+    if param.is_contiguous() and grad.is_contiguous() and third.is_contiguous():
         return True
     strides = _strides(param)
-    return strides == _strides(grad) and (buffer is None or strides == _strides(buffer)) and _is_dense(strides)
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return tensor.dtype is torch.float32 and tensor.is_cpu and type(tensor) in _PLAIN and not tensor.is_neg()
+    return strides == _strides(grad) == _strides(third) and _is_dense(strides)
 
 
 def _strides(tensor: Tensor) -> List[Tuple[int, int]]:
@@ -84,14 +86,8 @@ def step(
     fused = _Fused(options, first_step, grad_scale)
     for shape, places in stacks.items():
         fused.stacked(shape, *_take(places, params, grads, momentum_buffers))
-    start = 0
-    while start < len(alone):
-        end, size = start + 1, params[alone[start]].numel()
-        while end < len(alone) and size + params[alone[end]].numel() <= CACHE:
-            size += params[alone[end]].numel()
-            end += 1
-        fused.one_by_one(*_take(alone[start:end], params, grads, momentum_buffers))
-        start = end
+    for i in alone:
+        fused.alone(params[i], grads[i], [buffer for buffer in momentum_buffers[i : i + 1] if buffer is not None])
     bump_versions(params + [buffer for buffer in momentum_buffers if buffer is not None])
 
 
@@ -108,10 +104,9 @@ class _Fused:
     def __init__(self, options: Options, first_step: bool, grad_scale: Optional[Tensor]) -> None:
         self.options = options
         self.first_step = first_step
-        self.like = torch.empty((), dtype=torch.float32, device="cpu")
-        self.scale = gradient_scale(grad_scale, options.maximize, self.like)
-        self.factor = 1.0 if self.scale is None else float(self.scale)
-        self.step_size = 1.0 if options.lr_in_momentum else float(scalar_lr(options.lr, self.like))
+        self.lr = float(options.lr)
+        self.scale = (-1.0 if options.maximize else 1.0) / (1.0 if grad_scale is None else float(grad_scale))
+        self.step_size = 1.0 if options.lr_in_momentum else self.lr
         self.workspaces: List[Tensor] = []
 
     def stacked(self, shape: torch.Size, params: List[Tensor], grads: List[Tensor], buffers: List[Tensor]) -> None:
@@ -124,31 +119,23 @@ class _Fused:
             n = len(params[chunk])
             w = torch.stack(params[chunk], out=weights[:n]).view(n, -1)
             g = torch.stack(grads[chunk], out=directions[:n]).view(n, -1)
-            norms: Optional[Tensor] = None
+            norms: Optional[Tuple[Tensor, Tensor]] = None
             if is_adapted(self.options):
-                norms = torch.stack([torch.linalg.vector_norm(w, dim=1), self._row_direction_norms(w, g)])
-            b, c = (numbers.expand(n).unsqueeze(1) for numbers in self._coefficients(norms))
-            g.mul_(b)
-            if self.options.weight_decay != 0:
-                g.addcmul_(w, c)
+                norms = (torch.linalg.vector_norm(w, dim=1), self._row_direction_norms(w, g))
+            b, c = self._coefficients(norms)
+            self._make_directions(g, b, w, c)
             self._sgd(params[chunk], list(views[:n]), buffers[chunk])
 
-    def one_by_one(self, params: List[Tensor], grads: List[Tensor], buffers: List[Tensor]) -> None:
-        """Norms of all, then the kernel for each."""
-        n = len(params)
-        norms: Optional[Tensor] = None
-        if is_adapted(self.options):
-            rows = [[_norm(p) for p in params], [self._direction_norm(p, g) for p, g in zip(params, grads)]]
-            norms = torch.tensor(rows, dtype=torch.float64, device="cpu")
-        b, c = (numbers.expand(n).tolist() for numbers in self._coefficients(norms))
-        for i, param in enumerate(params):
-            buffer = buffers[i : i + 1]
-            if self.options.momentum == 0 and b[i] != 0 and math.isfinite(c[i] / b[i]):
-                self._sgd([param], [grads[i]], [], weight_decay=c[i] / b[i], factor=b[i])
-            elif not self.options.nesterov and SMALLEST_B <= abs(b[i]) < math.inf:
-                self._sgd([param], [grads[i]], buffer, weight_decay=c[i] / b[i], dampening=1 - b[i])
-            else:
-                self._block_by_block(param, grads[i], buffer, b[i], c[i])
+    def alone(self, param: Tensor, grad: Tensor, buffer: List[Tensor]) -> None:
+        """A tensor by itself: norms, then one call of the kernel, which reads again what is still in cache."""
+        norms = (_norm(_flat(param)), self._direction_norm(param, grad)) if is_adapted(self.options) else None
+        b, c = (float(number) for number in self._coefficients(norms))
+        if self.options.momentum == 0 and b != 0 and math.isfinite(c / b):
+            self._sgd([param], [grad], [], weight_decay=c / b, factor=b)
+        elif not self.options.nesterov and SMALLEST_B <= abs(b) < math.inf:
+            self._sgd([param], [grad], buffer, weight_decay=c / b, dampening=1 - b)
+        else:
+            self._block_by_block(param, grad, buffer, b, c)
 
     def _block_by_block(self, param: Tensor, grad: Tensor, buffer: List[Tensor], b: float, c: float) -> None:
         """What one call cannot do, through a workspace that holds the direction of a block."""
@@ -159,6 +146,19 @@ class _Fused:
             if self.options.weight_decay != 0:
                 direction.add_(w, alpha=c)
             self._sgd([w], [direction], v)
+
+    def _make_directions(self, grads: Tensor, b: Number, params: Tensor, c: Number) -> None:
+        """``b * grads + c * params``, in place of grads, with a number a row or one for all."""
+        if isinstance(b, Tensor):
+            grads.mul_(b.unsqueeze(1))
+        else:
+            grads.mul_(b)
+        if self.options.weight_decay == 0:
+            return
+        if isinstance(c, Tensor):
+            grads.addcmul_(params, c.unsqueeze(1))
+        else:
+            grads.add_(params, alpha=c)
 
     def _sgd(
         self,
@@ -187,21 +187,21 @@ class _Fused:
             self.workspaces = [torch.empty(numel, dtype=torch.float32, device="cpu") for _ in range(2)]
         return [workspace[:numel] for workspace in self.workspaces]
 
-    def _coefficients(self, norms: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
-        return coefficients(norms, self.like, self.scale, self.first_step, self.options)
+    def _coefficients(self, norms: Optional[Tuple[Number, Number]]) -> Tuple[Number, Number]:
+        return coefficients(norms, self.lr, self.scale, self.first_step, self.options)
 
     def _row_direction_norms(self, w: Tensor, g: Tensor) -> Tensor:
         if self.options.trust_denominator == "joint":
-            g = (g * self.factor).add_(w, alpha=self.options.weight_decay)
+            g = (g * self.scale).add_(w, alpha=self.options.weight_decay)
             return cast(Tensor, torch.linalg.vector_norm(g, dim=1))
-        return cast(Tensor, torch.linalg.vector_norm(g, dim=1) * abs(self.factor))
+        return cast(Tensor, torch.linalg.vector_norm(g, dim=1) * abs(self.scale))
 
     def _direction_norm(self, param: Tensor, grad: Tensor) -> float:
         if self.options.trust_denominator == "separate":
-            return abs(self.factor) * _norm(grad)
-        blocks = zip(torch.split(_flat(param), BLOCK), torch.split(_flat(grad), BLOCK))
+            return abs(self.scale) * _norm(_flat(grad))
+        blocks = zip(torch.split(_flat(param), STACK), torch.split(_flat(grad), STACK))
         decay = self.options.weight_decay
-        return math.sqrt(math.fsum(_sum_of_squares((g * self.factor).add_(w, alpha=decay)) for w, g in blocks))
+        return math.hypot(*(_norm((g * self.scale).add_(w, alpha=decay)) for w, g in blocks))
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -209,11 +209,12 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.view(-1) if tensor.is_contiguous() else tensor.as_strided((tensor.numel(),), (1,))
 
 
-def _norm(tensor: Tensor) -> float:
-    return math.sqrt(_sum_of_squares(_flat(tensor)))
-
-
-def _sum_of_squares(flat: Tensor) -> float:
-    if flat.numel() <= BLOCK:
-        return float(torch.dot(flat, flat))
-    return math.fsum(float(torch.dot(block, block)) for block in torch.split(flat, BLOCK))
+def _norm(flat: Tensor) -> float:
+    """As `norms.flat_norm`, in fewer calls: a host number is wanted."""
+    length = flat.numel() // ROW * ROW
+    tail = flat[length:]
+    rows = torch.linalg.vector_norm(flat[:length].view(-1, ROW) if len(tail) else flat.view(-1, ROW), dim=1)
+    if len(rows) > ROWS:
+        return float(flat_norm(flat))
+    square = float(torch.dot(rows, rows))
+    return math.sqrt(square + float(torch.dot(tail, tail)) if len(tail) else square)

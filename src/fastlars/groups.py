@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# Option values that make LARS the one of other papers and packages: LARS(..., **DIALECTS["simclr"]).
+#: Option values that make LARS the one of other papers and packages, as in ``LARS(groups, lr=0.3, **DIALECTS["simclr"])``.
 DIALECTS: dict[str, dict[str, Any]] = {
     # Lightning Bolts, quadra, lightly: the default
     "bolts": {},

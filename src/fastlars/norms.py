@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-ROW = 4096  # elements whose squares are added in float32 one after the other
+ROW = 1024  # elements whose squares are added in float32: relative error of their norm up to 8e-7, of 4096 up to 3e-6
 COPY = 1 << 20  # elements that are converted at a time: a temporary of 4 MiB
 
 # What a list of temporaries may hold in a foreach step, in elements: 64 MiB of float32.
@@ -77,25 +77,39 @@ def joint_norms(
             for j, i in enumerate(bucket):
                 sums[j].add_(params[i], alpha=weight_decay)
         result.append(norms(sums, foreach))
+        sums = []  # freed before the next bucket is made
     return torch.cat(result)
 
 
 def _cpu_norm(tensor: Tensor) -> Tensor:
     dtype = norm_dtype(tensor.dtype)
-    if tensor.numel() <= ROW:
+    # elements that are not beside each other are added one by one: 3e-5 off after 4096 equal ones, 4e-6 if they are
+    if tensor.numel() <= ROW and tensor.is_contiguous():
         return cast(Tensor, vector_norm(tensor, dtype=dtype))
     # memory order, so that every dense tensor (channels_last, transposed) is one flat view
     order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
     ordered = tensor.permute(order)
-    if ordered.is_contiguous() and tensor.dtype == dtype:
-        return _row_norm(ordered.view(-1))
-    rows = max(1, COPY * ordered.size(0) // ordered.numel())
-    pieces = [_row_norm(piece.reshape(-1).to(dtype)) for piece in torch.split(ordered, rows)]
-    return cast(Tensor, vector_norm(torch.stack(pieces)))
+    if ordered.is_contiguous():
+        ordered = ordered.view(-1)
+        if tensor.dtype == dtype:
+            return flat_norm(ordered)
+    pieces: List[Tensor] = []
+    pending = [ordered]
+    while pending:
+        piece = pending.pop()
+        if piece.numel() <= COPY:
+            pieces.append(flat_norm(piece.contiguous().view(-1).to(dtype)))
+        elif piece.size(0) == 1:
+            pending.append(piece.squeeze(0))
+        else:
+            pending += torch.split(piece, max(1, COPY * piece.size(0) // piece.numel()))
+    return cast(Tensor, vector_norm(torch.stack(pieces), dtype=torch.float64).to(dtype))
 
 
-def _row_norm(flat: Tensor) -> Tensor:
-    rows = flat.numel() // ROW
-    row_norms = vector_norm(flat[: rows * ROW].view(rows, ROW), dim=1)
-    tail = vector_norm(flat[rows * ROW :])
-    return cast(Tensor, vector_norm(torch.cat([row_norms, tail.reshape(1)])))
+def flat_norm(flat: Tensor) -> Tensor:
+    """The norm of a contiguous CPU vector: of its rows, then of those."""
+    length = flat.numel() // ROW * ROW
+    row_norms = vector_norm(flat[:length].view(-1, ROW), dim=1)
+    if length < flat.numel():
+        row_norms = torch.cat([row_norms, vector_norm(flat[length:]).reshape(1)])
+    return cast(Tensor, vector_norm(row_norms, dtype=torch.float64).to(flat.dtype))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
@@ -38,20 +39,17 @@ def _naming_the_nearest_option(
 
 
 class LARS(Optimizer):
-    r"""Layer-wise adaptive rate scaling, for training with very large batches.
+    """Layer-wise adaptive rate scaling, for training with very large batches.
 
-    For each parameter tensor w with gradient g, in a group that is adapted:
+    For each parameter tensor w with gradient g, in a group that is adapted::
 
-    .. math::
-        \lambda &= \text{trust\_coefficient} \cdot
-            \frac{\|w\|}{\|g\| + \text{weight\_decay} \cdot \|w\| + \text{eps}} \\
-        v &\leftarrow \text{momentum} \cdot v
-            + (1 - \text{dampening}) \cdot \lambda \, (g + \text{weight\_decay} \cdot w) \\
-        w &\leftarrow w - \text{lr} \cdot v
+        ratio = trust_coefficient * |w| / (|g| + weight_decay * |w| + eps)
+        v     = momentum * v + (1 - dampening) * ratio * (g + weight_decay * w)
+        w     = w - lr * v
 
-    Where a norm is zero, the tensor takes :math:`g` neither scaled nor decayed. On a tensor's first step dampening does
-    not apply. Groups that are not adapted take torch's SGD step, bit for bit. Norms are L2 norms of whole tensors, in
-    float32 or better. Gradients are never written, and nothing is read on the host.
+    Where a norm is zero, the tensor takes g neither scaled nor decayed. On a tensor's first step dampening does not
+    apply. Groups that are not adapted take torch's SGD step, bit for bit. Norms are L2 norms of whole tensors, in
+    float32 or better. Gradients are never written, and nothing is read on the host but CPU tensors.
 
     It is no drop-in for SGD: a step moves a tensor by about ``lr * trust_coefficient`` of its norm (up to
     ``1 / (1 - momentum)`` times that), so ``lr`` is of the order of 1 to 30. Biases and normalisation tensors are best
@@ -60,8 +58,8 @@ class LARS(Optimizer):
     Args:
         params: tensors or named tensors to optimize, or dicts that define param groups; every option below can be set
             per group.
-        lr: learning rate, >= 0: a float, or a 1-element tensor, whose value is never read on the host. Required, here
-            or in every group.
+        lr: learning rate, >= 0: a float or a 1-element tensor, which stays on its device. Required, here or in every
+            group.
         momentum: momentum factor, >= 0.
         dampening: dampening for momentum; the gradient enters later steps with 1 - dampening.
         weight_decay: L2 penalty, >= 0.
@@ -77,9 +75,10 @@ class LARS(Optimizer):
         skip_nonfinite: if the norm of any gradient in the groups that set it is not finite, none of these groups
             changes. Decided on the device; with momentum it needs dampening == 0.
         maximize: maximize the objective instead of minimizing it.
-        foreach: whether updates run over lists of tensors (fewer launches). None: on accelerators, as in torch.
+        foreach: whether updates run over lists of tensors, in few launches. None: on accelerators, as in torch.
         differentiable: whether autograd may run through the step.
-        fused: not there yet; only None and False are accepted.
+        fused: whether norms and update run in fused kernels. None: on CPU, for the tensors that torch's kernel computes
+            right (float32, dense, of one layout); the others, and whatever an explicit False leaves, go one by one.
 
     Raises:
         ValueError: an option outside its range or contradicting another, a misspelt option in a group (the nearest name
@@ -164,7 +163,7 @@ class LARS(Optimizer):
                 )
             check_options({**self.defaults, **options}, where)
             param_group = {**param_group, **_as_list(param_group["params"])}
-            check_params(param_group["params"], where)
+            check_params(param_group["params"], {**self.defaults, **options}["fused"], where)
         super().add_param_group(param_group)  # what is no group at all is refused there
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -194,6 +193,7 @@ class LARS(Optimizer):
                 if name in known:
                     group.setdefault(name, known[name])
             check_options({key: value for key, value in group.items() if key != "params"}, f"param group {i}")
+            check_params(group["params"], group["fused"], f"param group {i}")
         super().__setstate__(state)
 
     def _init_group(
@@ -227,7 +227,7 @@ class LARS(Optimizer):
             "LARS adapts no parameter: weight_decay is 0 in every group, so each takes a plain SGD step. Set "
             "weight_decay, or build the groups with fastlars.param_groups(model, weight_decay), or pass adapt=True "
             "(adapt=False, if SGD is what you want).",
-            stacklevel=5,  # the line that calls step()
+            stacklevel=_caller(),
         )
 
     @use_grad_for_differentiable
@@ -282,7 +282,7 @@ class LARS(Optimizer):
         after unscaling, with a GradScaler) and before ``zero_grad()``.
 
         Returns:
-            Name to ratio, in the optimizer's order: the names of named parameters, else "group.position" as in "0.3".
+            Name to ratio, in the optimizer's order; the names of named parameters, else "group.position" as in "0.3".
             Tensors without a gradient and groups that are not adapted are left out.
 
         Example:
@@ -305,7 +305,8 @@ class LARS(Optimizer):
             for part in split(params, [p.grad for p in params], [], options):
                 measured = measure(part, options, None)
                 assert measured is not None  # the group is adapted
-                ratio, _ = trust_ratio(measured[0], measured[1], scalar_lr(options.lr, measured), options)
+                ratio = trust_ratio(measured[0], measured[1], scalar_lr(options.lr, measured), options)
+                assert isinstance(ratio, Tensor)
                 for index, value in zip(part.indices, ratio.tolist(), strict=True):
                     values[index] = value
             ratios.update(zip([names[j] for j in positions], values, strict=True))
@@ -332,6 +333,14 @@ class LARS(Optimizer):
 
 def _options(group: dict[str, Any]) -> Options:
     return Options(*[group[name] for name in NAMES])
+
+
+def _caller() -> int:
+    """The stack level of the line that called step(): torch wraps it, and schedulers and hooks wrap it again."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "fastlars"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _is_missing(lr: object) -> bool:

@@ -1,0 +1,76 @@
+"""What a step does below Python: every aten op with its devices, and the memory that the step has made and holds.
+
+Fake tensors say device cuda on a machine without one: a read of their value raises, a copy to another device shows.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+READS = ("_local_scalar_dense", "item", "equal", "is_nonzero", "nonzero")
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+class Recorder(TorchDispatchMode):
+    """Records from ``with`` on; what existed before is nobody's temporary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: list[str] = []  # ops that bring a value from a device to the host
+        self.arrivals: list[bool] = []  # copies from a device to the CPU: whether the host goes on before they are done
+        self.largest = 0  # elements of the largest tensor made, in units of float32
+        self.peak = 0  # the same of all that was alive at one time
+        self.names: set[str] = set()
+        self._made: list[tuple[StorageWeakRef, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        self.names.add(name)
+        given = _tensors((args, kwargs))
+        on_host = all(tensor.device.type == "cpu" for tensor in given)
+        if name in READS and not on_host:
+            self.reads.append(str(func))
+        known = {tensor.untyped_storage()._cdata for tensor in given}
+        result = func(*args, **kwargs)
+        for tensor in _tensors(result):
+            if tensor.device.type == "cpu" and not on_host:
+                self.arrivals.append(bool(kwargs.get("non_blocking", False)))
+            storage = tensor.untyped_storage()
+            if storage._cdata not in known:
+                known.add(storage._cdata)
+                self._made.append((StorageWeakRef(storage), storage.nbytes() // 4))
+                self.largest = max(self.largest, storage.nbytes() // 4)
+        self._made = [(storage, size) for storage, size in self._made if not storage.expired()]
+        self.peak = max(self.peak, sum(size for _, size in self._made))
+        return result
+
+
+class _WithoutDeviceGuards(TorchFunctionMode):
+    """Three of torch's Python bindings enter a CUDA device first, which fails where there is none (up to 2.13)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__getitem__ and isinstance(args[1], int):
+            return args[0].select(0, args[1])
+        if func is Tensor.__invert__:
+            return torch.bitwise_not(args[0])
+        if func is Tensor.copy_:
+            return torch.ops.aten.copy_.default(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def fake_cuda() -> Iterator[None]:
+    with FakeTensorMode(), _WithoutDeviceGuards():
+        yield

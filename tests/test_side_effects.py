@@ -1,0 +1,249 @@
+"""A step writes parameters and momentum buffers, and nothing else: no gradient, no host read, no large temporary."""
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException
+
+from cases import BASE, OPTIONS, Options, make_grads, make_params
+from fastlars import LARS, lars, norms
+from harness import IMPLEMENTATIONS, buffers_of, ignore_nothing_adapted, implementations, set_grads
+from recording import Recorder, fake_cuda
+
+pytestmark = ignore_nothing_adapted
+# the fused ones have tests of their own: that on CPU reads and stacks CPU tensors, that on CUDA cannot launch on fake ones
+NOT_FUSED = ("single", "foreach")
+not_fused = pytest.mark.parametrize("implementation", [IMPLEMENTATIONS[name] for name in NOT_FUSED], ids=NOT_FUSED)
+option_sets = pytest.mark.parametrize("name", OPTIONS)
+DTYPES = (torch.float32, torch.bfloat16, torch.complex64)
+# one route of `functional.update` each: in place, torch's SGD, on copies, torch's SGD on copies
+ROUTES: dict[str, Options] = {
+    "adapted": OPTIONS["momentum"],
+    "unadapted": OPTIONS["momentum-unadapted"],
+    "skip_nonfinite": {**OPTIONS["momentum"], "skip_nonfinite": True},
+    "skip_nonfinite-unadapted": {**OPTIONS["momentum-unadapted"], "skip_nonfinite": True},
+}
+
+
+# ---------------------------------------------------------------- gradients
+@implementations
+@option_sets
+def test_gradients_are_never_written(name: str, implementation: Options) -> None:
+    for dtype in DTYPES:
+        params = make_params(dtype)
+        optimizer = LARS(params, **OPTIONS[name], **implementation)
+        for step in range(2):  # torch's foreach Nesterov writes them from the first step on
+            grads = make_grads("dense", params, step)
+            set_grads(params, grads)
+            before = [(grad._version, grad.clone()) for grad in grads]
+            optimizer.step()
+            for param, grad, (version, values) in zip(params, grads, before, strict=True):
+                assert param.grad is grad
+                assert grad._version == version and torch.equal(grad, values)
+
+
+# ---------------------------------------------------------------- versions
+@implementations
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("route", ROUTES)
+def test_versions_increase(route: str, dtype: torch.dtype, implementation: Options) -> None:
+    params = make_params(dtype)
+    optimizer = LARS(params, **ROUTES[route], **implementation)
+    for step in range(2):
+        set_grads(params, make_grads("dense", params, step))
+        written = [t for t in (*params, *buffers_of(optimizer)) if t is not None and t.numel() > 0]
+        versions = [tensor._version for tensor in written]
+        optimizer.step()
+        assert all(tensor._version > old for tensor, old in zip(written, versions, strict=True))
+
+
+@implementations
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_stale_backward_raises(route: str, implementation: Options) -> None:
+    param = torch.nn.Parameter(torch.ones(3))
+    loss = param.square().sum()
+    param.grad = torch.ones(3)
+    LARS([param], **ROUTES[route], **implementation).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+# ---------------------------------------------------------------- host reads
+def cuda_groups() -> list[dict[str, Any]]:
+    groups = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.complex64):
+        params = [torch.nn.Parameter(torch.empty(shape, dtype=dtype, device="cuda")) for shape in ((3, 5),)]
+        set_grads(params, [torch.empty_like(param) for param in params])
+        groups.append({"params": params})
+    return groups
+
+
+LRS = {
+    "float": lambda lr: lr,
+    "cuda": lambda lr: torch.full((1,), lr, device="cuda"),
+    # this one may be read, where it is: on the CPU
+    "cpu": torch.tensor,
+}
+
+
+@pytest.mark.parametrize("read", [Tensor.item, Tensor.cpu, lambda x: bool((x > 0).any())], ids=["item", "cpu", "bool"])
+def test_a_host_read_would_be_seen(read: Any) -> None:
+    with fake_cuda(), Recorder() as recorder:
+        value = torch.ones((), device="cuda")
+        with contextlib.suppress(DataDependentOutputException):
+            read(value)
+    assert recorder.reads or recorder.arrivals
+
+
+@not_fused
+@option_sets
+def test_no_host_read(name: str, implementation: Options) -> None:
+    for make_lr in LRS.values():
+        with fake_cuda():
+            options = {**OPTIONS[name], "lr": make_lr(OPTIONS[name]["lr"])}
+            optimizer = LARS(cuda_groups(), **options, **implementation)
+            with Recorder() as recorder:
+                for _ in range(2):
+                    optimizer.step()
+        assert not recorder.reads and not recorder.arrivals
+        assert recorder.names
+
+
+@not_fused
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize("name", ["momentum", "nesterov-joint", "unadapted", "clip-maximize", "skip_nonfinite"])
+def test_no_host_read_of_scale_and_overflow(name: str, shape: tuple[int, ...], implementation: Options) -> None:
+    with fake_cuda(), torch.no_grad():
+        for group in cuda_groups():
+            params = group["params"]
+            buffers = [None] * len(params)
+            with Recorder() as recorder:
+                lars(
+                    params,
+                    [param.grad for param in params],
+                    buffers,
+                    grad_scale=torch.full(shape, 8.0, device="cuda"),
+                    found_inf=torch.zeros(shape, device="cuda"),
+                    **OPTIONS[name],
+                    **implementation,
+                )
+            assert not recorder.reads and not recorder.arrivals
+
+
+@not_fused
+@pytest.mark.parametrize("name", ["momentum", "unadapted", "clip-maximize", "skip_nonfinite"])
+def test_what_comes_to_the_cpu_is_waited_for(name: str, implementation: Options) -> None:
+    """Parameters on the CPU, scalars on the device: a non-blocking copy would be read before it has arrived."""
+    with fake_cuda():
+        params = [torch.ones(3, 5) for _ in range(2)]
+        scalars = {
+            "lr": torch.full((), 0.5, device="cuda"),
+            "grad_scale": torch.full((), 8.0, device="cuda"),
+            "found_inf": torch.zeros((), device="cuda"),
+        }
+        with torch.no_grad(), Recorder() as recorder:
+            lars(params, [torch.ones(3, 5)] * 2, [None] * 2, **{**OPTIONS[name], **scalars}, **implementation)
+    assert recorder.arrivals and not any(recorder.arrivals)
+
+
+@not_fused
+def test_skip_decision_across_devices_is_waited_for(implementation: Options) -> None:
+    with fake_cuda():
+        params = [torch.nn.Parameter(torch.ones(3, device=device)) for device in ("cpu", "cuda")]
+        set_grads(params, [torch.ones_like(param) for param in params])
+        optimizer = LARS(params, **BASE, skip_nonfinite=True, **implementation)
+        with Recorder() as recorder:
+            optimizer.step()
+    assert not any(recorder.arrivals)
+
+
+# ---------------------------------------------------------------- temporaries
+COUNT, SHAPE, SIZE = 8, (100, 64), 6400  # 6400 is more than a row of the norms
+
+
+def second_step(options: Options, implementation: Options, dtype: torch.dtype, device: str, lr: str) -> Recorder:
+    """Float64 counts twice in the recorder, complex64 too: it counts float32s."""
+    with fake_cuda() if device == "cuda" else contextlib.nullcontext():
+        params = [torch.nn.Parameter(torch.ones(SHAPE, dtype=dtype, device=device)) for _ in range(COUNT)]
+        set_grads(params, [torch.ones(SHAPE, dtype=dtype, device=device) for _ in range(COUNT)])
+        tensor_lr = torch.full((), options["lr"], device=device)
+        optimizer = LARS(params, **{**options, "lr": tensor_lr if lr == "tensor" else options["lr"]}, **implementation)
+        optimizer.step()  # the buffers are made
+        with Recorder() as recorder:
+            optimizer.step()
+    return recorder
+
+
+def is_adapted(options: Options) -> bool:
+    adapt = options.get("adapt")
+    return options.get("weight_decay", 0) != 0 if adapt is None else adapt
+
+
+def is_in_place(options: Options) -> bool:
+    return is_adapted(options) and options.get("trust_denominator") != "joint" and not options.get("skip_nonfinite")
+
+
+@not_fused
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", [name for name in OPTIONS if is_in_place(OPTIONS[name])])
+def test_no_temporary_of_parameter_size(name: str, device: str, implementation: Options) -> None:
+    for dtype in (torch.float32, torch.complex64):
+        for lr in ("float", "tensor"):
+            recorder = second_step(OPTIONS[name], implementation, dtype, device, lr)
+            assert recorder.peak < SIZE / 10
+
+
+@not_fused
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["momentum", "joint", "nesterov-joint", "joint-maximize", *ROUTES, "everything"])
+def test_temporaries_fit_a_bucket(
+    name: str, dtype: torch.dtype, device: str, implementation: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most three lists, of parameters, buffers and gradients, each of one bucket or, single-tensor, one tensor."""
+    in_bucket = 2
+    monkeypatch.setattr(norms, "BUCKET", in_bucket * SIZE)
+    options = {**OPTIONS, **ROUTES}[name]
+    recorder = second_step(options, implementation, dtype, device, "float")
+    half, skip, foreach = (
+        dtype == torch.bfloat16,
+        options.get("skip_nonfinite", False),
+        bool(implementation.get("foreach")),
+    )
+    if not is_adapted(options) and not skip:
+        return  # torch's own SGD
+    copied = int(half or skip) * (1 + (options.get("momentum", 0) != 0)) + int(half and foreach)
+    joint = in_bucket if options.get("trust_denominator") == "joint" else 0
+    # one tensor more: a gradient while it is scaled, a value while it is chosen to be written or not
+    limit = max(joint, copied * (in_bucket if foreach else 1)) + 1
+    if skip and not is_adapted(options):
+        limit += in_bucket if foreach else 1  # torch's SGD adds the decay to a copy of the gradient
+    assert recorder.peak < (limit + 0.1) * SIZE
+
+
+LARGE = 1 << 24
+LARGE_TENSORS = {
+    "flat": lambda dtype: torch.ones(LARGE, dtype=dtype),
+    "one_row": lambda dtype: torch.ones(1, LARGE, dtype=dtype),
+    "blocks_with_gaps": lambda dtype: torch.ones(2, 2048, 8192, dtype=dtype)[:, :, :4096],
+    "channels_last": lambda dtype: torch.ones(16, 64, 128, 128, dtype=dtype).to(memory_format=torch.channels_last),
+    "expanded": lambda dtype: torch.ones((), dtype=dtype).expand(1, 2, LARGE // 2),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LARGE_TENSORS)
+def test_norms_on_cpu_convert_4_mib_at_a_time(layout: str, dtype: torch.dtype) -> None:
+    tensor = LARGE_TENSORS[layout](dtype)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        norms.norms([tensor], foreach=False)
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    # a copy and its cast (a gather of a half type, then float32): 4 MiB and 2 MiB
+    assert 0 < peak <= 7 << 20
