@@ -77,13 +77,14 @@ class LARS(Optimizer):
         maximize: maximize the objective instead of minimizing it.
         foreach: whether updates run over lists of tensors, in few launches. None: on accelerators, as in torch.
         differentiable: whether autograd may run through the step.
-        fused: whether norms and update run in fused kernels. None: on CPU, for the tensors that torch's kernel computes
+        fused: whether norms and update run in a fused step, on CPU only so far. None: on CPU, for the tensors that torch's kernel computes
             right (float32, dense, of one layout); the others, and whatever an explicit False leaves, go one by one.
 
     Raises:
         ValueError: an option outside its range or contradicting another, a misspelt option in a group (the nearest name
             is given), a group without lr, and a state dict whose groups or buffers do not fit.
         TypeError: an option of the wrong type, a misspelt option in the call, a parameter that is not floating or complex.
+        NotImplementedError: fused=True for tensors that are not on the CPU.
         RuntimeError: in :meth:`step`, for sparse gradients. Nothing has changed then.
 
     Example:
