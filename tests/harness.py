@@ -44,7 +44,7 @@ def assert_equals(reference: ReferenceLARS, optimizer: LARS, what: str) -> None:
             assert not buffer.any(), f"{where}: a buffer before the first step must be zeros"
         for name, actual, value, size in pairs:
             torch.testing.assert_close(
-                actual.detach().resolve_conj().to(torch.complex128 if actual.is_complex() else torch.float64),
+                actual.detach().resolve_conj().to("cpu", torch.complex128 if actual.is_complex() else torch.float64),
                 torch.as_tensor(value),
                 msg=lambda text, what=f"{where}: {name}": f"{what}: {text}",
                 equal_nan=True,

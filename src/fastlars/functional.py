@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-from . import fused_cpu
+from . import fused_cpu, fused_cuda
 from .coefficients import coefficients, gradient_scale, is_adapted, on_device, scalar_lr
 from .compat import bump_versions, default_foreach
 from .norms import buckets, is_half, joint_norms, norm_dtype, norms, real
@@ -23,7 +23,7 @@ from .updates import multi_tensor_lars, single_tensor_lars
 class Part(NamedTuple):
     """Tensors of one device and dtype that are all at their first step or all past it."""
 
-    implementation: str  # "single", "foreach" or "fused"
+    implementation: str  # "single", "foreach", "fused" (on CPU) or "triton" (fused on CUDA)
     indices: List[int]  # their places in the lists of the caller
     params: List[Tensor]
     grads: List[Tensor]
@@ -102,14 +102,46 @@ def lars(
             "first step, and whether that step was skipped is known on the device only"
         )
     parts = split(params, grads, momentum_buffers, options)
-    measured = [measure(part, options, grad_scale) for part in parts]
-    if skip_nonfinite:
-        found_inf = any_nonfinite(measured, found_inf)
-    for part, norms_ in zip(parts, measured):
-        update(part, norms_, options, grad_scale, found_inf)
-        if momentum != 0:
-            for i, buffer in zip(part.indices, part.momentum_buffers):
-                momentum_buffers[i] = buffer
+    run([(part, options) for part in parts], grad_scale, found_inf, _TABLES)
+    for part in parts:
+        for i, buffer in zip(part.indices, part.momentum_buffers):
+            momentum_buffers[i] = buffer
+
+
+# of all functional steps; an optimizer has its own, which go with it
+_TABLES = fused_cuda.Tables()
+
+
+def run(
+    steps: List[Tuple[Part, Options]],
+    grad_scale: Optional[Tensor],
+    found_inf: Optional[Tensor],
+    tables: fused_cuda.Tables,
+) -> None:
+    """Measure all parts, then update them: what one part's gradients are may stop all parts that ask for it."""
+    on_triton = [step for step in steps if _is_triton(step[0], step[1], grad_scale, found_inf)]
+    others = [step for step in steps if not _is_triton(step[0], step[1], grad_scale, found_inf)]
+    launched = fused_cuda.measure(on_triton, grad_scale, tables) if on_triton else []
+    measured = [measure(part, options, grad_scale) for part, options in others]
+
+    skip = found_inf
+    rows = [known for known, (_, options) in zip(measured, others) if options.skip_nonfinite]
+    flagged = [handle for handle in launched if handle.options.skip_nonfinite]
+    # among kernels on one device a flag there decides
+    if rows or len({handle.norms.device for handle in flagged}) > 1:
+        skip = any_nonfinite([*rows, *[handle.norms for handle in flagged]], found_inf)
+    for handle in launched:
+        fused_cuda.update(handle, skip if handle.options.skip_nonfinite else found_inf)
+    for known, (part, options) in zip(measured, others):
+        update(part, known, options, grad_scale, skip if options.skip_nonfinite else found_inf)
+
+
+def _is_triton(part: Part, options: Options, grad_scale: Optional[Tensor], found_inf: Optional[Tensor]) -> bool:
+    if part.implementation != "triton":
+        return False
+    # torch's fused SGD knows no gate, and gradients of the parameter's dtype only
+    ours = options.skip_nonfinite or found_inf is not None or part.params[0].dtype != part.grads[0].dtype
+    return ours or not _is_torch_sgd(options, grad_scale)
 
 
 def split(
@@ -118,16 +150,13 @@ def split(
     """The tensors sorted into parts; torch's own helper does not sort while compiling."""
     preferred = implementation(params, options) if params else "single"
     parts: Dict[object, Part] = {}
-    key: object
     for i, param in enumerate(params):
         grad = grads[i]
         buffer = momentum_buffers[i] if options.momentum != 0 else None
-        if preferred == "fused" and fused_cpu.serves(param, grad, buffer):
-            runs, key = "fused", buffer is None  # which is one device and dtype
-        else:
-            # foreach ops do not write to conjugate views
-            runs = "single" if preferred == "fused" or param.is_conj() else preferred
-            key = (runs, param.is_conj(), param.device, param.dtype, grad.dtype, buffer is None)
+        runs = runs_for(preferred, param, grad, buffer)
+        # what the fused CPU step serves is of one device and dtype
+        attributes = () if runs == "fused" else (param.is_conj(), param.device, param.dtype, grad.dtype)
+        key = (runs, buffer is None, *attributes)
         part = parts.get(key)
         if part is None:
             part = parts[key] = Part(runs, [], [], [], [])
@@ -137,6 +166,16 @@ def split(
         if options.momentum != 0:
             part.momentum_buffers.append(buffer)
     return list(parts.values())
+
+
+def runs_for(preferred: str, param: Tensor, grad: Tensor, buffer: Optional[Tensor]) -> str:
+    """What runs for one tensor of a list for which `implementation` prefers this."""
+    if preferred == "fused" and param.is_cpu:
+        return "fused" if fused_cpu.serves(param, grad, buffer) else "single"
+    if preferred == "fused" and fused_cuda.serves(param, grad, buffer):
+        return "triton"
+    # foreach ops do not write to conjugate views
+    return "single" if preferred == "single" or param.is_conj() else "foreach"
 
 
 def implementation(params: List[Tensor], options: Options) -> str:
@@ -269,7 +308,7 @@ def _torch_sgd(
         list(torch._foreach_mul(grads, 1.0)) if writes_grad else grads,
         momentum_buffers if options.momentum != 0 else [None] * len(params),
         foreach=implementation == "foreach",
-        fused=implementation == "fused",
+        fused=implementation in ("fused", "triton"),
         weight_decay=options.weight_decay,
         momentum=options.momentum,
         lr=cast(float, lr),  # it takes tensors too; older versions do not say so
@@ -277,7 +316,7 @@ def _torch_sgd(
         nesterov=options.nesterov,
         maximize=options.maximize,
     )
-    if implementation == "fused":
+    if implementation in ("fused", "triton"):
         bump_versions(params + [buffer for buffer in momentum_buffers if buffer is not None])
 
 

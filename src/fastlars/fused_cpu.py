@@ -44,16 +44,17 @@ def serves(param: Tensor, grad: Tensor, buffer: Optional[Tensor]) -> bool:
         return False
     if param.is_contiguous() and grad.is_contiguous() and third.is_contiguous():
         return True
-    strides = _strides(param)
-    return strides == _strides(grad) == _strides(third) and _is_dense(strides)
+    strides = effective_strides(param)
+    return strides == effective_strides(grad) == effective_strides(third) and is_dense(strides)
 
 
-def _strides(tensor: Tensor) -> List[Tuple[int, int]]:
-    # (stride, size); a dimension of size 1 may have any stride
+def effective_strides(tensor: Tensor) -> List[Tuple[int, int]]:
+    """(stride, size) of the dimensions that matter: one of size 1 may have any stride."""
     return [(stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size != 1]
 
 
-def _is_dense(strides: List[Tuple[int, int]]) -> bool:
+def is_dense(strides: List[Tuple[int, int]]) -> bool:
+    """Whether a tensor of these strides fills its stretch of memory, each element once."""
     expected = 1
     for stride, size in sorted(strides):
         if stride != expected:

@@ -14,7 +14,8 @@ from torch.optim.optimizer import Optimizer
 
 from .coefficients import is_adapted, scalar_lr, trust_ratio
 from .compat import NAMED_PARAMETERS, required, use_grad_for_differentiable
-from .functional import Part, any_nonfinite, implementation, measure, split, update
+from .functional import Part, implementation, measure, run, split
+from .fused_cuda import Tables, check_fused
 from .options import NAMES, Options, check_grad, check_options, check_params, nearest_name
 
 if TYPE_CHECKING:
@@ -77,15 +78,15 @@ class LARS(Optimizer):
         maximize: maximize the objective instead of minimizing it.
         foreach: whether updates run over lists of tensors, in few launches. None: on accelerators, as in torch.
         differentiable: whether autograd may run through the step.
-        fused: whether norms and update run in a fused step, on CPU only so far. None: on CPU, for the tensors that torch's kernel computes
-            right (float32, dense, of one layout); the others, and whatever an explicit False leaves, go one by one.
+        fused: whether norms and update run in fused kernels: torch's own on CPU, Triton's on CUDA. None: on CPU only,
+            until GPUs have proven the others. Tensors that a kernel cannot serve (other dtypes, memory that is not
+            dense, unequal layouts) take another path within the step.
 
     Raises:
         ValueError: an option outside its range or contradicting another, a misspelt option in a group (the nearest name
             is given), a group without lr, and a state dict whose groups or buffers do not fit.
         TypeError: an option of the wrong type, a misspelt option in the call, a parameter that is not floating or complex.
-        NotImplementedError: fused=True for tensors that are not on the CPU.
-        RuntimeError: in :meth:`step`, for sparse gradients. Nothing has changed then.
+        RuntimeError: ``fused=True`` that cannot be honoured; in :meth:`step`, sparse gradients. Nothing has changed then.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.LayerNorm(4))
@@ -142,6 +143,7 @@ class LARS(Optimizer):
             differentiable,
             fused,
         )._asdict()
+        self._tables = Tables()
         check_options({**defaults, "lr": 0.0} if _is_missing(lr) else defaults, "LARS")
         super().__init__(params, defaults)
 
@@ -164,7 +166,9 @@ class LARS(Optimizer):
                 )
             check_options({**self.defaults, **options}, where)
             param_group = {**param_group, **_as_list(param_group["params"])}
-            check_params(param_group["params"], {**self.defaults, **options}["fused"], where)
+            check_params(param_group["params"], where)
+            if {**self.defaults, **options}["fused"]:
+                check_fused(param_group["params"], where)
         super().add_param_group(param_group)  # what is no group at all is refused there
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -187,6 +191,8 @@ class LARS(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickling, and the last stage of torch's load_state_dict, before which nothing has changed."""
         loading = "param_groups" in self.__dict__
+        if not loading:
+            self._tables = Tables()  # of addresses: not pickled
         for i, group in enumerate(state["param_groups"]):
             # keys that SGD's, Bolts' and quadra's state dicts lack keep their values
             known = self.param_groups[i] if loading else {**Options(0.0)._asdict(), **state["defaults"]}
@@ -194,7 +200,8 @@ class LARS(Optimizer):
                 if name in known:
                     group.setdefault(name, known[name])
             check_options({key: value for key, value in group.items() if key != "params"}, f"param group {i}")
-            check_params(group["params"], group["fused"], f"param group {i}")
+            if group["fused"]:
+                check_fused(group["params"], f"param group {i}")
         super().__setstate__(state)
 
     def _init_group(
@@ -254,7 +261,7 @@ class LARS(Optimizer):
                 if p.grad is not None:
                     check_grad(p.grad)
 
-        steps: list[tuple[Part, Options, Tensor | None]] = []
+        steps: list[tuple[Part, Options]] = []
         for group in self.param_groups:
             params: list[Tensor] = []
             grads: list[Tensor] = []
@@ -262,14 +269,10 @@ class LARS(Optimizer):
             self._init_group(group, params, grads, momentum_buffers)
             if params:
                 options = _options(group)
-                parts = split(params, grads, momentum_buffers, options)
-                steps += [(part, options, measure(part, options, None)) for part in parts]
+                steps += [(part, options) for part in split(params, grads, momentum_buffers, options)]
 
-        # one decision for all groups that ask for it, before the first update
-        skipping = [measured for _, options, measured in steps if options.skip_nonfinite]
-        found_inf = any_nonfinite(skipping, None) if skipping else None
-        for part, options, measured in steps:
-            update(part, measured, options, None, found_inf if options.skip_nonfinite else None)
+        run(steps, None, None, self._tables)
+        for part, options in steps:
             if options.momentum != 0 and options.dampening != 0:
                 for param, buffer in zip(part.params, part.momentum_buffers, strict=True):
                     self.state[param]["momentum_buffer"] = buffer

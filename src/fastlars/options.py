@@ -107,19 +107,14 @@ def _check_number(name: str, value: Any, where: str, minimum: float = -math.inf)
         raise ValueError(f"{where}: {name} {rule}, got {value}")
 
 
-def check_params(params: Iterable[Any], fused: bool | None, where: str) -> None:
-    """Raise for the first tensor, or named tensor, that LARS cannot update, or cannot update as asked."""
+def check_params(params: Iterable[Any], where: str) -> None:
+    """Raise for the first tensor, or named tensor, that LARS cannot update."""
     for i, item in enumerate(params):
         param = item[1] if isinstance(item, tuple) and len(item) == 2 else item
         if isinstance(param, Tensor) and not (param.is_floating_point() or param.is_complex()):
             raise TypeError(
                 f"{where}: parameters must be floating or complex tensors, got {param.dtype} at position {i}; "
                 "leave it out of the optimizer or convert it"
-            )
-        if fused and isinstance(param, Tensor) and not param.is_cpu:
-            raise NotImplementedError(
-                f"{where}: fused=True is for CPU tensors in this version, got one on {param.device} at position {i}; "
-                "leave fused=None, which takes the foreach implementation there"
             )
 
 

@@ -1,0 +1,295 @@
+"""The Triton kernels of the fused CUDA step: partial sums, coefficients, update. The only file that imports triton.
+
+Every tensor is cut into chunks of CHUNK elements, and a program takes one chunk. A kernel finds its tensors in a table of
+int64, a row a tensor: the addresses of parameter, gradient and momentum buffer, the number of elements, and the first and
+past-the-last of its chunks; chunk_tensor_ptr holds the row of every chunk. Arithmetic is float32, in `coefficients`
+float64. Sums are made in a fixed order, without atomics: the same bits every run.
+
+A chunk whose addresses are multiples of 16 bytes and whose length is one of 8 is loaded and stored 16 bytes at a time (the
+VECTOR branches tell the compiler so); others, of odd length or at odd addresses, go element by element.
+"""
+
+# mypy: ignore-errors
+# What stands below is a language of its own, and types are checked where triton is not installed, too.
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _chunk(table_ptr, tensor, chunk, CHUNK: tl.constexpr):
+    """Address of each of the three tensors, offset of the chunk in them, and how many elements it has."""
+    row_ptr = table_ptr + tensor.to(tl.int64) * 6
+    size = tl.load(row_ptr + 3)
+    start = (chunk - tl.load(row_ptr + 4)) * CHUNK
+    count = tl.minimum(size - start, CHUNK).to(tl.int32)
+    return tl.load(row_ptr), tl.load(row_ptr + 1), tl.load(row_ptr + 2), start, count
+
+
+@triton.jit
+def _pointers(address, start, like_ptr, CHUNK: tl.constexpr, VECTOR: tl.constexpr):
+    """Pointers to the elements of a chunk, of like_ptr's type."""
+    pointer = address.to(like_ptr.dtype)
+    if VECTOR:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer + start + tl.arange(0, CHUNK)
+
+
+@triton.jit
+def _mask(count, CHUNK: tl.constexpr, VECTOR: tl.constexpr):
+    if VECTOR:
+        count = (count // 8) * 8  # the same number, seen by the compiler to be a multiple of 8
+    return tl.arange(0, CHUNK) < count
+
+
+@triton.jit
+def _scale(grad_scale_ptr, MAXIMIZE: tl.constexpr):
+    """s: what makes a raw gradient the one to descend along."""
+    scale = tl.full([], -1.0 if MAXIMIZE else 1.0, tl.float32)
+    if grad_scale_ptr is not None:
+        scale = scale / tl.load(grad_scale_ptr).to(tl.float32)
+    return scale
+
+
+@triton.jit
+def _store_partial_sums(
+    param,
+    grad,
+    start,
+    count,
+    sums_ptr,
+    scale,
+    weight_decay,
+    param_ptr,
+    grad_ptr,
+    CHUNK: tl.constexpr,
+    VECTOR: tl.constexpr,
+    ADAPTED: tl.constexpr,
+    JOINT: tl.constexpr,
+    GRAD_NORM: tl.constexpr,
+):
+    mask = _mask(count, CHUNK, VECTOR)
+    g = tl.load(_pointers(grad, start, grad_ptr, CHUNK, VECTOR), mask=mask, other=0.0).to(tl.float32)
+    if ADAPTED:
+        w = tl.load(_pointers(param, start, param_ptr, CHUNK, VECTOR), mask=mask, other=0.0).to(tl.float32)
+        tl.store(sums_ptr, tl.sum(w * w))
+        if JOINT:
+            d = scale * g + weight_decay * w
+            tl.store(sums_ptr + 1, tl.sum(d * d))
+    if GRAD_NORM:
+        tl.store(sums_ptr + 2, tl.sum(g * g))
+
+
+@triton.jit(do_not_specialize=["grad_scale_ptr", "param_ptr", "grad_ptr", "reset"])
+def partial_sums(
+    table_ptr,
+    chunk_tensor_ptr,
+    sums_ptr,
+    grad_scale_ptr,
+    flag_ptr,
+    param_ptr,
+    grad_ptr,
+    weight_decay,
+    reset,
+    CHUNK: tl.constexpr,
+    ADAPTED: tl.constexpr,
+    JOINT: tl.constexpr,
+    GRAD_NORM: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+):
+    """Sums of squares of every chunk: of w, of s g + weight_decay w (JOINT) and of g (GRAD_NORM), as rows of three.
+
+    Reads 8 bytes a float32 parameter. The first program sets the flag of `coefficients` to 0 where ``reset`` is not 0.
+    """
+    chunk = tl.program_id(0)
+    if flag_ptr is not None:
+        if (chunk == 0) & (reset != 0):
+            tl.store(flag_ptr, 0)
+    tensor = tl.load(chunk_tensor_ptr + chunk)
+    param, grad, _, start, count = _chunk(table_ptr, tensor, chunk, CHUNK)
+    scale = _scale(grad_scale_ptr, MAXIMIZE)
+    sums_ptr += chunk.to(tl.int64) * 3
+    if ((param | grad) % 16 == 0) & (count % 8 == 0):
+        _store_partial_sums(
+            param, grad, start, count, sums_ptr, scale, weight_decay,
+            param_ptr, grad_ptr, CHUNK, True, ADAPTED, JOINT, GRAD_NORM,
+        )  # fmt: skip
+    else:
+        _store_partial_sums(
+            param, grad, start, count, sums_ptr, scale, weight_decay,
+            param_ptr, grad_ptr, CHUNK, False, ADAPTED, JOINT, GRAD_NORM,
+        )  # fmt: skip
+
+
+@triton.jit
+def _norm(sums_ptr, first, last, BLOCK: tl.constexpr):
+    total = tl.zeros([BLOCK], tl.float64)
+    for start in range(first, last, BLOCK):
+        chunks = start + tl.arange(0, BLOCK)
+        total += tl.load(sums_ptr + chunks * 3, mask=chunks < last, other=0.0).to(tl.float64)
+    return tl.sqrt(tl.sum(total))
+
+
+@triton.jit(do_not_specialize=["lr_ptr", "grad_scale_ptr"])
+def coefficients(
+    table_ptr,
+    sums_ptr,
+    norms_ptr,
+    coefficients_ptr,
+    lr_ptr,
+    lr,
+    grad_scale_ptr,
+    flag_ptr,
+    weight_decay,
+    trust_coefficient,
+    eps,
+    keep,
+    BLOCK: tl.constexpr,
+    ADAPTED: tl.constexpr,
+    JOINT: tl.constexpr,
+    GRAD_NORM: tl.constexpr,
+    CLIP: tl.constexpr,
+    LR_IN_MOMENTUM: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+):
+    """Norms and then b and c of every tensor, one a program: the formula of `coefficients.py`, and no other.
+
+    With s = 1 / grad_scale (negative when maximizing), r = lr if LR_IN_MOMENTUM else 1, and ``keep`` = 1 on a tensor's
+    first step or without momentum, else 1 - dampening:
+
+        ratio = trust_coefficient * |w| / (|s g| + weight_decay * |w| + eps)        JOINT: / (|s g + weight_decay w| + eps)
+        CLIP: ratio = min(ratio / lr, 1), and 1 at lr = 0
+        zero norm: ratio = 1, and decay = 0 unless JOINT; else decay = weight_decay
+        b = keep * r * ratio * s        c = keep * r * ratio * decay
+
+    norms_ptr gets rows of n: param norms, direction norms, gradient norms, those that there are. The flag becomes 1 where
+    a gradient norm is not finite.
+    Source: You, Gitman, Ginsburg, arXiv 1708.03888, Eq. 6 and Algorithm 1.
+    """
+    tensor = tl.program_id(0)
+    one = tl.full([], 1.0, tl.float64)
+    rate = one * lr if lr_ptr is None else tl.load(lr_ptr).to(tl.float64)
+    scale = one * _scale(grad_scale_ptr, MAXIMIZE)
+    ratio = one
+    decay = one * weight_decay
+    first = tl.load(table_ptr + tensor * 6 + 4)
+    last = tl.load(table_ptr + tensor * 6 + 5)
+    norm_ptr = norms_ptr + tensor
+    grad_norm = one
+    if GRAD_NORM:
+        grad_norm = _norm(sums_ptr + 2, first, last, BLOCK) * tl.abs(scale)
+    if ADAPTED:
+        param_norm = _norm(sums_ptr, first, last, BLOCK)
+        direction_norm = _norm(sums_ptr + 1, first, last, BLOCK) if JOINT else grad_norm
+        # != 0 and not > 0: a NaN norm must reach the parameters, as it does in the formula
+        nonzero = (param_norm != 0) & (direction_norm != 0)
+        denominator = direction_norm + eps
+        if not JOINT:
+            denominator += weight_decay * param_norm
+        ratio = trust_coefficient * param_norm / tl.where(nonzero, denominator, one)
+        if CLIP:
+            clipped = ratio >= rate
+            ratio = tl.where(clipped, one, ratio / tl.where(clipped, one, rate))
+        ratio = tl.where(nonzero, ratio, one)
+        if not JOINT:
+            decay = tl.where(nonzero, decay, 0.0 * one)
+        tl.store(norm_ptr, param_norm.to(tl.float32))
+        norm_ptr += tl.num_programs(0)
+        if JOINT:
+            tl.store(norm_ptr, direction_norm.to(tl.float32))
+            norm_ptr += tl.num_programs(0)
+    if GRAD_NORM:
+        tl.store(norm_ptr, grad_norm.to(tl.float32))
+        if flag_ptr is not None:
+            # every program that writes writes 1: no order to depend on
+            if (grad_norm == float("inf")) | (grad_norm != grad_norm):  # noqa: PLR0124  NaN
+                tl.store(flag_ptr, 1)
+    ratio = ratio * keep
+    if LR_IN_MOMENTUM:
+        ratio = ratio * rate
+    tl.store(coefficients_ptr + tensor * 2, (ratio * scale).to(tl.float32))
+    tl.store(coefficients_ptr + tensor * 2 + 1, (ratio * decay).to(tl.float32))
+
+
+@triton.jit
+def _update(
+    param,
+    grad,
+    buffer,
+    start,
+    count,
+    b,
+    c,
+    rate,
+    momentum,
+    param_ptr,
+    grad_ptr,
+    CHUNK: tl.constexpr,
+    VECTOR: tl.constexpr,
+    DECAYS: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    NESTEROV: tl.constexpr,
+):
+    mask = _mask(count, CHUNK, VECTOR)
+    param_ptrs = _pointers(param, start, param_ptr, CHUNK, VECTOR)
+    w = tl.load(param_ptrs, mask=mask, other=0.0).to(tl.float32)
+    # evict_first: read for the last time, it need not push what the programs to come still read out of the L2 cache
+    grad_ptrs = _pointers(grad, start, grad_ptr, CHUNK, VECTOR)
+    g = tl.load(grad_ptrs, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    step = b * g
+    if DECAYS:
+        step += c * w
+    if MOMENTUM:
+        buffer_ptrs = _pointers(buffer, start, param_ptr, CHUNK, VECTOR)
+        v = tl.load(buffer_ptrs, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        v = momentum * v + step
+        tl.store(buffer_ptrs, v, mask=mask, eviction_policy="evict_first")
+        step = step + momentum * v if NESTEROV else v
+    tl.store(param_ptrs, w - rate * step, mask=mask, eviction_policy="evict_first")
+
+
+@triton.jit(do_not_specialize=["lr_ptr", "found_inf_ptr", "param_ptr", "grad_ptr"])
+def update(
+    table_ptr,
+    chunk_tensor_ptr,
+    coefficients_ptr,
+    lr_ptr,
+    lr,
+    found_inf_ptr,
+    flag_ptr,
+    param_ptr,
+    grad_ptr,
+    momentum,
+    CHUNK: tl.constexpr,
+    DECAYS: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    LR_IN_MOMENTUM: tl.constexpr,
+):
+    """v = momentum v + b g + c w and w -= q v, with q = 1 if LR_IN_MOMENTUM else lr.
+
+    NESTEROV: w -= q (b g + c w + momentum v). Without MOMENTUM: w -= q (b g + c w), and there is no v.
+    Nothing is read or written where found_inf or the flag is not 0. Moves 20 bytes a float32 parameter. It walks the
+    chunks backwards: what `partial_sums` read last is what the L2 cache still holds.
+    """
+    chunk = tl.num_programs(0) - 1 - tl.program_id(0)
+    tensor = tl.load(chunk_tensor_ptr + chunk)
+    param, grad, buffer, start, count = _chunk(table_ptr, tensor, chunk, CHUNK)
+    if found_inf_ptr is not None:
+        count = tl.where(tl.load(found_inf_ptr) != 0, 0, count)
+    if flag_ptr is not None:
+        count = tl.where(tl.load(flag_ptr) != 0, 0, count)
+    rate = tl.full([], 1.0, tl.float32)
+    if not LR_IN_MOMENTUM:
+        rate = rate * lr if lr_ptr is None else tl.load(lr_ptr).to(tl.float32)
+    b = tl.load(coefficients_ptr + tensor * 2)
+    c = tl.load(coefficients_ptr + tensor * 2 + 1)
+    if ((param | grad | buffer) % 16 == 0) & (count % 8 == 0):
+        _update(
+            param, grad, buffer, start, count, b, c, rate, momentum,
+            param_ptr, grad_ptr, CHUNK, True, DECAYS, MOMENTUM, NESTEROV,
+        )  # fmt: skip
+    else:
+        _update(
+            param, grad, buffer, start, count, b, c, rate, momentum,
+            param_ptr, grad_ptr, CHUNK, False, DECAYS, MOMENTUM, NESTEROV,
+        )  # fmt: skip

@@ -1,0 +1,238 @@
+"""The kernels of the fused CUDA step on CPU tensors, under Triton's interpreter: they equal the reference.
+
+test_fused_cuda.py runs this file in a process of its own, which imports triton with TRITON_INTERPRET=1. Chunks are small
+here, so that small tensors have many.
+"""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastlars.optimizer
+import harness
+from cases import HISTORIES, OPTIONS, make_grads, make_params, neighbours, nonfinite
+from fastlars import LARS, functional, fused_cuda
+from fastlars.functional import Part
+from fastlars.options import Options
+from harness import buffers_of, ignore_nothing_adapted, set_grads
+from reference import ReferenceLARS
+
+pytestmark = ignore_nothing_adapted
+# a chunk and one element, a masked chunk, zeros, 0-dim, empty, strides, an address between two 16-byte lines
+KINDS = ["vector_1025", "matrix", "zeros", "scalar", "empty", "channels_last", "offset"]
+
+
+class FusedLARS(LARS):
+    """LARS whose step runs the CUDA kernels for the CPU tensors that they serve."""
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    served = 0
+
+
+def runs_for(_preferred: str, param: Tensor, grad: Tensor, buffer: Tensor | None) -> str:
+    return "triton" if fused_cuda.serves(param, grad, buffer) else "single"
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_cuda, "CHUNK", 1024)
+    monkeypatch.setattr(fused_cuda, "BLOCK", 2)
+    monkeypatch.setattr(harness, "LARS", FusedLARS)
+    monkeypatch.setattr(functional, "runs_for", runs_for)
+    # torch's CPU kernel is not what runs for groups that are not adapted on a GPU: ours must be right there too
+    monkeypatch.setattr(functional, "_is_torch_sgd", lambda _options, _grad_scale: False)
+
+    def step(optimizer: FusedLARS, closure: None = None) -> None:
+        def run(steps: list[tuple[Part, Options]], _scale: None, _found: None, tables: fused_cuda.Tables) -> None:
+            optimizer.served = sum(len(part.params) for part, _ in steps if part.implementation == "triton")
+            functional.run(steps, optimizer.grad_scale, optimizer.found_inf, tables)
+
+        monkeypatch.setattr(fastlars.optimizer, "run", run)
+        LARS.step(optimizer, closure)
+
+    monkeypatch.setattr(FusedLARS, "step", step)
+
+
+def mixed_grads(params: Sequence[Tensor], step: int, offset: int) -> list[Tensor | None]:
+    names = list(HISTORIES)
+    return [HISTORIES[names[(i + offset) % len(names)]](param, step, i) for i, param in enumerate(params)]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.float32) for name in OPTIONS]
+    + [(name, dtype) for name in list(OPTIONS)[::7] for dtype in (torch.bfloat16, torch.float16)],
+)
+def test_equals_reference(name: str, dtype: torch.dtype) -> None:
+    offset = list(OPTIONS).index(name)
+    params = make_params(dtype, layouts=KINDS)
+    harness.run([{"params": params}], OPTIONS[name], lambda ps, step: mixed_grads(ps, step, offset), {}, steps=3)
+
+
+def test_gradients_may_have_another_dtype() -> None:
+    for dtype, grad_dtype in ((torch.bfloat16, torch.float32), (torch.float32, torch.float16)):
+        params = make_params(dtype, layouts=["vector_1025", "matrix"])
+        grads = [g.to(grad_dtype) for g in make_grads("dense", params, 0) if g is not None]
+        reference = ReferenceLARS([{"params": params}], **OPTIONS["momentum-joint"])
+        buffers: list[Tensor | None] = [torch.zeros_like(p) for p in params]
+        with torch.no_grad():
+            part = Part("fused", [0, 1], list(params), grads, buffers)
+            (measured,) = fused_cuda.measure([(part, Options(**OPTIONS["momentum-joint"]))], None, fused_cuda.Tables())
+            fused_cuda.update(measured, None)
+        reference.step(grads)
+        optimizer = LARS(params, **OPTIONS["momentum-joint"])
+        for param, buffer in zip(params, buffers, strict=True):
+            optimizer.state[param]["momentum_buffer"] = buffer
+        harness.assert_equals(reference, optimizer, f"{dtype} with {grad_dtype}")
+
+
+def test_many_tensors_and_many_chunks() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = [*torch.randint(1, 40, (200,), generator=generator).tolist(), 10_000]
+    params = [torch.nn.Parameter(torch.randn(size, generator=generator)) for size in sizes]
+    optimizer = harness.run(
+        [{"params": params}], OPTIONS["momentum"], lambda ps, step: make_grads("dense", ps, step), {}, steps=2
+    )
+    assert optimizer.served == 201
+
+
+def test_norms_are_those_of_the_whole_tensors() -> None:
+    params = make_params(torch.float32, layouts=["vector_4097", "offset", "zeros"])
+    grads = [g for g in make_grads("dense", params, 0) if g is not None]
+    options = Options(lr=0.5, weight_decay=0.05, trust_denominator="joint", skip_nonfinite=True)
+    part = Part("fused", [0, 1, 2], list(params), grads, [])
+    (measured,) = fused_cuda.measure([(part, options)], torch.tensor(4.0), fused_cuda.Tables())
+    for i, (p, g) in enumerate(zip(params, grads, strict=True)):
+        expected = torch.stack([x.double().norm() for x in (p.detach(), g / 4 + 0.05 * p.detach(), g / 4)])
+        torch.testing.assert_close(measured.norms[:, i].double(), expected, rtol=1e-6, atol=0)
+
+
+def test_writes_only_its_own_elements() -> None:
+    params = make_params(torch.float32)
+    before = [neighbours(p) for p in params]
+    assert any(outside.numel() for outside in before)
+    optimizer = FusedLARS(params, **OPTIONS["momentum-joint"])
+    for step in range(2):
+        set_grads(params, make_grads("same_strides", params, step))
+        optimizer.step()
+    assert optimizer.served == len(params) - 2, "all but strided and columns"
+    for param, outside in zip(params, before, strict=True):
+        assert torch.equal(neighbours(param), outside)
+
+
+def test_offsets_are_64_bits() -> None:
+    # A tensor of 2^33 elements, of which only the last chunk is there: its address is as far back as its offset is large.
+    n, chunk = 1024, 1 << 23
+    w, g, v = (torch.randn(n, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    expected = v * 0.9 + g * 0.5 + w * 0.25
+    expected_w = w - 0.1 * expected
+    kernels = fused_cuda._kernels()
+    addresses = [x.data_ptr() - chunk * n * x.element_size() for x in (w, g, v)]
+    rows = torch.tensor([*addresses, (chunk + 1) * n, -chunk, 1])
+    row_of_chunk = torch.zeros(1, dtype=torch.int32)
+    sums, b_and_c = torch.zeros(1, 3), torch.tensor([[0.5, 0.25]])
+    kernels.partial_sums[(1,)](
+        rows, row_of_chunk, sums, None, None, w, g, 0.0, 0,
+        CHUNK=n, ADAPTED=True, JOINT=False, GRAD_NORM=True, MAXIMIZE=False,
+    )  # fmt: skip
+    torch.testing.assert_close(sums[0, [0, 2]], torch.stack([w.square().sum(), g.square().sum()]))
+    kernels.update[(1,)](
+        rows, row_of_chunk, b_and_c, None, 0.1, None, None, w, g, 0.9,
+        CHUNK=n, DECAYS=True, MOMENTUM=True, NESTEROV=False, LR_IN_MOMENTUM=False,
+    )  # fmt: skip
+    torch.testing.assert_close(v, expected)
+    torch.testing.assert_close(w, expected_w)
+
+
+@pytest.mark.parametrize("name", ["skip_nonfinite", "everything", "everything_but_joint"])
+def test_skip_nonfinite_leaves_its_groups_alone(name: str) -> None:
+    groups = [
+        {"params": make_params(torch.float32, layouts=["matrix", "empty", "conv"], seed=1)},
+        {"params": make_params(torch.bfloat16, layouts=["scalar"], seed=2), "adapt": False, "lr_in_momentum": False},
+        {"params": make_params(torch.float32, layouts=["matrix", "scalar"], seed=3), "skip_nonfinite": False},
+    ]
+    options = {"momentum": 0.9, **OPTIONS[name], "skip_nonfinite": True}
+    optimizer = harness.run(groups, options, lambda ps, step: [nonfinite(p, step, i) for i, p in enumerate(ps)], {})
+    params = optimizer.param_groups[0]["params"] + optimizer.param_groups[1]["params"]
+    before = [p.detach().clone() for p in params]
+    # the flag of one group stops the other, whichever comes first
+    for bad in range(len(params)):
+        everything = [p for group in optimizer.param_groups for p in group["params"]]
+        grads = [torch.ones_like(p) for p in everything]
+        if not params[bad].numel():
+            continue
+        grads[bad].view(-1)[-1] = float("nan")
+        set_grads(everything, grads)
+        optimizer.step()
+        for param, old in zip(params, before, strict=True):
+            assert torch.equal(param, old)
+    set_grads(everything, [torch.ones_like(p) for p in everything])
+    optimizer.step()
+    assert not torch.equal(params[0], before[0])
+
+
+@pytest.mark.parametrize("name", ["momentum", "nesterov-joint", "unadapted", "clip-paper", "maximize"])
+def test_grad_scale_and_found_inf(name: str) -> None:
+    params = make_params(torch.float32, layouts=KINDS)
+    optimizer = FusedLARS(params, **OPTIONS[name])
+    reference = ReferenceLARS([{"params": params}], **OPTIONS[name])
+    optimizer.grad_scale = torch.tensor([1024.0])
+    for step, found_inf in enumerate((torch.tensor([1.0]), torch.tensor(False), torch.tensor(0.0))):
+        optimizer.found_inf = found_inf
+        grads = [None if g is None else g * 1024 for g in make_grads("dense", params, step)]
+        if found_inf:
+            grads[0] = torch.full_like(params[0], float("inf"))
+        set_grads(params, grads)
+        reference.step(grads, grad_scale=1024.0, found_inf=found_inf)
+        optimizer.step()
+        harness.assert_equals(reference, optimizer, f"{name}, step {step}")
+        reference.realign(params, harness.started(reference, buffers_of(optimizer)))
+
+
+@pytest.mark.parametrize("name", ["momentum", "clip-paper"])
+def test_a_tensor_lr_counts_as_a_float(name: str) -> None:
+    results: list[list[Tensor]] = []
+    for lr in (0.3, torch.tensor(0.3), torch.tensor([0.3], dtype=torch.float64)):
+        params = make_params(torch.float32, layouts=KINDS)
+        optimizer = FusedLARS(params, **{**OPTIONS[name], "lr": lr})
+        for step in range(2):
+            set_grads(params, make_grads("dense", params, step))
+            optimizer.step()
+        results.append([p.detach().clone() for p in params])
+    for others in results[1:]:
+        for a, b in zip(results[0], others, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)  # the interpreter takes a float in double precision
+
+
+def test_joint_norm_of_zero_keeps_the_decay() -> None:
+    param = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    optimizer = FusedLARS([param], lr=1.0, weight_decay=0.5, trust_denominator="joint")
+    set_grads([param], [torch.tensor([-1.5, -2.0])])
+    optimizer.step()
+    assert param.tolist() == [3.0, 4.0]
+
+
+def test_side_effects() -> None:
+    params = make_params(torch.float32, layouts=KINDS)
+    grads = make_grads("dense", params, 0)
+    copies = [g.clone() for g in grads if g is not None]
+    optimizer = FusedLARS(params, **OPTIONS["momentum"])
+    versions, grad_versions = [p._version for p in params], [g._version for g in grads if g is not None]
+    set_grads(params, grads)
+    optimizer.step()
+    assert optimizer.served == len(params)
+    for i, param in enumerate(params):
+        buffer = buffers_of(optimizer)[i]
+        assert param._version > versions[i] and buffer is not None and buffer._version > 0
+        assert torch.equal(param.grad, copies[i]) and param.grad._version == grad_versions[i]
+    # as checkpoint libraries do it
+    params = make_params(torch.float32, layouts=KINDS)
+    before = [p.detach().clone() for p in params]
+    optimizer = FusedLARS(params, **{**OPTIONS["momentum"], "lr": 0.0})
+    set_grads(params, make_grads("zero", params, 0))
+    optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True))
+    assert not any(buffer.any() for buffer in buffers_of(optimizer) if buffer is not None)

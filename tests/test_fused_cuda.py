@@ -1,0 +1,353 @@
+"""The fused CUDA step without a GPU: its kernels under Triton's interpreter and through its compiler; tables, dispatch."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from cases import OPTIONS
+from fastlars import LARS, functional, fused_cuda
+from fastlars.compat import NAMED_PARAMETERS
+from fastlars.functional import Part
+from fastlars.options import Options
+from recording import fake_cuda
+
+HERE = Path(__file__).parent
+
+
+def python(*arguments: str, **environment: str) -> None:
+    process = subprocess.run(
+        [sys.executable, *arguments], cwd=HERE.parent, env={**os.environ, **environment}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert process.returncode == 0, f"{process.stdout}\n{process.stderr}"
+
+
+def part_of(params: list[Tensor], momentum: bool = True) -> Part:
+    buffers: list[Tensor | None] = [torch.zeros_like(p) for p in params] if momentum else []
+    grads = [torch.ones_like(p) for p in params]
+    return Part(
+        implementation="fused", indices=list(range(len(params))), params=params, grads=grads, momentum_buffers=buffers
+    )
+
+
+# ---------------------------------------------------------------- kernels
+def test_kernels_under_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    # an old interpreter, a new NumPy
+    ignore = "ignore:Conversion of an array:DeprecationWarning"
+    tests = str(HERE / "fused_cuda_interpreted.py")
+    python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", ignore, tests, TRITON_INTERPRET="1")
+
+
+class Compiled:
+    """The kernels that the launches of a step compile, without a GPU to run them on."""
+
+    def __init__(self) -> None:
+        self.kernels: dict[str, list[Any]] = {}
+
+    def distinct(self, name: str) -> list[Any]:
+        return list({id(kernel): kernel for kernel in self.kernels[name]}.values())
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[int], Compiled]:
+    """compiler(arch): launches from now on only compile, for that architecture."""
+    triton = pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("the interpreter compiles nothing")
+    from triton.backends.compiler import GPUTarget  # noqa: PLC0415  not on every machine
+    from triton.runtime.driver import driver  # noqa: PLC0415
+
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+    def compile_for(arch: int) -> Compiled:
+        if arch >= 100 and version < (3, 3):
+            pytest.skip(f"Triton {triton.__version__} does not know sm_{arch}")
+
+        class Driver:
+            def get_current_device(self) -> int:
+                return arch  # a cache of kernels for each
+
+            def get_current_stream(self, _device: int) -> int:
+                return 0
+
+            def get_current_target(self) -> Any:
+                return GPUTarget("cuda", arch, 32)
+
+        compiled = Compiled()
+        run = triton.JITFunction.run
+
+        def compile_only(kernel: Any, *args: Any, warmup: bool, **kwargs: Any) -> None:
+            result = run(kernel, *args, warmup=True, **kwargs)
+            compiled.kernels.setdefault(kernel.fn.__name__, []).append(result)
+
+        monkeypatch.setattr(triton.JITFunction, "run", compile_only)
+        driver.set_active(Driver())
+        return compiled
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    before = dict(vars(driver))
+    yield compile_for
+    vars(driver).clear()
+    vars(driver).update(before)
+
+
+def step(part: Part, options: Options, found_inf: Tensor | None = None, grad_scale: Tensor | None = None) -> None:
+    (measured,) = fused_cuda.measure([(part, options)], grad_scale, fused_cuda.Tables())
+    fused_cuda.update(measured, found_inf)
+
+
+def resources(kernel: Any, folder: Path) -> dict[str, int]:
+    """Registers, and bytes of stack and local memory, which is where spilt registers go."""
+    triton = pytest.importorskip("triton")
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    listing = subprocess.run([cuobjdump, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True)
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", listing.stdout)}
+
+
+COMPILED = ["momentum", "everything", "base", "everything_but_joint"]
+
+
+@pytest.mark.parametrize("dtype", fused_cuda.DTYPES, ids=str)
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_kernels_compile_to_wide_loads_and_no_spills(
+    arch: int, dtype: torch.dtype, compiler: Callable[[int], Compiled], tmp_path: Path
+) -> None:
+    compiled = compiler(arch)
+    scalar = torch.tensor([1.0])
+    for name in COMPILED:
+        options = Options(**OPTIONS[name])
+        device_side = name.startswith("everything")
+        with torch.no_grad():
+            part = part_of([torch.ones(5, dtype=dtype)], options.momentum != 0)
+            options = options._replace(lr=scalar if device_side else options.lr)
+            step(part, options, *((scalar, scalar) if device_side else (None, None)))
+    # a thread has 8 elements of each tensor: in the aligned branch that many bytes are loaded 16 at a time
+    wide = 8 * dtype.itemsize // 16
+    tensors = {"partial_sums": [(2, 0)] * 4, "update": [(3, 2), (3, 2), (2, 1), (3, 2)], "coefficients": [(0, 0)] * 4}
+    for name, expected in tensors.items():
+        for kernel, (loaded, stored) in zip(compiled.kernels[name], expected, strict=True):
+            used = resources(kernel, tmp_path)
+            assert used["STACK"] == used["LOCAL"] == 0, (name, used)
+            assert 0 < used["REG"] <= 64, (name, used)
+            ptx = kernel.asm["ptx"]
+            assert len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)) == loaded * wide, name
+            assert len(re.findall(r"st\.global\S*\.v4\.b32", ptx)) == stored * wide, name
+
+
+def test_numbers_do_not_recompile(compiler: Callable[[int], Compiled]) -> None:
+    compiled = compiler(90)
+    options = Options(**OPTIONS["dampening"])
+    params = [torch.ones(n) for n in (5, 16, 1)]
+    with torch.no_grad():
+        for lr in (0.5, 1, 0.0, 16):
+            for changed in ({}, {"momentum": 0.5}, {"weight_decay": 1}, {"eps": 1.0}, {"dampening": 0.5}):
+                step(part_of(params), options._replace(lr=lr, **changed))
+                step(part_of([torch.ones(5000)[1:]]), options._replace(lr=lr, **changed))
+        assert [len(compiled.distinct(name)) for name in ("partial_sums", "coefficients", "update")] == [1, 1, 1]
+        values = torch.ones(3)
+        for lr in (values[0], values[1:2], torch.tensor(0.0)):
+            step(part_of(params), options._replace(lr=lr))
+    assert [len(compiled.distinct(name)) for name in ("partial_sums", "coefficients", "update")] == [1, 2, 2]
+
+
+def test_three_launches_for_any_number_of_tensors(compiler: Callable[[int], Compiled]) -> None:
+    compiled = compiler(90)
+    with torch.no_grad():
+        step(part_of([torch.ones(n) for n in range(100)]), Options(**OPTIONS["everything"]), torch.zeros(1))
+    assert {name: len(kernels) for name, kernels in compiled.kernels.items()} == dict.fromkeys(
+        ("partial_sums", "coefficients", "update"), 1
+    )
+
+
+def test_import_loads_no_triton() -> None:
+    python("-c", "import sys, fastlars, fastlars.fused_cuda; assert 'triton' not in sys.modules")
+
+
+# ---------------------------------------------------------------- tables
+CPU = torch.device("cpu")
+
+
+def test_a_table_says_where_everything_is() -> None:
+    part = part_of([torch.ones(2 * fused_cuda.CHUNK + 1), torch.ones(0), torch.ones(3)])
+    table = fused_cuda.Tables().table(part)
+    rows = table.rows.view(3, 6).tolist()
+    for i, tensors in enumerate(zip(part.params, part.grads, part.momentum_buffers, strict=True)):
+        assert rows[i][:4] == [*(t.data_ptr() for t in tensors if t is not None), tensors[0].numel()]
+    assert [row[4:] for row in rows] == [[0, 3], [3, 4], [4, 5]]
+    assert table.chunk_tensor.tolist() == [0, 0, 0, 1, 2]
+    without = fused_cuda.Tables().table(part_of(part.params, momentum=False))
+    assert without.rows.view(3, 6)[:, 2].tolist() == [0, 0, 0]
+
+
+def test_a_table_is_found_again_by_addresses_and_sizes() -> None:
+    tables = fused_cuda.Tables()
+    part = part_of([torch.ones(4), torch.ones(3)])
+    first = tables.table(part)
+    assert tables.table(part) is first
+    views = part._replace(params=[p.view(-1) for p in part.params])
+    assert tables.table(views) is first, "other objects, the same memory"
+    moved = part._replace(grads=[g.clone() for g in part.grads])
+    second = tables.table(moved)
+    assert second is not first and second.rows.view(2, 6)[:, 1].tolist() == [g.data_ptr() for g in moved.grads]
+    assert tables.table(part) is first, "an old table is never rewritten"
+    shorter = part._replace(params=[p[:2] for p in part.params])
+    assert tables.table(shorter).rows.view(2, 6)[:, 3].tolist() == [2, 2], "the same addresses, other sizes"
+    other_stream = pytest.MonkeyPatch()
+    with other_stream.context() as patch:
+        patch.setattr(fused_cuda, "_stream", lambda _device: 1)
+        assert tables.table(part) is not first
+
+
+def test_old_tables_are_dropped_and_keep_no_tensor_alive() -> None:
+    tables = fused_cuda.Tables()
+    kept = part_of([torch.ones(4)])
+    gone = part_of([torch.ones(5)])
+    param = weakref.ref(gone.params[0])
+    tables.table(gone)
+    del gone
+    assert param() is None
+    grads = []
+    for _ in range(3 * fused_cuda.KEPT_STEPS):
+        tables.begin()
+        tables.table(kept)
+        grads.append(torch.ones(6))  # kept, so that addresses differ
+        tables.table(Part("fused", [0], [grads[0]], [grads[-1]], []))
+    assert len(tables._tables) <= fused_cuda.KEPT_STEPS + 2
+    assert tables.table(kept) in tables._tables.values()
+
+
+def test_capture_leaves_eager_tables_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = fused_cuda.Tables()
+    part = part_of([torch.ones(4), torch.ones(3)])
+    monkeypatch.setattr(fused_cuda, "_is_capturing", lambda _device: True)
+    with pytest.raises(RuntimeError, match="needs an eager step"):
+        tables.table(part)
+    monkeypatch.setattr(fused_cuda, "_is_capturing", lambda _device: False)
+    eager = tables.table(part)
+    monkeypatch.setattr(fused_cuda, "_is_capturing", lambda _device: True)
+    moved = [part._replace(grads=[g.clone() for g in part.grads]) for _ in range(fused_cuda.CAPTURES)]
+    captured = [tables.table(each) for each in moved]
+    for table, each in zip(captured, moved, strict=True):
+        assert table.rows.view(2, 6)[:, 1].tolist() == [g.data_ptr() for g in each.grads]
+        assert table not in tables._tables.values(), "its copy has not run before the graph has"
+        assert table.sums.data_ptr() != eager.sums.data_ptr()
+    # what the graphs copy at every replay stays
+    staged = {host.data_ptr() for host in tables._captured}
+    assert len(staged) == fused_cuda.CAPTURES
+    with pytest.raises(RuntimeError, match="needs an eager step"):
+        tables.table(part)
+    monkeypatch.setattr(fused_cuda, "_is_capturing", lambda _device: False)
+    assert tables.table(part) is eager and len(eager.spares) == fused_cuda.CAPTURES
+
+
+# ---------------------------------------------------------------- dispatch
+def like(param: Tensor) -> Tensor:
+    return torch.zeros_like(param)
+
+
+SERVED: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {
+    "contiguous": (torch.ones(3, 4), torch.ones(3, 4), None),
+    "parameter": (torch.nn.Parameter(torch.ones(3)), torch.ones(3), torch.ones(3)),
+    "0-dim": (torch.ones(()), torch.ones(()), torch.ones(())),
+    "empty": (torch.ones(3, 0), torch.ones(3, 0), None),
+    "transposed": (torch.ones(3, 4).t(), torch.ones(3, 4).t(), torch.ones(3, 4).t()),
+    "channels_last": 3 * (torch.ones(2, 3, 4, 4).contiguous(memory_format=torch.channels_last),),
+    "unaligned": (torch.ones(9)[1:], torch.ones(8), None),
+    "bfloat16": 3 * (torch.ones(3, dtype=torch.bfloat16),),
+    "float32 gradient": (torch.ones(3, dtype=torch.float16), torch.ones(3), torch.ones(3, dtype=torch.float16)),
+    "strides of size 1": (torch.ones(3, 1), torch.ones(3).as_strided((3, 1), (1, 7)), None),
+    "strides of size 1, not contiguous": (
+        torch.ones(4, 3, 1).transpose(0, 1),
+        torch.ones(12).as_strided((3, 4, 1), (1, 3, 5)),
+        None,
+    ),
+}
+NOT_SERVED: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {
+    "strided": (torch.ones(6)[::2], torch.ones(6)[::2], None),
+    "expanded": (torch.ones(1).expand(3), torch.ones(1).expand(3), None),
+    "gradient of other strides": (torch.ones(3, 4), torch.ones(4, 3).t(), None),
+    "buffer of other strides": (torch.ones(3, 4).t(), torch.ones(3, 4).t(), torch.ones(4, 3)),
+    "float64": (torch.ones(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64), None),
+    "complex": (torch.ones(3, dtype=torch.complex64), torch.ones(3, dtype=torch.complex64), None),
+    "float64 gradient": (torch.ones(3), torch.ones(3, dtype=torch.float64), None),
+    "buffer of another dtype": (torch.ones(3), torch.ones(3), torch.ones(3, dtype=torch.float16)),
+    "negated gradient": (torch.ones(3), torch._neg_view(torch.ones(3)), None),
+    "subclass": (torch.ones(3), torch.ones(3).as_subclass(type("Other", (Tensor,), {})), None),
+    "gradient elsewhere": (torch.ones(3), torch.ones(3, device="meta"), None),
+    "buffer elsewhere": (torch.ones(3), torch.ones(3), torch.ones(3, device="meta")),
+}
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_serves(name: str) -> None:
+    assert fused_cuda.serves(*SERVED[name])
+
+
+@pytest.mark.parametrize("name", NOT_SERVED)
+def test_does_not_serve(name: str) -> None:
+    assert not fused_cuda.serves(*NOT_SERVED[name])
+
+
+def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = [torch.ones(3)]
+    installed: Any = object()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: installed)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 0))
+    assert fused_cuda.refusal(params) is None
+    subclass = type("Quantized", (Tensor,), {})
+    for refused, reason in (
+        ([*params, torch.ones(3).as_subclass(subclass)], "plain tensors, got Quantized at position 1"),
+        ([torch.ones(3, dtype=torch.float64)], "got torch.float64 at position 0"),
+        ([torch.ones(3, dtype=torch.complex64)], "got torch.complex64 at position 0"),
+    ):
+        assert reason in (fused_cuda.refusal(refused) or "") and "use foreach=True" in (
+            fused_cuda.refusal(refused) or ""
+        )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (7, 5))
+    assert "needs compute capability 8.0, cpu has 7.5" in (fused_cuda.refusal(params) or "")
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert "ROCm" in (fused_cuda.refusal(params) or "")
+    installed = None
+    assert "pip install triton" in (fused_cuda.refusal(params) or "")
+
+
+def test_fused_on_cuda_runs_these_kernels_and_foreach_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dispatch looks at metadata only, so that fake CUDA tensors show it."""
+    monkeypatch.setattr(fused_cuda, "_PLAIN", frozenset({FakeTensor}))
+    options = Options(1.0, momentum=0.9, weight_decay=0.1, fused=True)
+    with fake_cuda():
+        dense, strided = torch.ones(8, device="cuda"), torch.empty_strided((8, 2), (4, 2), device="cuda")
+        conjugate = torch.ones(8, dtype=torch.complex64, device="cuda").conj()
+        params = [dense, strided, dense.double(), conjugate]
+        parts = functional.split(params, params, [None] * 4, options)
+        assert {i: part.implementation for part in parts for i in part.indices} == {
+            0: "triton",
+            1: "foreach",
+            2: "foreach",
+            3: "single",
+        }
+
+
+def test_fused_is_refused_at_construction_on_cuda_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_cuda.importlib.util, "find_spec", lambda _name: None)
+    with fake_cuda():
+        param = torch.nn.Parameter(torch.ones(3, device="cuda"))
+    for params in ([param], [("named", param)] if NAMED_PARAMETERS else [param]):
+        with pytest.raises(RuntimeError, match=r"param group 0: fused=True on CUDA needs Triton.*use foreach=True"):
+            LARS(params, lr=1.0, fused=True)
+    LARS([param], lr=1.0)
