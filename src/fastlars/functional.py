@@ -15,7 +15,7 @@ from torch.optim.sgd import sgd
 from . import fused_cpu, fused_cuda
 from .coefficients import coefficients, gradient_scale, is_adapted, on_device, scalar_lr
 from .compat import bump_versions, default_foreach
-from .norms import buckets, is_half, joint_norms, norm_dtype, norms, real
+from .norms import buckets, is_conjugate, is_half, joint_norms, norm_dtype, norms, real
 from .options import Options
 from .updates import multi_tensor_lars, single_tensor_lars
 
@@ -155,7 +155,7 @@ def split(
         buffer = momentum_buffers[i] if options.momentum != 0 else None
         runs = runs_for(preferred, param, grad, buffer)
         # what the fused CPU step serves is of one device and dtype
-        attributes = () if runs == "fused" else (param.is_conj(), param.device, param.dtype, grad.dtype)
+        attributes = () if runs == "fused" else (is_conjugate(param), param.device, param.dtype, grad.dtype)
         key = (runs, buffer is None, *attributes)
         part = parts.get(key)
         if part is None:
@@ -175,7 +175,7 @@ def runs_for(preferred: str, param: Tensor, grad: Tensor, buffer: Optional[Tenso
     if preferred == "fused" and fused_cuda.serves(param, grad, buffer):
         return "triton"
     # foreach ops do not write to conjugate views
-    return "single" if preferred == "single" or param.is_conj() else "foreach"
+    return "single" if preferred == "single" or is_conjugate(param) else "foreach"
 
 
 def implementation(params: List[Tensor], options: Options) -> str:
@@ -257,7 +257,7 @@ def _update_ours(
     dtype = part.params[0].dtype
     foreach = part.implementation == "foreach"
     # a conjugate view cannot be written through its real view, which is a copy
-    if found_inf is None and not is_half(dtype) and not part.params[0].is_conj():
+    if found_inf is None and not is_half(dtype) and not is_conjugate(part.params[0]):
         _step(part.params, part.grads, buffers, b, c, options, foreach)
         return
 

@@ -34,6 +34,13 @@ def real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
+def is_conjugate(tensor: Tensor) -> bool:
+    """Whether this is a view of a tensor's conjugate, which holds other bits than it shows."""
+    return (
+        tensor.is_complex() and tensor.is_conj()
+    )  # in this order: torch.compile knows the first, and stops at the second
+
+
 def buckets(tensors: List[Tensor]) -> List[List[int]]:
     """Indices of consecutive tensors, at most BUCKET elements together (a larger tensor stands alone)."""
     result: List[List[int]] = []

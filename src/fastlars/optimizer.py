@@ -269,7 +269,8 @@ class LARS(Optimizer):
             self._init_group(group, params, grads, momentum_buffers)
             if params:
                 options = _options(group)
-                steps += [(part, options) for part in split(params, grads, momentum_buffers, options)]
+                parts = split(params, grads, momentum_buffers, options)
+                steps += [(part, options) for part in parts]
 
         run(steps, None, None, self._tables)
         for part, options in steps:
