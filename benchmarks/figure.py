@@ -57,8 +57,8 @@ def draw(step_time: Results, scaling: Results | None, path: Path) -> None:
             assert scaling is not None
             _against_size(axes[0][1 + i], scaling, name)
         handles, labels = axes[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(6, 4 * panels))
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(6, 3 * panels))
+        figure.savefig(path, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)
         plt.close(figure)
 
 
