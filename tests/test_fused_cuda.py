@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -43,8 +44,10 @@ def part_of(params: list[Tensor], momentum: bool = True) -> Part:
 
 # ---------------------------------------------------------------- kernels
 def test_kernels_under_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    # an old interpreter, a new NumPy
+    triton = pytest.importorskip("triton")
+    if triton.__version__.startswith("3.0.") and numpy.__version__ >= "2":
+        pytest.skip("the interpreter of Triton 3.0 reads nonsense with NumPy 2")
+    # and it warns with NumPy 1.25 and later
     ignore = "ignore:Conversion of an array:DeprecationWarning"
     tests = str(HERE / "fused_cuda_interpreted.py")
     python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", ignore, tests, TRITON_INTERPRET="1")
