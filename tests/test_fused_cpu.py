@@ -201,3 +201,9 @@ def test_trust_ratios_whatever_runs(options: Options) -> None:
     params[0].grad = torch.tensor([0.0, 2.0])
     optimizer = LARS([("a", params[0]), ("b", params[1])], lr=1.0, trust_coefficient=0.1, adapt=True, **options)
     assert optimizer.trust_ratios() == {"a": pytest.approx(0.25)}
+
+
+def test_a_group_over_several_devices_is_not_fused_by_default() -> None:
+    """Its accelerator tensors would take kernels that nobody asked for."""
+    params = [torch.nn.Parameter(torch.ones(4, device=device)) for device in ("cpu", "meta")]
+    assert "adapted, single" in repr(LARS(params, lr=1.0, weight_decay=0.1))

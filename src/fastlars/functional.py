@@ -186,7 +186,7 @@ def implementation(params: List[Tensor], options: Options) -> str:
         return "foreach"
     if options.fused is None and options.foreach is None and not options.differentiable:
         # torch's SGD is fused only where one asks for it, and bits differ: groups that are not adapted follow it
-        if is_adapted(options) and params[0].device.type == "cpu":
+        if is_adapted(options) and all(param.is_cpu for param in params):
             return "fused"
         if default_foreach(params):
             return "foreach"
