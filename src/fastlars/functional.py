@@ -14,7 +14,7 @@ from torch.optim.sgd import sgd
 
 from . import fused_cpu, fused_cuda
 from .coefficients import coefficients, gradient_scale, is_adapted, on_device, scalar_lr
-from .compat import bump_versions, default_foreach
+from .compat import bump_versions, default_foreach, outside_graphs
 from .norms import buckets, is_conjugate, is_half, joint_norms, norm_dtype, norms, real
 from .options import Options
 from .updates import multi_tensor_lars, single_tensor_lars
@@ -28,6 +28,10 @@ class Part(NamedTuple):
     params: List[Tensor]
     grads: List[Tensor]
     momentum_buffers: List[Optional[Tensor]]  # empty without momentum
+
+
+# What one call, or one param group, steps: params, grads, momentum_buffers (None at a first step) and options.
+Group = Tuple[List[Tensor], List[Tensor], List[Optional[Tensor]], Options]
 
 
 def lars(
@@ -101,15 +105,34 @@ def lars(
             f"a step that the device may skip needs dampening == 0, got {dampening}: dampening starts after a tensor's "
             "first step, and whether that step was skipped is known on the device only"
         )
-    parts = split(params, grads, momentum_buffers, options)
-    run([(part, options) for part in parts], grad_scale, found_inf, _TABLES)
-    for part in parts:
-        for i, buffer in zip(part.indices, part.momentum_buffers):
-            momentum_buffers[i] = buffer
+    groups = [(params, grads, momentum_buffers, options)]
+    if implementation(params, options) == "fused":
+        _step_groups_outside_graphs(groups, grad_scale, found_inf, _TABLES)
+    else:
+        step_groups(groups, grad_scale, found_inf, _TABLES)
 
 
 # of all functional steps; an optimizer has its own, which go with it
 _TABLES = fused_cuda.Tables()
+
+
+def step_groups(
+    groups: List[Group],
+    grad_scale: Optional[Tensor],
+    found_inf: Optional[Tensor],
+    tables: fused_cuda.Tables,
+) -> None:
+    """Step all groups; new momentum buffers are put into their lists."""
+    parts_of = [split(*group) for group in groups]
+    run([(part, group[3]) for group, parts in zip(groups, parts_of) for part in parts], grad_scale, found_inf, tables)
+    for (_, _, momentum_buffers, _), parts in zip(groups, parts_of):
+        for part in parts:
+            for i, buffer in zip(part.indices, part.momentum_buffers):
+                momentum_buffers[i] = buffer
+
+
+# A fused step leaves the graph as a whole, as torch's own: once, and nothing of it is traced.
+_step_groups_outside_graphs = outside_graphs(step_groups)
 
 
 def run(

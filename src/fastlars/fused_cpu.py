@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .coefficients import Number, coefficients, is_adapted
-from .compat import bump_versions, outside_graphs
+from .compat import bump_versions
 from .norms import ROW, flat_norm
 from .options import Options
 
@@ -63,7 +63,6 @@ def is_dense(strides: List[Tuple[int, int]]) -> bool:
     return True
 
 
-@outside_graphs  # as torch's own fused step
 @torch.no_grad()
 def step(
     params: List[Tensor],

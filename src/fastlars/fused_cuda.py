@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .coefficients import is_adapted
-from .compat import bump_versions, outside_graphs
+from .compat import bump_versions
 from .fused_cpu import effective_strides, is_dense
 from .options import Options
 
@@ -230,7 +230,6 @@ class Measured:
         return self.table.coefficients
 
 
-@outside_graphs
 def measure(steps: Sequence[tuple[Part, Options]], grad_scale: Tensor | None, tables: Tables) -> list[Measured]:
     """Norms and coefficients of all parts of a step, whose tensors are all served: two launches a part.
 
@@ -303,7 +302,6 @@ def _measure(
     return Measured(part, options, table, flag, table.norms[:rows])
 
 
-@outside_graphs
 def update(measured: Measured, found_inf: Tensor | None) -> None:
     """Write parameters and momentum buffers of a part: one launch.
 

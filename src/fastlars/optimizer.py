@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from .coefficients import is_adapted, scalar_lr, trust_ratio
-from .compat import NAMED_PARAMETERS, required, use_grad_for_differentiable
-from .functional import Part, implementation, measure, run, split
+from .compat import NAMED_PARAMETERS, outside_graphs, required, use_grad_for_differentiable
+from .functional import Group, implementation, measure, split, step_groups
 from .fused_cuda import Tables, check_fused
 from .options import NAMES, Options, check_grad, check_options, check_params, nearest_name
 
@@ -256,28 +256,35 @@ class LARS(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
+        if any(implementation(group["params"], _options(group)) == "fused" for group in self.param_groups):
+            self._step_groups_outside_graphs()
+        else:
+            self._step_groups()
+        return loss
+
+    def _step_groups(self) -> None:
         for group in self.param_groups:  # all before the first state is made
             for p in group["params"]:
                 if p.grad is not None:
                     check_grad(p.grad)
 
-        steps: list[tuple[Part, Options]] = []
+        groups: list[Group] = []
         for group in self.param_groups:
             params: list[Tensor] = []
             grads: list[Tensor] = []
             momentum_buffers: list[Tensor | None] = []
             self._init_group(group, params, grads, momentum_buffers)
             if params:
-                options = _options(group)
-                parts = split(params, grads, momentum_buffers, options)
-                steps += [(part, options) for part in parts]
+                groups.append((params, grads, momentum_buffers, _options(group)))
 
-        run(steps, None, None, self._tables)
-        for part, options in steps:
+        step_groups(groups, None, None, self._tables)
+        for params, _, momentum_buffers, options in groups:
             if options.momentum != 0 and options.dampening != 0:
-                for param, buffer in zip(part.params, part.momentum_buffers, strict=True):
+                for param, buffer in zip(params, momentum_buffers, strict=True):
                     self.state[param]["momentum_buffer"] = buffer
-        return loss
+
+    # As torch's own fused step leaves the graph, but once for all groups, whose gradients may decide together.
+    _step_groups_outside_graphs = outside_graphs(_step_groups)
 
     @torch.no_grad()
     def trust_ratios(self) -> dict[str, float]:
