@@ -9,10 +9,11 @@ says where it is right, the counters are bumped here.
 from __future__ import annotations
 
 import math
-from typing import Dict, List, Optional, Tuple, cast  # noqa: UP035  as in functional.py
+from typing import Any, Dict, Iterator, List, Optional, Tuple, cast  # noqa: UP035  as in functional.py
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from .coefficients import Number, coefficients, is_adapted
 from .compat import bump_versions
@@ -28,6 +29,7 @@ ROWS = 4096
 # 1 - b is passed in double precision, and b is taken back from it: with a smaller b, rounding would show in float32.
 SMALLEST_B = 1e-8
 
+_WORK: Dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -70,32 +72,63 @@ def step(
     momentum_buffers: List[Optional[Tensor]],
     options: Options,
     grad_scale: Optional[Tensor],
+    norms: Optional[Tensor] = None,
 ) -> None:
-    """Step tensors that are served, all at their first step or all past it."""
+    """Step tensors that are served, all at their first step or all past it.
+
+    ``norms``: param norms and direction norms, shape (2, n), where they are known because the tensors are parts of
+    larger ones.
+    """
     first_step = options.momentum != 0 and momentum_buffers[0] is None
     if first_step:
         momentum_buffers[:] = [torch.zeros_like(param) for param in params]
-    stacks: Dict[torch.Size, List[int]] = {}
+    buffers = cast(List[Tensor], momentum_buffers)
+    small: Dict[torch.Size, List[int]] = {}
     alone: List[int] = []
+    shape: Optional[torch.Size] = None
     for i, param in enumerate(params):
-        if param.numel() > SMALL or not param.is_contiguous():
+        # what depends on the shape is asked when it changes: most neighbours are alike
+        if param.shape != shape:
+            shape = param.shape
+            numel = shape.numel()
+            places = small.setdefault(shape, []) if 0 < numel <= SMALL else alone
+        if places is alone or param.is_contiguous():
+            places.append(i)
+        else:
             alone.append(i)
-        elif param.numel() > 0:
-            stacks.setdefault(param.shape, []).append(i)
 
     fused = _Fused(options, first_step, grad_scale)
-    for shape, places in stacks.items():
-        fused.stacked(shape, *_take(places, params, grads, momentum_buffers))
+    for stacks in _workspaces_full(small):
+        places = [i for _, stack in stacks for i in stack]
+        fused.stacked(
+            [(shape, [params[i] for i in stack], [grads[i] for i in stack]) for shape, stack in stacks],
+            [buffers[i] for i in places] if buffers else [],
+            None if norms is None else (norms[0, places], norms[1, places]),
+        )
+    numbers = None if norms is None else norms.tolist()
     for i in alone:
-        fused.alone(params[i], grads[i], [buffer for buffer in momentum_buffers[i : i + 1] if buffer is not None])
-    bump_versions(params + [buffer for buffer in momentum_buffers if buffer is not None])
+        known = None if numbers is None else (numbers[0][i], numbers[1][i])
+        fused.alone(params[i], grads[i], buffers[i : i + 1], known)
+    bump_versions(params + buffers)
 
 
-def _take(
-    places: List[int], params: List[Tensor], grads: List[Tensor], momentum_buffers: List[Optional[Tensor]]
-) -> Tuple[List[Tensor], List[Tensor], List[Tensor]]:
-    buffers = [momentum_buffers[i] for i in places] if momentum_buffers else []
-    return [params[i] for i in places], [grads[i] for i in places], [b for b in buffers if b is not None]
+def _workspaces_full(places: Dict[torch.Size, List[int]]) -> Iterator[List[Tuple[torch.Size, List[int]]]]:
+    """The places of tensors by shape, at most STACK elements at a time."""
+    full: List[Tuple[torch.Size, List[int]]] = []
+    room = STACK
+    for shape, stack in places.items():
+        start = 0
+        while start < len(stack):
+            fit = room // shape.numel()
+            if fit == 0:
+                yield full
+                full, room = [], STACK
+                continue
+            full.append((shape, stack[start : start + fit]))
+            room -= len(full[-1][1]) * shape.numel()
+            start += fit
+    if full:
+        yield full
 
 
 class _Fused:
@@ -103,32 +136,49 @@ class _Fused:
 
     def __init__(self, options: Options, first_step: bool, grad_scale: Optional[Tensor]) -> None:
         self.options = options
+        self.adapted = is_adapted(options)
         self.first_step = first_step
         self.lr = float(options.lr)
         self.scale = (-1.0 if options.maximize else 1.0) / (1.0 if grad_scale is None else float(grad_scale))
         self.step_size = 1.0 if options.lr_in_momentum else self.lr
         self.workspaces: List[Tensor] = []
+        self.views: Dict[Tuple[int, torch.Size, int], Tuple[Tensor, Tensor, List[Tensor]]] = {}
 
-    def stacked(self, shape: torch.Size, params: List[Tensor], grads: List[Tensor], buffers: List[Tensor]) -> None:
-        """Tensors of one shape: norms and directions of all at once, as rows of a workspace; one call of the kernel."""
-        rows = max(1, min(STACK // shape.numel(), len(params)))
-        weights, directions = (workspace.view(rows, *shape) for workspace in self._workspaces(rows * shape.numel()))
-        views = directions.unbind()
-        for start in range(0, len(params), rows):
-            chunk = slice(start, start + rows)
-            n = len(params[chunk])
-            w = torch.stack(params[chunk], out=weights[:n]).view(n, -1)
-            g = torch.stack(grads[chunk], out=directions[:n]).view(n, -1)
-            norms: Optional[Tuple[Tensor, Tensor]] = None
-            if is_adapted(self.options):
-                norms = (torch.linalg.vector_norm(w, dim=1), self._row_direction_norms(w, g))
-            b, c = self._coefficients(norms)
-            self._make_directions(g, b, w, c)
-            self._sgd(params[chunk], list(views[:n]), buffers[chunk])
+    def stacked(
+        self,
+        stacks: List[Tuple[torch.Size, List[Tensor], List[Tensor]]],
+        buffers: List[Tensor],
+        norms: Optional[Tuple[Tensor, Tensor]],
+    ) -> None:
+        """Small tensors: copied to a workspace, those of one shape as rows of a matrix; one call of the kernel."""
+        weights: List[Tensor] = []
+        directions: List[Tensor] = []
+        updates: List[Tensor] = []
+        start = 0
+        for shape, params, grads in stacks:
+            w, g, rows = self._views(start, shape, len(params))
+            weights.append(torch.stack(params, out=w).view(len(params), -1))
+            directions.append(torch.stack(grads, out=g).view(len(params), -1))
+            updates += rows
+            start += shape.numel() * len(params)
 
-    def alone(self, param: Tensor, grad: Tensor, buffer: List[Tensor]) -> None:
+        if norms is None and self.adapted:
+            norms = (self._row_norms(weights), self._row_direction_norms(weights, directions))
+        counts = [len(w) for w in weights]
+        b, c = (
+            torch.split(torch.as_tensor(number, **_WORK).reshape(-1, 1).expand(len(updates), 1), counts)
+            for number in self._coefficients(norms)
+        )
+        for i, direction in enumerate(directions):
+            direction.mul_(b[i])
+            if self.options.weight_decay != 0:
+                direction.addcmul_(weights[i], c[i])
+        self._sgd([param for _, params, _ in stacks for param in params], updates, buffers)
+
+    def alone(self, param: Tensor, grad: Tensor, buffer: List[Tensor], norms: Optional[Tuple[float, float]]) -> None:
         """A tensor by itself: norms, then one call of the kernel, which reads again what is still in cache."""
-        norms = (_norm(_flat(param)), self._direction_norm(param, grad)) if is_adapted(self.options) else None
+        if norms is None and self.adapted:
+            norms = (_norm(_flat(param)), self._direction_norm(param, grad))
         b, c = (float(number) for number in self._coefficients(norms))
         if self.options.momentum == 0 and b != 0 and math.isfinite(c / b):
             self._sgd([param], [grad], [], weight_decay=c / b, factor=b)
@@ -139,26 +189,13 @@ class _Fused:
 
     def _block_by_block(self, param: Tensor, grad: Tensor, buffer: List[Tensor], b: float, c: float) -> None:
         """What one call cannot do, through a workspace that holds the direction of a block."""
-        (workspace, _) = self._workspaces(min(param.numel(), STACK))
+        workspace = self._workspaces()[0]
         blocks = [torch.split(_flat(tensor), STACK) for tensor in (param, grad, *buffer)]
         for w, g, *v in zip(*blocks):
             direction = torch.mul(g, b, out=workspace[: g.numel()])
             if self.options.weight_decay != 0:
                 direction.add_(w, alpha=c)
             self._sgd([w], [direction], v)
-
-    def _make_directions(self, grads: Tensor, b: Number, params: Tensor, c: Number) -> None:
-        """``b * grads + c * params``, in place of grads, with a number a row or one for all."""
-        if isinstance(b, Tensor):
-            grads.mul_(b.unsqueeze(1))
-        else:
-            grads.mul_(b)
-        if self.options.weight_decay == 0:
-            return
-        if isinstance(c, Tensor):
-            grads.addcmul_(params, c.unsqueeze(1))
-        else:
-            grads.add_(params, alpha=c)
 
     def _sgd(
         self,
@@ -182,19 +219,31 @@ class _Fused:
             is_first_step=False,
         )
 
-    def _workspaces(self, numel: int) -> List[Tensor]:
-        if not self.workspaces or self.workspaces[0].numel() < numel:
-            self.workspaces = [torch.empty(numel, dtype=torch.float32, device="cpu") for _ in range(2)]
-        return [workspace[:numel] for workspace in self.workspaces]
+    def _workspaces(self) -> List[Tensor]:
+        if not self.workspaces:
+            self.workspaces = [torch.empty(STACK, **_WORK) for _ in range(2)]
+        return self.workspaces
+
+    def _views(self, start: int, shape: torch.Size, n: int) -> Tuple[Tensor, Tensor, List[Tensor]]:
+        """A stretch of both workspaces as n stacked tensors, and those of the second one by one."""
+        key = (start, shape, n)
+        if key not in self.views:  # making a view takes as long as copying a small tensor
+            end = start + shape.numel() * n
+            w, g = (workspace[start:end].view(n, *shape) for workspace in self._workspaces())
+            self.views[key] = (w, g, list(g.unbind()))
+        return self.views[key]
 
     def _coefficients(self, norms: Optional[Tuple[Number, Number]]) -> Tuple[Number, Number]:
         return coefficients(norms, self.lr, self.scale, self.first_step, self.options)
 
-    def _row_direction_norms(self, w: Tensor, g: Tensor) -> Tensor:
-        if self.options.trust_denominator == "joint":
-            g = (g * self.scale).add_(w, alpha=self.options.weight_decay)
-            return cast(Tensor, torch.linalg.vector_norm(g, dim=1))
-        return cast(Tensor, torch.linalg.vector_norm(g, dim=1) * abs(self.scale))
+    def _row_norms(self, matrices: List[Tensor]) -> Tensor:
+        return torch.cat([vector_norm(matrix, dim=1) for matrix in matrices])
+
+    def _row_direction_norms(self, weights: List[Tensor], grads: List[Tensor]) -> Tensor:
+        if self.options.trust_denominator == "separate":
+            return self._row_norms(grads) * abs(self.scale)
+        decay = self.options.weight_decay
+        return self._row_norms([(g * self.scale).add_(w, alpha=decay) for w, g in zip(weights, grads)])
 
     def _direction_norm(self, param: Tensor, grad: Tensor) -> float:
         if self.options.trust_denominator == "separate":
@@ -211,10 +260,12 @@ def _flat(tensor: Tensor) -> Tensor:
 
 def _norm(flat: Tensor) -> float:
     """As `norms.flat_norm`, in fewer calls: a host number is wanted."""
-    length = flat.numel() // ROW * ROW
-    tail = flat[length:]
-    rows = torch.linalg.vector_norm(flat[:length].view(-1, ROW) if len(tail) else flat.view(-1, ROW), dim=1)
-    if len(rows) > ROWS:
-        return float(flat_norm(flat))
-    square = float(torch.dot(rows, rows))
-    return math.sqrt(square + float(torch.dot(tail, tail)) if len(tail) else square)
+    count, rest = divmod(flat.numel(), ROW)
+    if count > ROWS:
+        return flat_norm(flat).item()
+    if rest == 0:
+        rows = vector_norm(flat.view(count, ROW), dim=1)
+        return math.sqrt(torch.dot(rows, rows).item())
+    rows = vector_norm(flat[:-rest].view(count, ROW), dim=1)
+    tail = flat[-rest:]
+    return math.sqrt(torch.dot(rows, rows).item() + torch.dot(tail, tail).item())

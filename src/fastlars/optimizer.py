@@ -265,8 +265,9 @@ class LARS(Optimizer):
     def _step_groups(self) -> None:
         for group in self.param_groups:  # all before the first state is made
             for p in group["params"]:
-                if p.grad is not None:
-                    check_grad(p.grad)
+                grad = p.grad
+                if grad is not None and grad.layout is not torch.strided:
+                    check_grad(grad)
 
         groups: list[Group] = []
         for group in self.param_groups:
