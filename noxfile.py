@@ -5,6 +5,7 @@
 """Everything a maintainer runs. CONTRIBUTING.md shows what each session prints."""
 
 import functools
+import os
 import platform
 import shutil
 import subprocess
@@ -62,8 +63,9 @@ def tests(session: nox.Session, torch: str, device: str) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Lint and format check; `-- --fix` repairs what ruff can."""
+    """Lint and format check, and the workflows' security; `-- --fix` repairs what ruff can."""
     session.install("--group", "lint")
+    session.run("zizmor", "--offline", "--quiet", ".github")
     session.run("ruff", "check", *session.posargs)
     session.run("ruff", "format", *([] if "--fix" in session.posargs else ["--check"]))
 
@@ -111,6 +113,15 @@ def build(session: nox.Session) -> None:
     shutil.rmtree("dist", ignore_errors=True)
     session.run("uv", "build", "--quiet")
     (sdist,), (wheel,) = Path("dist").glob("*.tar.gz"), Path("dist").glob("*.whl")
+    with TemporaryDirectory() as again:
+        session.run("uv", "build", "--quiet", "--out-dir", again)
+        if different := [
+            path.name for path in (sdist, wheel) if path.read_bytes() != Path(again, path.name).read_bytes()
+        ]:
+            session.error(f"another build of the same files gave other bytes: {different}")
+    tag = os.environ.get("RELEASE_TAG", "")
+    if tag and f"fastlars-{tag.removeprefix('v')}.tar.gz" != sdist.name:
+        session.error(f"the tag {tag} is not the version of {sdist.name}; change __version__ in src or the tag")
     session.run("uvx", "twine", "check", "--strict", str(sdist), str(wheel))
 
     with tarfile.open(sdist) as archive:

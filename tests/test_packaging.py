@@ -38,6 +38,11 @@ def test_torch_is_the_only_requirement() -> None:
     assert importlib.metadata.requires("fastlars") == ["torch>=2.4"]
 
 
+def test_the_citation_has_the_version_of_the_package() -> None:
+    citation = Path(__file__).parents[1].joinpath("CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {fastlars.__version__}\n" in citation
+
+
 @pytest.mark.parametrize("package", ["triton", "torch._dynamo", "torch.distributed"])
 def test_importing_loads_no_optional_part_of_torch(package: str) -> None:
     """Beyond what torch itself loads, which differs between versions."""
