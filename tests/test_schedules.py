@@ -1,6 +1,7 @@
 """The schedules have the values their formulas say, in place for a tensor lr, and survive saving at any step."""
 
 import copy
+import functools
 import io
 import math
 import pickle
@@ -14,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from cases import make_grads, make_params
 from fastlars import LARS
-from fastlars.schedules import warmup_cosine, warmup_polynomial
+from fastlars.schedules import linear_scaling, sqrt_scaling, warmup_cosine, warmup_polynomial
 
 # schedule, what is left of lr at this share of the decay
 SCHEDULES: dict[str, tuple[Callable[..., LambdaLR], Callable[[float], float]]] = {
@@ -22,6 +23,16 @@ SCHEDULES: dict[str, tuple[Callable[..., LambdaLR], Callable[[float], float]]] =
     "linear": (lambda *args: warmup_polynomial(*args, power=1), lambda share: 1 - share),
     "root": (lambda *args: warmup_polynomial(*args, power=0.5), lambda share: math.sqrt(1 - share)),
     "cosine": (warmup_cosine, lambda share: math.cos(share * math.pi / 2) ** 2),
+    # MLPerf's end at 1e-4 of a peak of 8, and Barlow Twins' end, both written as the authors' programs have them
+    "mlperf": (
+        functools.partial(warmup_polynomial, end_factor=1e-4 / 8),
+        lambda p: ((8 - 1e-4) * (1 - p) ** 2 + 1e-4) / 8,
+    ),
+    "barlow": (
+        functools.partial(warmup_cosine, end_factor=0.001),
+        lambda p: (q := 0.5 * (1 + math.cos(math.pi * p))) + 0.001 * (1 - q),
+    ),
+    "constant": (functools.partial(warmup_cosine, end_factor=1.0), lambda share: 1.0),
 }
 schedules = pytest.mark.parametrize("schedule", SCHEDULES)
 LENGTHS = [(0, 1), (0, 5), (1, 2), (2, 6), (5, 6), (3, 10)]
@@ -36,7 +47,7 @@ def make(lr: float | Tensor = 8.0) -> LARS:
 def expected(schedule: str, warmup: int, total: int, step: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
-    return SCHEDULES[schedule][1]((step - warmup) / (total - warmup)) if step < total else 0.0
+    return SCHEDULES[schedule][1](min((step - warmup) / (total - warmup), 1.0))
 
 
 def go_on(optimizer: LARS, scheduler: LambdaLR, steps: range) -> list[list[float]]:
@@ -60,7 +71,8 @@ def test_values(schedule: str, warmup: int, total: int) -> None:
         factor = expected(schedule, warmup, total, step)
         assert lrs == pytest.approx([8.0 * factor, 0.5 * factor], rel=1e-12, abs=1e-14), f"step {step}"
     assert max(seen) == [8.0, 0.5]
-    assert seen[total:] == [[0.0, 0.0]] * 3  # past the end: exactly 0, nothing moves
+    if schedule in ("polynomial", "linear", "root", "cosine"):
+        assert seen[total:] == [[0.0, 0.0]] * 3  # past the end: exactly 0, nothing moves
     assert all(p.isfinite().all() for group in optimizer.param_groups for p in group["params"])
 
 
@@ -130,6 +142,55 @@ def test_lengths_are_checked_before_anything_changes(build: Callable[..., Lambda
 def test_power_is_checked(power: float) -> None:
     with pytest.raises(ValueError, match=f"power must be > 0, got {power}"):
         warmup_polynomial(make(), 1, 5, power)
+
+
+@pytest.mark.parametrize("build", [warmup_polynomial, warmup_cosine])
+@pytest.mark.parametrize("end_factor", [-0.1, 1.5, 8.0, float("nan")])
+def test_end_factor_is_a_share(build: Callable[..., LambdaLR], end_factor: float) -> None:
+    with pytest.raises(ValueError, match=f"end_factor must be 0 to 1, a share of lr, got {end_factor}"):
+        build(make(), 1, 5, end_factor=end_factor)
+
+
+@schedules
+def test_warmup_is_the_published_one_a_step_earlier(schedule: str) -> None:
+    """SimCLR, BYOL, Barlow Twins and MLPerf begin at lr * 0 / n: a step that does nothing. Here that step is left out."""
+    warmup, total = 5, 12
+    seen = go_on(optimizer := make(), SCHEDULES[schedule][0](optimizer, warmup, total), range(total))
+    for step in range(warmup):
+        assert seen[step] == pytest.approx([8.0 * (step + 1) / warmup, 0.5 * (step + 1) / warmup])
+    assert seen[warmup - 1] == seen[warmup] == [8.0, 0.5]  # the published warm-up gets there now, and the decay begins
+
+
+@schedules
+def test_groups_keep_their_proportion(schedule: str) -> None:
+    seen = go_on(optimizer := make(), SCHEDULES[schedule][0](optimizer, 3, 10), range(10))
+    assert [other / lr for lr, other in seen] == pytest.approx([0.5 / 8.0] * 10)
+
+
+@pytest.mark.parametrize(
+    ("scaled", "published"),
+    [
+        (linear_scaling(0.3, 4096), 4.8),  # SimCLR, 0.3 * 4096 / 256
+        (linear_scaling(0.2, 4096), 3.2),  # BYOL
+        (linear_scaling(0.0048, 2048), 0.0384),  # Barlow Twins, biases
+        (linear_scaling(0.1, 8192), 3.2),  # Goyal et al., SGD
+        (linear_scaling(10.0, 2048, base_batch_size=4096), 5.0),
+        (sqrt_scaling(0.075, 4096, base_batch_size=1), 4.8),  # SimCLR, 0.075 * sqrt(4096)
+        (sqrt_scaling(0.1, 1024), 0.2),
+        (sqrt_scaling(0.1, 64), 0.05),
+    ],
+)
+def test_scaling_with_the_batch(scaled: float, published: float) -> None:
+    assert scaled == pytest.approx(published, rel=1e-12)
+
+
+@pytest.mark.parametrize("scale", [linear_scaling, sqrt_scaling])
+def test_batches_are_positive(scale: Callable[..., float]) -> None:
+    for batch in (0, -256, float("nan")):
+        with pytest.raises(ValueError, match=f"^batch_size must be > 0, got {batch}"):
+            scale(0.1, batch)
+        with pytest.raises(ValueError, match=f"base_batch_size must be > 0, got {batch}"):
+            scale(0.1, 256, base_batch_size=batch)
 
 
 def test_any_optimizer_will_do() -> None:

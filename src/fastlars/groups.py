@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+import difflib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
@@ -23,28 +26,54 @@ DIALECTS: dict[str, dict[str, Any]] = {
 }
 
 _NORMALISATION = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_PARAMETRIZED = re.compile(r"\bparametrizations\.(\w+)\.original$")
+
+# A pattern of names, or a class of modules.
+Exclude: TypeAlias = str | type[nn.Module]
 
 
 def param_groups(
-    model: nn.Module | Iterable[tuple[str, Tensor]], weight_decay: float, *, unadapted: Mapping[str, Any] | None = None
+    model: nn.Module | Iterable[tuple[str, Tensor]],
+    weight_decay: float,
+    *,
+    exclude: Exclude | Iterable[Exclude] = (),
+    adapt: Callable[[str, Tensor], bool] | None = None,
+    unadapted: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Two param groups: weight matrices and kernels, adapted; biases and normalisation tensors, not adapted.
+    """Two param groups: weight matrices and kernels, adapted; all else, not adapted.
+
+    Not adapted are
+
+    - biases: what is named "bias";
+    - vectors: tensors with at most one dimension longer than 1, as the gains of normalisation layers, LayerScale and
+      class tokens are. Of more than one dimension and named "weight", as that of ``Linear(n, 1)``, it is a matrix;
+    - what belongs directly to a normalisation layer of whatever shape: torch's, and modules whose class name ends in
+      "Norm";
+    - what ``exclude`` names.
 
     Args:
-        model: a module, or named parameters as of ``model.named_parameters()``.
+        model: a module, also one wrapped by DistributedDataParallel or torch.compile, or named parameters as of
+            ``model.named_parameters()``, where normalisation layers show by the shapes of their parameters only.
         weight_decay: for the adapted group, >= 0; the other one has none.
+        exclude: more that is not adapted, one or several: patterns of names as for :mod:`fnmatch` ("*" matches dots
+            too), such as ``"*pos_embed"`` or ``"head.*"``, and module classes, such as ``nn.Embedding``, whose own
+            parameters are meant. Names are matched as they are and without what wrappers put before them.
+        adapt: called with name and parameter, True for those to adapt: instead of the first three rules above, as in
+            ``adapt=lambda name, param: param.ndim > 1``, which is MoCo v3's, MAE's and Barlow Twins' rule.
         unadapted: options for the group that is not adapted, such as ``{"lr": 0.1}``: its tensors take lr * g unscaled,
             which at LARS's learning rates ruins networks without normalisation layers.
 
     Returns:
-        A group with ``adapt=True`` and one with ``adapt=False``, names kept, without those that would be empty. Not
-        adapted are tensors of at most one dimension, those named "bias", and, for a module, all parameters of its
-        normalisation layers. A parameter that several modules share stands once. Frozen parameters are in their
-        groups, so that they can be unfrozen later.
+        A group with ``adapt=True`` and one with ``adapt=False``, names kept, without those that would be empty. Every
+        parameter stands once, in one of them: shared ones under their first name, frozen ones too, so that they can
+        be unfrozen later (they do not move without a gradient).
 
     Raises:
-        ValueError: if there is no parameter at all.
-        TypeError: for parameters without names.
+        ValueError: if there is no parameter at all; for an ``exclude`` that matches nothing (the nearest names are
+            given), two parameters of one name, and ``unadapted`` with "adapt" or "params".
+        TypeError: for parameters without names, for an ``exclude`` that is neither, for module classes where ``model``
+            is no module, and where ``adapt`` returns neither True nor False.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
@@ -52,33 +81,108 @@ def param_groups(
         >>> [name for name, _ in adapted["params"]], [name for name, _ in rest["params"]]
         (['0.weight'], ['0.bias', '1.weight', '1.bias'])
     """
+    named = _named_parameters(model)
+    for key in ("params", "adapt"):
+        if key in (unadapted or {}):
+            raise ValueError(f"unadapted must hold options of the group that is not adapted, got {key!r}; leave it out")
+    excluded = _excluded(model, named, exclude)
+    of_norms = _of_normalisation_layers(model)
+
+    groups: dict[bool, list[tuple[str, Tensor]]] = {True: [], False: []}
+    for name, param in named:
+        chosen = adapt(name, param) if adapt else not (_is_bias_or_vector(name, param) or param in of_norms)
+        if not isinstance(chosen, bool):
+            raise TypeError(f"adapt must return True or False for every parameter, got {chosen!r} for {name!r}")
+        groups[chosen and param not in excluded].append((name, param))
+    both = [
+        {"params": groups[True], "weight_decay": weight_decay, "adapt": True},
+        {"params": groups[False], "weight_decay": 0.0, "adapt": False, **(unadapted or {})},
+    ]
+    return [group for group in both if group["params"]]
+
+
+def _named_parameters(model: nn.Module | Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """Each parameter once, under its first name."""
     named = list(model.named_parameters()) if isinstance(model, nn.Module) else list(model)
     if not all(map(_is_named_parameter, named)):
         raise TypeError("param_groups needs a module or (name, parameter) pairs; pass model.named_parameters()")
     if not named:
         raise ValueError("param_groups got no parameters; pass a module that has some, or its named_parameters()")
-
-    normalisation: set[Tensor] = set()
-    if isinstance(model, nn.Module):
-        for module in model.modules():
-            if isinstance(module, _NORMALISATION) or type(module).__name__.endswith("Norm"):
-                normalisation.update(module.parameters(recurse=False))
-
-    seen: set[Tensor] = set()
-    adapted: list[tuple[str, Tensor]] = []
-    rest: list[tuple[str, Tensor]] = []
+    first_names: dict[Tensor, str] = {}
     for name, param in named:
-        if param in seen:
-            continue
-        seen.add(param)
-        alone = param.ndim <= 1 or name.rpartition(".")[2] == "bias" or param in normalisation
-        (rest if alone else adapted).append((name, param))
-    groups = [
-        {"params": adapted, "weight_decay": weight_decay, "adapt": True},
-        {"params": rest, "weight_decay": 0.0, "adapt": False, **(unadapted or {})},
-    ]
-    return [group for group in groups if group["params"]]
+        first_names.setdefault(param, name)
+    by_name: dict[str, Tensor] = {}
+    for param, name in first_names.items():
+        if name in by_name:
+            raise ValueError(
+                f"two parameters are named {name!r}; give named_parameters() a prefix, as in "
+                'head.named_parameters(prefix="head")'
+            )
+        by_name[name] = param
+    return list(by_name.items())
 
 
 def _is_named_parameter(item: object) -> bool:
     return isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], Tensor)
+
+
+def _is_bias_or_vector(name: str, param: Tensor) -> bool:
+    leaf = _unwrapped(name).rpartition(".")[2]
+    is_vector = sum(size != 1 for size in param.shape) <= 1
+    return leaf == "bias" or param.ndim <= 1 or (is_vector and leaf != "weight")
+
+
+def _of_normalisation_layers(model: nn.Module | Iterable[tuple[str, Tensor]]) -> set[Tensor]:
+    found: set[Tensor] = set()
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        if isinstance(module, _NORMALISATION) or type(module).__name__.endswith("Norm"):
+            found.update(_own_parameters(module))
+    return found
+
+
+def _own_parameters(module: nn.Module) -> Iterator[Tensor]:
+    """Those of the module itself, also where torch.nn.utils.parametrize has put them in a module of its own."""
+    yield from module.parameters(recurse=False)
+    if isinstance(parametrizations := getattr(module, "parametrizations", None), nn.ModuleDict):
+        yield from parametrizations.parameters()
+
+
+def _excluded(
+    model: nn.Module | Iterable[tuple[str, Tensor]],
+    named: list[tuple[str, Tensor]],
+    exclude: Exclude | Iterable[Exclude],
+) -> set[Tensor]:
+    excluded: set[Tensor] = set()
+    for item in [exclude] if isinstance(exclude, (str, type)) else exclude:
+        if isinstance(item, str):
+            wanted, known = item, [name for name, _ in named]
+            found = {p for n, p in named if fnmatchcase(n, wanted) or fnmatchcase(_unwrapped(n), wanted)}
+        elif isinstance(item, type) and issubclass(item, nn.Module):
+            if not isinstance(model, nn.Module):
+                raise TypeError(f"exclude: {item.__name__} needs a module; pass the model, not named parameters")
+            owners = [module for module in model.modules() if next(_own_parameters(module), None) is not None]
+            wanted, known = item.__name__, [type(module).__name__ for module in owners]
+            found = {p for module in owners if isinstance(module, item) for p in _own_parameters(module)}
+        else:
+            raise TypeError(f"exclude must hold patterns of names and module classes, got {item!r}")
+        if not found:
+            nearest = ", ".join(map(repr, _nearest(wanted, known)))
+            raise ValueError(f"exclude: {wanted!r} matches no parameter; the nearest are {nearest}")
+        excluded |= found
+    return excluded
+
+
+def _nearest(wanted: str, known: Iterable[str]) -> list[str]:
+    """The three that look most like it."""
+    literal = re.sub(r"[*?]|\[.*?\]", "", wanted.lower())  # what a pattern leaves open is part of no name
+
+    def likeness(name: str) -> float:
+        matcher = difflib.SequenceMatcher(None, literal, name.lower(), autojunk=False)
+        return sum(block.size for block in matcher.get_matching_blocks() if block.size > 1) + matcher.ratio()
+
+    return sorted(dict.fromkeys(known), key=likeness, reverse=True)[:3]
+
+
+def _unwrapped(name: str) -> str:
+    """A parameter's name without what DistributedDataParallel, torch.compile, FSDP and parametrize add to it."""
+    return _PARAMETRIZED.sub(r"\1", _WRAPPERS.sub("", name))

@@ -1,7 +1,7 @@
-"""Learning-rate schedules of large-batch training: linear warm-up, then polynomial or cosine decay to 0.
+"""Learning rates of large-batch training: linear warm-up, then polynomial or cosine decay; scaling with the batch.
 
-Each returns torch's own LambdaLR, to be stepped once after every optimizer step. A tensor lr is written in place, so a
-compiled or captured step follows the schedule without recompiling.
+Each schedule is torch's own LambdaLR, to be stepped once after every optimizer step. All groups get the same factor on
+their own lr. A tensor lr is written in place, so a compiled or captured step follows without recompiling.
 """
 
 from __future__ import annotations
@@ -13,23 +13,75 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-__all__ = ["warmup_cosine", "warmup_polynomial"]
+__all__ = ["linear_scaling", "sqrt_scaling", "warmup_cosine", "warmup_polynomial"]
 
 
-def warmup_polynomial(optimizer: Optimizer, warmup_steps: int, total_steps: int, power: float = 2.0) -> LambdaLR:
+def linear_scaling(lr: float, batch_size: int, base_batch_size: int = 256) -> float:
+    """The lr for a batch, in proportion to it: lr * batch_size / base_batch_size.
+
+    Args:
+        lr: the lr for batches of ``base_batch_size``.
+        batch_size: images (or whatever the loss averages over) a step, over all devices and accumulated batches.
+        base_batch_size: what published lrs refer to is 256 in SimCLR, BYOL, Barlow Twins, VICReg, MoCo v3 and MAE.
+
+    Raises:
+        ValueError: unless both batch sizes are > 0.
+
+    Example:
+        >>> fastlars.schedules.linear_scaling(0.3, batch_size=4096)  # SimCLR
+        4.8
+
+    Source: Goyal et al., *Accurate, Large Minibatch SGD*, arXiv 1706.02677.
+    """
+    return lr * _batches(batch_size, base_batch_size)
+
+
+def sqrt_scaling(lr: float, batch_size: int, base_batch_size: int = 256) -> float:
+    """The lr for a batch, with its root: lr * sqrt(batch_size / base_batch_size).
+
+    Args:
+        lr: the lr for batches of ``base_batch_size``.
+        batch_size: images a step, over all devices and accumulated batches.
+        base_batch_size: SimCLR's lr of 0.075 * sqrt(batch) has 1 here.
+
+    Raises:
+        ValueError: unless both batch sizes are > 0.
+
+    Example:
+        >>> fastlars.schedules.sqrt_scaling(0.075, batch_size=4096, base_batch_size=1)  # SimCLR
+        4.8
+
+    Source: Krizhevsky, *One weird trick for parallelizing convolutional neural networks*, arXiv 1404.5997; Chen et al.,
+    arXiv 2002.05709, appendix B.1.
+    """
+    return lr * math.sqrt(_batches(batch_size, base_batch_size))
+
+
+def _batches(batch_size: int, base_batch_size: int) -> float:
+    for name, value in (("batch_size", batch_size), ("base_batch_size", base_batch_size)):
+        if not value > 0:
+            raise ValueError(f"{name} must be > 0, got {value}")
+    return batch_size / base_batch_size
+
+
+def warmup_polynomial(
+    optimizer: Optimizer, warmup_steps: int, total_steps: int, power: float = 2.0, *, end_factor: float = 0.0
+) -> LambdaLR:
     """Warm-up, then lr * (1 - progress) ** power: MLPerf's schedule for LARS, with power 2.
 
     Args:
         optimizer: its groups' present lr is what the warm-up reaches at step ``warmup_steps``.
         warmup_steps: steps of linear growth, from lr / warmup_steps to lr; 0 for none.
-        total_steps: steps of the whole run; lr is 0 from there on.
+        total_steps: steps of the whole run; lr is ``end_factor * lr`` from there on.
         power: power of the decay, > 0; 1 is linear.
+        end_factor: what is left of lr at the end, 0 to 1; the decay goes there, it is not cut off there. MLPerf's code
+            ends at 0.0001, which is ``end_factor=1e-4 / lr``.
 
     Returns:
         A scheduler whose ``step()`` is to be called after every ``optimizer.step()``.
 
     Raises:
-        ValueError: unless 0 <= warmup_steps < total_steps and power > 0.
+        ValueError: unless 0 <= warmup_steps < total_steps, power > 0 and 0 <= end_factor <= 1.
 
     Example:
         >>> optimizer = fastlars.LARS([torch.nn.Parameter(torch.ones(3))], lr=8.0, weight_decay=1e-4)
@@ -49,22 +101,24 @@ def warmup_polynomial(optimizer: Optimizer, warmup_steps: int, total_steps: int,
     """
     if not power > 0:
         raise ValueError(f"power must be > 0, got {power}")
-    return _warmup(optimizer, warmup_steps, total_steps, functools.partial(_polynomial, power))
+    return _warmup(optimizer, warmup_steps, total_steps, end_factor, functools.partial(_polynomial, power))
 
 
-def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:
+def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int, *, end_factor: float = 0.0) -> LambdaLR:
     """Warm-up, then lr * (1 + cos(pi * progress)) / 2: the schedule of SimCLR, BYOL, Barlow Twins and MoCo v3.
 
     Args:
         optimizer: its groups' present lr is what the warm-up reaches at step ``warmup_steps``.
         warmup_steps: steps of linear growth, from lr / warmup_steps to lr; 0 for none.
-        total_steps: steps of the whole run; lr is 0 from there on.
+        total_steps: steps of the whole run; lr is ``end_factor * lr`` from there on.
+        end_factor: what is left of lr at the end, 0 to 1: 0 in SimCLR, BYOL and MoCo v3, 0.001 in Barlow Twins and
+            VICReg.
 
     Returns:
         A scheduler whose ``step()`` is to be called after every ``optimizer.step()``.
 
     Raises:
-        ValueError: unless 0 <= warmup_steps < total_steps.
+        ValueError: unless 0 <= warmup_steps < total_steps and 0 <= end_factor <= 1.
 
     Example:
         >>> optimizer = fastlars.LARS([torch.nn.Parameter(torch.ones(3))], lr=8.0, weight_decay=1e-4)
@@ -72,22 +126,25 @@ def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int) -> 
 
     Source: Chen et al., *A Simple Framework for Contrastive Learning of Visual Representations*, arXiv 2002.05709.
     """
-    return _warmup(optimizer, warmup_steps, total_steps, _cosine)
+    return _warmup(optimizer, warmup_steps, total_steps, end_factor, _cosine)
 
 
-def _warmup(optimizer: Optimizer, warmup_steps: int, total_steps: int, decay: Any) -> LambdaLR:
+def _warmup(optimizer: Optimizer, warmup_steps: int, total_steps: int, end_factor: float, decay: Any) -> LambdaLR:
     if not 0 <= warmup_steps < total_steps:
         raise ValueError(
             f"0 <= warmup_steps < total_steps must hold, got warmup_steps={warmup_steps} and total_steps={total_steps}"
         )
+    if not 0 <= end_factor <= 1:
+        raise ValueError(f"end_factor must be 0 to 1, a share of lr, got {end_factor}")
     # partials and not closures: schedulers are pickled
-    return LambdaLR(optimizer, functools.partial(_factor, warmup_steps, total_steps, decay))
+    return LambdaLR(optimizer, functools.partial(_factor, warmup_steps, total_steps, end_factor, decay))
 
 
-def _factor(warmup_steps: int, total_steps: int, decay: Any, step: int) -> float:
+def _factor(warmup_steps: int, total_steps: int, end_factor: float, decay: Any, step: int) -> float:
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    return float(decay(min((step - warmup_steps) / (total_steps - warmup_steps), 1.0)))
+    left = decay(min((step - warmup_steps) / (total_steps - warmup_steps), 1.0))
+    return float(end_factor + (1 - end_factor) * left)
 
 
 def _polynomial(power: float, progress: float) -> float:
