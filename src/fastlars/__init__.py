@@ -1,9 +1,9 @@
 """LARS, layer-wise adaptive rate scaling (arXiv 1708.03888), for PyTorch."""
 
-from . import schedules
+from . import plots, schedules
 from .functional import lars
 from .groups import DIALECTS, param_groups
 from .optimizer import LARS
 
-__all__ = ["DIALECTS", "LARS", "lars", "param_groups", "schedules"]
+__all__ = ["DIALECTS", "LARS", "lars", "param_groups", "plots", "schedules"]
 __version__ = "0.1.0"

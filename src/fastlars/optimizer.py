@@ -14,6 +14,7 @@ from torch.optim.optimizer import Optimizer
 
 from .coefficients import is_adapted, scalar_lr, trust_ratio
 from .compat import NAMED_PARAMETERS, outside_graphs, required, use_grad_for_differentiable
+from .description import describe
 from .functional import Group, implementation, measure, split, step_groups
 from .fused_cuda import Tables, check_fused
 from .options import NAMES, Options, check_grad, check_options, check_params, nearest_name
@@ -295,8 +296,9 @@ class LARS(Optimizer):
         after unscaling, with a GradScaler) and before ``zero_grad()``.
 
         Returns:
-            Name to ratio, in the optimizer's order; the names of named parameters, else "group.position" as in "0.3".
-            Tensors without a gradient and groups that are not adapted are left out.
+            Name to ratio, in the optimizer's order; the names of named parameters, else "group.position" as in "0.3",
+            which also follows a name that an earlier group has. Tensors without a gradient and groups that are not
+            adapted are left out. A tensor that is zero, or has a zero gradient, has 1: it is not scaled.
 
         Example:
             >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
@@ -304,6 +306,8 @@ class LARS(Optimizer):
             >>> optimizer = fastlars.LARS([w], lr=1.0, trust_coefficient=0.1, adapt=True)
             >>> optimizer.trust_ratios()
             {'0.0': 0.25}
+
+        :func:`fastlars.plots.trust_ratios` draws what several steps have given.
         """
         ratios: dict[str, float] = {}
         for i, group in enumerate(self.param_groups):
@@ -311,7 +315,11 @@ class LARS(Optimizer):
             params = [group["params"][j] for j in positions]
             if not params or not is_adapted(_options(group)):
                 continue
-            names = group.get("param_names") or [f"{i}.{j}" for j in range(len(group["params"]))]
+            positions_as_names = [f"{i}.{j}" for j in range(len(group["params"]))]
+            names = [
+                f"{name} ({position})" if name in ratios else name
+                for name, position in zip(group.get("param_names") or positions_as_names, positions_as_names)
+            ]
             # not fused, which measures at the update only
             options = _options(group)._replace(momentum=0.0, skip_nonfinite=False, fused=False)
             values = [0.0] * len(params)
@@ -326,22 +334,9 @@ class LARS(Optimizer):
         return ratios
 
     def __repr__(self) -> str:
-        """One line a group: tensors, implementation, and the options that are not at their defaults."""
-        defaults = Options(0.0)._asdict()
-        lines = []
-        for i, group in enumerate(self.param_groups):
-            params = group["params"]
-            options = _options(group)
-            kind = "adapted" if is_adapted(options) else "not adapted"
-            how = implementation(params, options) if params else "single"
-            count = f"{len(params)} tensors, {sum(p.numel() for p in params):,} elements"
-            hidden = {"params", "param_names", "foreach", "fused"} | {
-                key for key in NAMES[1:] if group[key] == defaults[key]
-            }
-            shown = {key: group[key] for key in (*NAMES, *(group.keys() - NAMES)) if key not in hidden}
-            lines.append(f"    Parameter Group {i}: {count}, {kind}, {how}")
-            lines.append("        " + ", ".join(f"{key}={value}" for key, value in shown.items()))
-        return "\n".join([f"{type(self).__name__} (", *lines, ")"])
+        """What runs, what is adapted, and the options that are not at their defaults, group by group."""
+        groups = self.param_groups
+        return "\n".join([f"{type(self).__name__} (", describe(groups, [_options(group) for group in groups]), ")"])
 
 
 def _options(group: dict[str, Any]) -> Options:

@@ -1,0 +1,75 @@
+"""What `repr` shows: for each group what runs, what is adapted, and the options that are not at their defaults."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import numbers
+import reprlib
+import textwrap
+from typing import Any
+
+from torch import Tensor
+
+from .coefficients import is_adapted
+from .functional import _is_torch_sgd, implementation, runs_for
+from .options import NAMES, Options
+
+WIDTH = 100
+MOST = 8  # entries; more would not fit a screen
+_HIDDEN = {"params", "param_names", "foreach", "fused"}  # the last two show in what runs
+_NAMES_OF_WHAT_RUNS = {"triton": "fused (Triton)"}
+
+
+def describe(groups: list[dict[str, Any]], options: list[Options]) -> str:
+    """The lines between the parentheses; groups beside each other that differ in their tensors only are one entry."""
+    described = [(_kind(group, known), _options(group), group) for group, known in zip(groups, options)]
+    entries: list[str] = []
+    end = 0
+    for (kind, shown), alike in itertools.groupby(described, key=lambda entry: entry[:2]):
+        members = [group for _, _, group in alike]
+        start, end = end, end + len(members)
+        which = f"Group {start}" if len(members) == 1 else f"Groups {start} to {end - 1}, alike"
+        lines = [f"Parameter {which}: {_count(members)}, {kind}", *textwrap.wrap(shown, WIDTH - 8)]
+        entries.append(textwrap.indent("\n    ".join(lines), "    "))
+    if len(entries) > MOST:
+        left_out = f"    ... {len(entries) - MOST} more like these: see param_groups"
+        entries = [*entries[: MOST - 1], left_out, entries[-1]]
+    return "\n".join(entries)
+
+
+def _count(groups: list[dict[str, Any]]) -> str:
+    params = [param for group in groups for param in group["params"]]
+    frozen = sum(not param.requires_grad for param in params)
+    of_which = f" ({frozen} frozen)" if frozen else ""
+    tensors = "1 tensor" if len(params) == 1 else f"{len(params)} tensors"
+    return f"{tensors}{of_which}, {sum(param.numel() for param in params):,} elements"
+
+
+def _kind(group: dict[str, Any], options: Options) -> str:
+    kind = "adapted" if is_adapted(options) else "not adapted"
+    if not group["params"]:
+        return kind
+    preferred = implementation(group["params"], options)
+    # the gradient and the buffer, which may not be there yet, are as a rule laid out like the parameter
+    runs = collections.Counter(runs_for(preferred, param, param, None) for param in group["params"])
+    named = {_NAMES_OF_WHAT_RUNS.get(name, name): count for name, count in runs.items()}
+    what_runs = ", ".join(named if len(named) == 1 else (f"{name} {count}" for name, count in named.items()))
+    return f"{kind}, {what_runs}" + (" (torch's SGD)" if _is_torch_sgd(options, None) else "")
+
+
+def _options(group: dict[str, Any]) -> str:
+    defaults = Options(0.0)._asdict()
+    shown = ["lr", *(name for name in NAMES[1:] if group[name] != defaults[name])]
+    shown += [key for key in group if key not in NAMES]
+    return ", ".join(f"{key}={_value(group[key])}" for key in shown if key not in _HIDDEN)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Tensor):
+        # a value on an accelerator would have to be waited for
+        known = value.device.type == "cpu" and value.numel() == 1
+        return f"tensor({value.item():g})" if known else f"tensor on {value.device}"
+    if isinstance(value, numbers.Real) and not isinstance(value, int):
+        return f"{float(value):g}"
+    return reprlib.repr(value)

@@ -1,0 +1,104 @@
+"""Pictures. They need matplotlib, which is imported when one is drawn: ``pip install "fastlars[plot]"``."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["trust_ratios"]
+
+# unlike any colour of the scale, which runs from dark blue over green to yellow
+_NO_RATIO = "#d4d4d4"
+_NOT_FINITE = "#d62728"
+_LINE = 0.155  # inches that a row's name needs
+_MOST_LINES = 80  # in a figure made here; with more rows, not every one has its name
+
+
+def trust_ratios(
+    history: Mapping[int, Mapping[str, float]], *, names: Sequence[str] | None = None, ax: Axes | None = None
+) -> Axes:
+    """Draw trust ratios: a row a tensor, a column a recorded step, the ratio as colour on a log scale.
+
+    Grey are steps without a ratio: of tensors that are not adapted, or had no gradient. Red is a ratio that is not
+    finite, because the gradient was not.
+
+    Args:
+        history: step to what :meth:`fastlars.LARS.trust_ratios` returned in it, steps increasing.
+        names: rows from top to bottom, such as ``[name for name, _ in model.named_parameters()]``, which shows the
+            tensors that are not adapted too. None: all that have a ratio in any step.
+        ax: axes to draw on. None: those of a new pyplot figure, as large as its rows and names need.
+
+    Returns:
+        The axes; ``ax.figure.savefig("ratios.png")`` writes the picture.
+
+    Raises:
+        ImportError: without matplotlib.
+        ValueError: if steps do not increase, or there is no ratio to draw.
+
+    Example:
+        >>> history = {0: {"0.weight": 2e-3, "2.weight": 1e-4}, 10: {"0.weight": 5e-4, "2.weight": 3e-4}}
+        >>> ax = fastlars.plots.trust_ratios(history)  # doctest: +SKIP
+        >>> ax.figure.savefig("ratios.png")  # doctest: +SKIP
+    """
+    steps = list(history)
+    if any(later <= earlier for earlier, later in itertools.pairwise(steps)):
+        raise ValueError(f"the steps of history must increase, got {steps}")
+    rows = list(dict.fromkeys(name for ratios in history.values() for name in ratios)) if names is None else list(names)
+    cells = [[history[step].get(row) for step in steps] for row in rows]
+    known = [ratio for row in cells for ratio in row if ratio is not None]
+    drawn = [ratio for ratio in known if 0 < ratio < math.inf]
+    if not drawn:
+        raise ValueError(
+            f"no ratio to draw in {len(steps)} steps and {len(rows)} rows; record optimizer.trust_ratios() after "
+            "backward() and before zero_grad(), and give names as it has them"
+        )
+
+    from matplotlib import colormaps, pyplot  # noqa: PLC0415  an extra, and slow to import
+    from matplotlib.colors import LogNorm  # noqa: PLC0415
+    from matplotlib.patches import Patch  # noqa: PLC0415
+    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
+
+    if ax is None:
+        width = 5 + 0.065 * max(map(len, rows)) + 0.03 * min(len(steps), 100)
+        height = 1.2 + _LINE * 1.15 * max(5, min(len(rows), _MOST_LINES))
+        _, ax = pyplot.subplots(figsize=(width, height), layout="constrained")
+    colours = colormaps["viridis"].with_extremes(bad=_NO_RATIO, over=_NOT_FINITE)
+    scale = LogNorm(min(drawn), max(drawn)) if min(drawn) < max(drawn) else LogNorm(drawn[0] / 2, drawn[0] * 2)
+    # what is no number has the colour of no number, what is not finite that of more than the scale has
+    over = 10 * max(drawn)
+    values = [[math.nan if x is None else x if math.isfinite(x) else over for x in row] for row in cells]
+    edges = [i - 0.5 for i in range(len(rows) + 1)]
+    mesh = ax.pcolormesh(_edges(steps), edges, values, cmap=colours, norm=scale, rasterized=True)
+    size = ax.get_window_extent()
+    inches = size.height / ax.figure.dpi
+    ax.figure.colorbar(mesh, ax=ax, label="trust ratio", pad=0.02, fraction=0.06, aspect=inches / 0.15)
+
+    every = max(1, math.ceil(len(rows) * _LINE / inches))
+    ax.set_yticks(range(0, len(rows), every), rows[::every], fontsize=8, parse_math=False)
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.tick_params(axis="y", length=0)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    ax.set_xlabel("step")
+
+    legend = []
+    if len(known) < len(rows) * len(steps):
+        legend.append(Patch(color=_NO_RATIO, label="no ratio: not adapted, or no gradient"))
+    if not all(map(math.isfinite, known)):
+        legend.append(Patch(color=_NOT_FINITE, label="ratio not finite"))
+    if legend:
+        place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.3}
+        ax.legend(handles=legend, ncols=2, frameon=False, fontsize=9, **place)
+    return ax
+
+
+def _edges(steps: Sequence[int]) -> list[float]:
+    """The borders of columns that stand at the steps: half-way between them."""
+    between = [(earlier + later) / 2 for earlier, later in itertools.pairwise(steps)]
+    first = steps[0] - (between[0] - steps[0] if between else 0.5)
+    last = steps[-1] + (steps[-1] - between[-1] if between else 0.5)
+    return [first, *between, last]
