@@ -47,7 +47,7 @@ CELLS = [
 @nox.session
 def quick(session: nox.Session) -> None:
     """The README's test command: the suite and the demo's tests, this Python, newest torch."""
-    install(session, NEWEST, "--group", "test", "--group", "demo")
+    install(session, NEWEST, "--group", "test", "--group", "demo", "--group", "pages")
     pytest(session, ON_CPU)
 
 
@@ -72,9 +72,10 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Strict mypy on src."""
-    session.install(NEWEST, "--group", "types")
+    """Strict mypy on src; mypy and pyright on a user's program."""
+    install(session, NEWEST, "--group", "types")
     session.run("mypy", *session.posargs)
+    session.run("python", "-m", "pytest", "tests/test_typing.py", env={"FASTLARS_EXPECT_WHEEL": "1"})
 
 
 @nox.session

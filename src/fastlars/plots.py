@@ -15,7 +15,7 @@ __all__ = ["trust_ratios"]
 # unlike any colour of the scale, which runs from dark blue over green to yellow
 _NO_RATIO = "#d4d4d4"
 _NOT_FINITE = "#d62728"
-_LINE = 0.155  # inches that a row's name needs
+_LINE = 0.17  # inches that a row's name needs
 _MOST_LINES = 80  # in a figure made here; with more rows, not every one has its name
 
 
@@ -65,8 +65,10 @@ def trust_ratios(
 
     if ax is None:
         width = 5 + 0.065 * max(map(len, rows)) + 0.03 * min(len(steps), 100)
-        height = 1.2 + _LINE * 1.15 * max(5, min(len(rows), _MOST_LINES))
-        _, ax = pyplot.subplots(figsize=(width, height), layout="constrained")
+        inches = _LINE * max(6, min(len(rows), _MOST_LINES))
+        _, ax = pyplot.subplots(figsize=(width, 1.2 + inches), layout="constrained")
+    else:
+        inches = ax.get_window_extent().height / ax.figure.dpi
     colours = colormaps["viridis"].with_extremes(bad=_NO_RATIO, over=_NOT_FINITE)
     scale = LogNorm(min(drawn), max(drawn)) if min(drawn) < max(drawn) else LogNorm(drawn[0] / 2, drawn[0] * 2)
     # what is no number has the colour of no number, what is not finite that of more than the scale has
@@ -74,8 +76,6 @@ def trust_ratios(
     values = [[math.nan if x is None else x if math.isfinite(x) else over for x in row] for row in cells]
     edges = [i - 0.5 for i in range(len(rows) + 1)]
     mesh = ax.pcolormesh(_edges(steps), edges, values, cmap=colours, norm=scale, rasterized=True)
-    size = ax.get_window_extent()
-    inches = size.height / ax.figure.dpi
     ax.figure.colorbar(mesh, ax=ax, label="trust ratio", pad=0.02, fraction=0.06, aspect=inches / 0.15)
 
     every = max(1, math.ceil(len(rows) * _LINE / inches))

@@ -1,0 +1,72 @@
+"""A user's program type-checks under mypy --strict and pyright, against the package as it is installed.
+
+Both are slow on torch, so they run in `nox -s types`, which installs them; the program itself runs everywhere.
+"""
+
+import json
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import fastlars
+
+PROGRAM = Path(__file__).with_name("user_script.py")
+WRONG = """
+import torch
+import fastlars
+from fastlars.schedules import warmup_cosine
+
+model = torch.nn.Linear(2, 2)
+groups = fastlars.param_groups(model, 0.1)
+optimizer = fastlars.LARS(groups, lr=1.0)
+fastlars.LARS(groups, lr="1.0")
+fastlars.LARS(groups, lr=1.0, momentun=0.9)
+fastlars.LARS(groups, lr=1.0, adapt="yes")
+fastlars.param_groups(model)
+fastlars.param_groups(model, 0.1, exclude=3)
+fastlars.param_groups(model, 0.1, adapt=lambda name: True)
+warmup_cosine(optimizer, 1, 10, end_factr=0.1)
+ratio: int = optimizer.trust_ratios()
+"""
+FIRST = WRONG.split("\n").index('fastlars.LARS(groups, lr="1.0")') + 1
+WRONG_LINES = set(range(FIRST, WRONG.count("\n") + 1))
+
+
+def test_the_program_runs() -> None:
+    runpy.run_path(str(PROGRAM))
+
+
+def mypy(program: Path) -> dict[int, str]:
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--show-error-codes", program.name]
+    output = subprocess.run(command, check=False, capture_output=True, text=True, cwd=program.parent).stdout
+    found = [line.split(":", 2) for line in output.splitlines() if ": error: " in line]
+    assert found or "Success: no issues found in 1 source file" in output, output
+    return {int(line): message for _, line, message in found}
+
+
+def pyright(program: Path) -> dict[int, str]:
+    """Basedpyright: pyright with its own Node, so that nothing is downloaded when it runs; with pyright's own defaults."""
+    package = str(Path(fastlars.__file__).parents[1])
+    settings = {"typeCheckingMode": "standard", "include": [program.name], "extraPaths": [package]}
+    program.with_name("pyrightconfig.json").write_text(json.dumps(settings), encoding="utf-8")
+    command = [sys.executable, "-m", "basedpyright", "--outputjson", "--pythonpath", sys.executable]
+    output = subprocess.run(command, check=False, capture_output=True, text=True, cwd=program.parent).stdout
+    report = json.loads(output)
+    assert report["summary"]["filesAnalyzed"] == 1, output
+    errors = [found for found in report["generalDiagnostics"] if found["severity"] == "error"]
+    return {found["range"]["start"]["line"] + 1: found["message"] for found in errors}
+
+
+@pytest.mark.parametrize("check", [mypy, pyright])
+def test_it_type_checks_and_what_is_wrong_does_not(check: Callable[[Path], dict[int, str]], tmp_path: Path) -> None:
+    pytest.importorskip("mypy", reason="checkers are in group types")
+    pytest.importorskip("basedpyright", reason="checkers are in group types")
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.read_text(encoding="utf-8"), encoding="utf-8")
+    assert check(program) == {}
+    program.write_text(WRONG, encoding="utf-8")
+    assert check(program).keys() == WRONG_LINES
