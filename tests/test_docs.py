@@ -10,9 +10,11 @@ import pytest
 import torch
 
 import fastlars
+import pages
 
 MODULES = ["fastlars", *(f"fastlars.{module.name}" for module in pkgutil.iter_modules(fastlars.__path__))]
-README = Path(__file__).parent.parent / "README.md"
+# docs/frameworks has packages of its own, and sessions that run it
+PAGES = [pages.ROOT / "README.md", *sorted((pages.ROOT / "docs").glob("*.md"))]
 
 
 def examples(module: str) -> list[doctest.DocTest]:
@@ -37,7 +39,7 @@ def test_every_public_function_and_class_has_an_example() -> None:
     """A way of looking for them that finds none would pass every one."""
     shown = {
         test.name
-        for module in ("functional", "groups", "optimizer", "schedules")
+        for module in ("functional", "groups", "optimizer", "plots", "schedules")
         for test in examples(f"fastlars.{module}")
     }
     assert shown >= {
@@ -45,18 +47,34 @@ def test_every_public_function_and_class_has_an_example() -> None:
         "fastlars.groups.param_groups",
         "fastlars.optimizer.LARS",
         "fastlars.optimizer.LARS.trust_ratios",
+        "fastlars.plots.trust_ratios",
+        "fastlars.schedules.linear_scaling",
+        "fastlars.schedules.sqrt_scaling",
         "fastlars.schedules.warmup_cosine",
         "fastlars.schedules.warmup_polynomial",
     }
 
 
-def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one program: later blocks may use what earlier ones have made. Tracebacks show README's line numbers."""
-    program, block = [], False
-    for line in README.read_text(encoding="utf-8").splitlines():
-        program.append(line if block and line != "```" else "")
-        block = line == "```python" or (block and line != "```")
-    assert any(program), "README shows no Python"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_pages(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each as one program: later blocks may use what earlier ones have made. Errors show the page's line numbers."""
+    program, session = pages.examples(page, "python"), pages.examples(page, "pycon")
+    for module in ("matplotlib", "tensorboard"):
+        if module in program or (module == "matplotlib" and "fastlars.plots" in program):
+            pytest.importorskip(module, reason="pages have their own dependencies: group pages")
     monkeypatch.chdir(tmp_path)
-    Path("readme.py").write_text("\n".join(program), encoding="utf-8")
-    runpy.run_path("readme.py")
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    if program:
+        Path("page.py").write_text(program, encoding="utf-8")
+        runpy.run_path("page.py")
+    if session:
+        runner = doctest.DocTestRunner()
+        with torch.random.fork_rng():
+            runner.run(doctest.DocTestParser().get_doctest(session, {}, page.name, str(page), 0))
+        assert runner.failures == 0, f"see above; {page}"
+
+
+def test_the_pages_show_something() -> None:
+    """A way of looking for them that finds none would pass every one."""
+    shown = {page.stem for page in PAGES if pages.examples(page, "python") + pages.examples(page, "pycon")}
+    assert shown >= {"README", "groups", "schedules", "ratios", "which-lr", "troubleshooting"}

@@ -4,6 +4,7 @@ Both are slow on torch, so they run in `nox -s types`, which installs them; the 
 """
 
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 import fastlars
 
+PACKAGE = str(Path(fastlars.__file__).resolve().parents[1])
 PROGRAM = Path(__file__).with_name("user_script.py")
 WRONG = """
 import torch
@@ -42,7 +44,10 @@ def test_the_program_runs() -> None:
 
 def mypy(program: Path) -> dict[int, str]:
     command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--show-error-codes", program.name]
-    output = subprocess.run(command, check=False, capture_output=True, text=True, cwd=program.parent).stdout
+    environment = {**os.environ, "PYTHONPATH": PACKAGE}
+    output = subprocess.run(
+        command, check=False, capture_output=True, text=True, cwd=program.parent, env=environment
+    ).stdout
     found = [line.split(":", 2) for line in output.splitlines() if ": error: " in line]
     assert found or "Success: no issues found in 1 source file" in output, output
     return {int(line): message for _, line, message in found}
@@ -50,8 +55,7 @@ def mypy(program: Path) -> dict[int, str]:
 
 def pyright(program: Path) -> dict[int, str]:
     """Basedpyright: pyright with its own Node, so that nothing is downloaded when it runs; with pyright's own defaults."""
-    package = str(Path(fastlars.__file__).parents[1])
-    settings = {"typeCheckingMode": "standard", "include": [program.name], "extraPaths": [package]}
+    settings = {"typeCheckingMode": "standard", "include": [program.name], "extraPaths": [PACKAGE]}
     program.with_name("pyrightconfig.json").write_text(json.dumps(settings), encoding="utf-8")
     command = [sys.executable, "-m", "basedpyright", "--outputjson", "--pythonpath", sys.executable]
     output = subprocess.run(command, check=False, capture_output=True, text=True, cwd=program.parent).stdout

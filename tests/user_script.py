@@ -39,7 +39,7 @@ def closure() -> float:
     optimizer.zero_grad()
     loss = model[:2](torch.ones(2, 8)).square().sum()
     loss.backward()
-    return float(loss)
+    return float(loss.item())
 
 
 loss_of_closure: float = optimizer.step(closure)

@@ -1,0 +1,14 @@
+"""The examples of the documentation's pages."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def examples(page: Path, language: str) -> str:
+    """The fenced blocks of one language as one text; all else is blank, so that line numbers are the page's."""
+    lines, inside = [], False
+    for line in page.read_text(encoding="utf-8").splitlines():
+        lines.append(line if inside and line != "```" else "")
+        inside = line == f"```{language}" or (inside and line != "```")
+    return "\n".join(lines).rstrip()
