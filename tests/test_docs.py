@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import pkgutil
+import pydoc
 import runpy
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 
 import fastlars
 import pages
+from fastlars.options import NAMES
 
 MODULES = ["fastlars", *(f"fastlars.{module.name}" for module in pkgutil.iter_modules(fastlars.__path__))]
 # docs/frameworks has packages of its own, and sessions that run it
@@ -53,6 +55,18 @@ def test_every_public_function_and_class_has_an_example() -> None:
         "fastlars.schedules.warmup_cosine",
         "fastlars.schedules.warmup_polynomial",
     }
+
+
+def test_help_teaches() -> None:
+    """What a newcomer must know is there: formula, scale of lr, groups, every option with its meaning, an example."""
+    text = pydoc.plain(pydoc.render_doc(fastlars.LARS))
+    lines = [line.removeprefix(" |").strip() for line in text.splitlines()]
+    assert text.index("ratio = trust_coefficient * |w|") < text.index("Args:") < text.index("Methods defined here")
+    for taught in ("no drop-in for SGD", "of the order of 1 to 30", "fastlars.param_groups", "arXiv 1708.03888"):
+        assert taught in text, taught
+    for option in ("params", *NAMES):
+        assert any(line.startswith(f"{option}: ") and len(line) > len(option) + 12 for line in lines), option
+    assert ">>> optimizer = fastlars.LARS(groups, lr=4.8, momentum=0.9)" in lines
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

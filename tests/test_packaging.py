@@ -1,5 +1,6 @@
 """The installed package: which copy the tests import, what it carries, and what importing it loads."""
 
+import ast
 import functools
 import importlib.metadata
 import os
@@ -35,7 +36,9 @@ def test_the_metadata_has_the_version_of_the_package() -> None:
 
 @of_the_wheel
 def test_torch_is_the_only_requirement() -> None:
-    assert importlib.metadata.requires("fastlars") == ["torch>=2.4"]
+    requires = importlib.metadata.requires("fastlars") or []
+    assert [requirement for requirement in requires if "extra ==" not in requirement] == ["torch>=2.4"]
+    assert [requirement.split(";")[0] for requirement in requires if "extra ==" in requirement] == ["matplotlib>=3.9"]
 
 
 def test_the_citation_has_the_version_of_the_package() -> None:
@@ -43,11 +46,38 @@ def test_the_citation_has_the_version_of_the_package() -> None:
     assert f"\nversion: {fastlars.__version__}\n" in citation
 
 
-@pytest.mark.parametrize("package", ["triton", "torch._dynamo", "torch.distributed"])
+@pytest.mark.parametrize("package", ["triton", "torch._dynamo", "torch.distributed", "matplotlib"])
 def test_importing_loads_no_optional_part_of_torch(package: str) -> None:
     """Beyond what torch itself loads, which differs between versions."""
     of_package = {name for name in loaded("torch, fastlars") if name == package or name.startswith(package + ".")}
     assert of_package <= loaded("torch")
+
+
+# what Python has on one system only
+POSIX_OR_WINDOWS = {"fcntl", "grp", "msvcrt", "posix", "pwd", "resource", "syslog", "termios", "tty", "winreg"}
+OF_OS = {"fork", "geteuid", "getuid", "killpg", "mkfifo", "nice", "sched_setaffinity", "uname", "startfile"}
+OF_SIGNAL = {"SIGUSR1", "SIGUSR2", "SIGALRM", "SIGHUP", "SIGKILL", "alarm"}
+
+
+@pytest.mark.parametrize("file", sorted(Path(fastlars.__file__).parent.rglob("*.py")), ids=lambda file: file.name)
+def test_the_source_holds_to_no_system(file: Path) -> None:
+    """macOS and Windows by construction: no module of one system, no path, no encoding of the machine's."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            imported = {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported = {(node.module or "").partition(".")[0]} if node.level == 0 else set()
+        else:
+            imported = set()
+        assert not imported & POSIX_OR_WINDOWS, ast.unparse(node)
+        # the package reads and writes no file, starts no process
+        assert not imported & {"subprocess", "multiprocessing", "tempfile", "pathlib", "ctypes"}, ast.unparse(node)
+        if isinstance(node, ast.Attribute):
+            assert node.attr not in OF_OS | OF_SIGNAL, ast.unparse(node)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id != "open", ast.unparse(node)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            assert not node.value.startswith(("/tmp", "/dev/", "/proc/", "C:\\")), node.value
 
 
 @functools.cache

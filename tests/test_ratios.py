@@ -234,11 +234,6 @@ assert "numpy" not in vars(fastlars.plots)
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 
-def test_importing_does_not_load_matplotlib() -> None:
-    code = "import sys, fastlars; assert 'matplotlib' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 def test_the_documents_picture_can_be_made_again(tmp_path: Path) -> None:
     for module in ("matplotlib", "sklearn"):
         pytest.importorskip(module, reason="the demo has its own dependencies: group demo")

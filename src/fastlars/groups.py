@@ -56,7 +56,7 @@ def param_groups(
         model: a module, also one wrapped by DistributedDataParallel or torch.compile, or named parameters as of
             ``model.named_parameters()``, where normalisation layers show by the shapes of their parameters only.
         weight_decay: for the adapted group, >= 0; the other one has none.
-        exclude: more that is not adapted, one or several: patterns of names as for :mod:`fnmatch` ("*" matches dots
+        exclude: more that is not adapted, one or several: patterns of names as for Python's ``fnmatch`` ("*" matches dots
             too), such as ``"*pos_embed"`` or ``"head.*"``, and module classes, such as ``nn.Embedding``, whose own
             parameters are meant. Names are matched as they are and without what wrappers put before them.
         adapt: called with name and parameter, True for those to adapt: instead of the first three rules above, as in

@@ -91,10 +91,26 @@ class LARS(Optimizer):
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.LayerNorm(4))
-        >>> groups = fastlars.param_groups(model, weight_decay=1e-4)
+        >>> groups = fastlars.param_groups(model, weight_decay=1e-4, unadapted={"lr": 0.1})
         >>> optimizer = fastlars.LARS(groups, lr=4.8, momentum=0.9)
-        >>> model(torch.ones(2, 8)).square().sum().backward()
-        >>> optimizer.step()
+        >>> scheduler = fastlars.schedules.warmup_cosine(optimizer, warmup_steps=10, total_steps=100)
+        >>> for step in range(100):
+        ...     optimizer.zero_grad()
+        ...     model(torch.ones(2, 8)).square().sum().backward()
+        ...     optimizer.step()
+        ...     scheduler.step()
+
+        What runs and what is adapted, and by what factor (see also "When something looks wrong" in the documentation):
+
+        >>> optimizer
+        LARS (
+            Parameter Group 0: 1 tensor, 32 elements, adapted, fused
+                lr=0, momentum=0.9, weight_decay=0.0001, adapt=True, initial_lr=4.8
+            Parameter Group 1: 3 tensors, 12 elements, not adapted, single (torch's SGD)
+                lr=0, momentum=0.9, adapt=False, initial_lr=0.1
+        )
+        >>> list(optimizer.trust_ratios())
+        ['0.weight']
 
     Source: You, Gitman, Ginsburg, *Large Batch Training of Convolutional Networks*, arXiv 1708.03888, Eq. 6 and
     Algorithm 1. The paper puts lr inside the momentum buffer (``lr_in_momentum=True``); the default, outside, is what
@@ -152,7 +168,7 @@ class LARS(Optimizer):
         """Add a param group; its options default to those given at construction.
 
         Args:
-            param_group: ``params`` (tensors or, from torch 2.6 on, named tensors) and any options.
+            param_group: ``params`` (tensors or named tensors) and any options.
 
         Raises:
             ValueError, TypeError: as at construction; the optimizer has not changed then.
