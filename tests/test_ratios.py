@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import runpy
 import subprocess
 import sys
 from collections import Counter
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlars
+import pages
 from cases import BASE, make_grads, make_params
 from fastlars import LARS, param_groups
 from harness import implementations, set_grads
@@ -234,10 +236,26 @@ assert "numpy" not in vars(fastlars.plots)
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 
+def test_tensorboard_shows_what_the_page_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib", reason="group pages").use("Agg")
+    pytest.importorskip("tensorboard", reason="group pages")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: PLC0415
+
+    monkeypatch.chdir(tmp_path)
+    Path("page.py").write_text(pages.examples(pages.ROOT / "docs/ratios.md", "python"), encoding="utf-8")
+    history = runpy.run_path("page.py")["history"]
+    assert list(history) == [0, 100, 200, 300] and Path("ratios.png").stat().st_size > 5000
+    events = EventAccumulator("runs/lars").Reload()
+    assert set(events.Tags()["scalars"]) == {"trust_ratio/0.weight", "trust_ratio/2.weight"}
+    for name in ("0.weight", "2.weight"):
+        shown = {event.step: event.value for event in events.Scalars(f"trust_ratio/{name}")}
+        assert shown == pytest.approx({step: ratios[name] for step, ratios in history.items()}, rel=1e-6)
+
+
 def test_the_documents_picture_can_be_made_again(tmp_path: Path) -> None:
     for module in ("matplotlib", "sklearn"):
         pytest.importorskip(module, reason="the demo has its own dependencies: group demo")
     file = tmp_path / "ratios.png"
     command = [sys.executable, "-W", "error", "-m", "benchmarks.demo.ratios", str(file)]
-    subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
+    subprocess.run(command, check=True, cwd=pages.ROOT)
     assert file.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")

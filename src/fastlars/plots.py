@@ -1,4 +1,4 @@
-"""Pictures. They need matplotlib, which is imported when one is drawn: ``pip install "fastlars[plot]"``."""
+"""Pictures. They need matplotlib, the extra ``plot``, which is imported when one is drawn."""
 
 from __future__ import annotations
 
