@@ -158,6 +158,7 @@ def test_named_parameters_do_as_well_as_a_module(given: str) -> None:
     # twice the same tensor: once, under its first name
     twice = [*model.named_parameters(), ("again", model[0].weight)]
     assert [len(group["params"]) for group in param_groups(twice, 0.1)] == [1, 3]
+    assert names_of(param_groups(twice, 0.1)) == ["0.weight"]
 
 
 def test_options_of_the_group_that_is_not_adapted() -> None:
