@@ -43,7 +43,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "LARS", FusedLARS)
     monkeypatch.setattr(functional, "runs_for", runs_for)
     # torch's CPU kernel is not what runs for groups that are not adapted on a GPU: ours must be right there too
-    monkeypatch.setattr(functional, "_is_torch_sgd", lambda _options, _grad_scale: False)
+    monkeypatch.setattr(functional, "_is_torch_sgd", lambda _options: False)
 
     def step(optimizer: FusedLARS, closure: None = None) -> None:
         def run(steps: list[tuple[Part, Options]], _scale: None, _found: None, tables: fused_cuda.Tables) -> None:

@@ -158,7 +158,7 @@ def test_dampening_refuses_a_step_that_may_be_skipped(skip: Options, adapt: bool
     buffers: list[Tensor | None] = [None] * len(params)
     before = [p.clone() for p in params]
     options = {**OPTIONS["dampening"], "adapt": adapt, **implementation, **skip}
-    with pytest.raises(ValueError, match="needs dampening == 0, got 0"):
+    with pytest.raises(ValueError, match="needs dampening == 0, got dampening=0"):
         lars(params, make_grads("dense", params, 0), buffers, **options)
     assert same_bits(params, before) and buffers == [None] * len(params)
     # without momentum there is nothing to dampen

@@ -1,6 +1,6 @@
 """From norms to the two numbers a tensor: the formula of LARS and every option that enters it.
 
-With s = 1 / grad_scale (negative when maximizing), r = lr if lr_in_momentum else 1, and k = 1 on a tensor's first step or
+With s = -1 when maximizing and else 1, r = lr if lr_in_momentum else 1, and k = 1 on a tensor's first step or
 without momentum, else 1 - dampening, every variant of LARS is
 
     direction = b * grad + c * param        b = k * r * ratio * s        c = k * r * ratio * decay
@@ -56,7 +56,7 @@ def trust_ratio(param_norm: Number, direction_norm: Number, lr: Number, options:
 
 
 def coefficients(
-    norms: Optional[Tuple[Number, Number]], lr: Number, scale: Optional[Number], first_step: bool, options: Options
+    norms: Optional[Tuple[Number, Number]], lr: Number, first_step: bool, options: Options
 ) -> Tuple[Number, Number]:
     """The factors b of the gradient and c of the parameter, in the shape of the norms.
 
@@ -70,8 +70,7 @@ def coefficients(
     c = ratio * options.weight_decay
     if norms is not None and options.trust_denominator == "separate":
         c = where(is_nonzero(*norms), c, 0.0)
-    b = ratio if scale is None else ratio * scale
-    return b, c
+    return ratio * sign(options), c
 
 
 def on_device(value: Tensor, like: Tensor) -> Tensor:
@@ -85,11 +84,6 @@ def scalar_lr(lr: Union[float, Tensor], like: Tensor) -> Union[float, Tensor]:
     return on_device(lr, like).to(norm_dtype(like.dtype)) if isinstance(lr, Tensor) else lr
 
 
-def gradient_scale(grad_scale: Optional[Tensor], maximize: bool, like: Tensor) -> Optional[Tensor]:
-    """The factor s that makes a raw gradient the one to descend along, on ``like``'s device; None where it is 1."""
-    if grad_scale is not None:
-        scale = on_device(grad_scale, like).to(torch.float32).reciprocal()
-        return -scale if maximize else scale
-    if maximize:
-        return torch.full((), -1.0, dtype=torch.float32, device=like.device)
-    return None
+def sign(options: Options) -> float:
+    """The factor s that makes a gradient the one to descend along."""
+    return -1.0 if options.maximize else 1.0

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 
 from . import fused_cpu, fused_cuda
-from .coefficients import coefficients, gradient_scale, is_adapted, on_device, scalar_lr
+from .coefficients import coefficients, is_adapted, on_device, scalar_lr, sign
 from .compat import bump_versions, default_foreach, outside_graphs
 from .norms import buckets, is_conjugate, is_half, joint_norms, norm_dtype, norms, real
-from .options import Options
+from .options import Options, check_can_be_skipped
 from .updates import multi_tensor_lars, single_tensor_lars
 
 
@@ -68,7 +68,8 @@ def lars(
         momentum_buffers: their momentum buffers, updated in place; None for a tensor whose first step this is, whose
             place in the list then receives the new buffer. Without momentum it is not read and may be empty.
         lr: learning rate, a float or a 1-element tensor, which is not read on the host.
-        grad_scale: 1-element tensor that the gradients are divided by first, as of ``torch.amp.GradScaler``.
+        grad_scale: 1-element tensor that the gradients are divided by first, as of ``torch.amp.GradScaler``: on a copy of
+            them, outside the CUDA kernels.
         found_inf: 1-element tensor; where it is not 0, nothing changes. Decided on the device.
 
     Raises:
@@ -100,11 +101,8 @@ def lars(
         differentiable,
         fused,
     )
-    if (skip_nonfinite or found_inf is not None) and momentum != 0 and dampening != 0:
-        raise ValueError(
-            f"a step that the device may skip needs dampening == 0, got {dampening}: dampening starts after a tensor's "
-            "first step, and whether that step was skipped is known on the device only"
-        )
+    if skip_nonfinite or found_inf is not None:
+        check_can_be_skipped(momentum, dampening, "a step that the device may skip")
     groups = [(params, grads, momentum_buffers, options)]
     if implementation(params, options) == "fused":
         _step_groups_outside_graphs(groups, grad_scale, found_inf, _TABLES)
@@ -145,7 +143,9 @@ def run(
     on_triton = [step for step in steps if _is_triton(step[0], step[1], grad_scale, found_inf)]
     others = [step for step in steps if not _is_triton(step[0], step[1], grad_scale, found_inf)]
     launched = fused_cuda.measure(on_triton, grad_scale, tables) if on_triton else []
-    measured = [measure(part, options, grad_scale) for part, options in others]
+    if grad_scale is not None:
+        others = [(_unscaled(part, grad_scale), options) for part, options in others]
+    measured = [measure(part, options) for part, options in others]
 
     skip = found_inf
     rows = [known for known, (_, options) in zip(measured, others) if options.skip_nonfinite]
@@ -156,15 +156,24 @@ def run(
     for handle in launched:
         fused_cuda.update(handle, skip if handle.options.skip_nonfinite else found_inf)
     for known, (part, options) in zip(measured, others):
-        update(part, known, options, grad_scale, skip if options.skip_nonfinite else found_inf)
+        update(part, known, options, skip if options.skip_nonfinite else found_inf)
 
 
 def _is_triton(part: Part, options: Options, grad_scale: Optional[Tensor], found_inf: Optional[Tensor]) -> bool:
     if part.implementation != "triton":
         return False
-    # torch's fused SGD knows no gate, and gradients of the parameter's dtype only
+    # torch's fused SGD knows no gate, writes the gradients that it unscales, and takes those of the parameter's dtype only
     ours = options.skip_nonfinite or found_inf is not None or part.params[0].dtype != part.grads[0].dtype
-    return ours or not _is_torch_sgd(options, grad_scale)
+    return ours or grad_scale is not None or not _is_torch_sgd(options)
+
+
+def _unscaled(part: Part, grad_scale: Tensor) -> Part:
+    """With gradients divided by grad_scale, whose bits are those of ``GradScaler.unscale_``."""
+    inverse = on_device(grad_scale, part.params[0]).to(torch.float32).reciprocal()
+    # not in float16: numbers too small for it are why there is a scale
+    half = part.grads[0].dtype == torch.float16
+    grads = [(grad.to(torch.float32) if half else grad) * inverse for grad in part.grads]
+    return Part(part.implementation, part.indices, part.params, grads, part.momentum_buffers)
 
 
 def split(
@@ -216,7 +225,7 @@ def implementation(params: List[Tensor], options: Options) -> str:
     return "single"
 
 
-def measure(part: Part, options: Options, grad_scale: Optional[Tensor]) -> Optional[Tensor]:
+def measure(part: Part, options: Options) -> Optional[Tensor]:
     """What has to be known of n tensors before their update, shape (rows, n); None where that is nothing.
 
     For adapted tensors the param norms, then the direction norms; with ``skip_nonfinite`` gradient norms come last.
@@ -229,17 +238,18 @@ def measure(part: Part, options: Options, grad_scale: Optional[Tensor]) -> Optio
         return None  # measured at the update, while the tensor is in cache
     foreach = part.implementation == "foreach"
     params = [real(param) for param in part.params]
+    if options.differentiable:
+        # autograd keeps what a norm was taken of, and the update writes it
+        params = [param.clone() for param in params]
     grads = [real(grad) for grad in part.grads]
-    scale = gradient_scale(grad_scale, options.maximize, params[0])
 
     rows: List[Tensor] = []
     if adapted and not fused:
         rows.append(norms(params, foreach))
     if adapted and not fused and options.trust_denominator == "joint":
-        rows.append(joint_norms(params, grads, scale, options.weight_decay, foreach))
+        rows.append(joint_norms(params, grads, sign(options), options.weight_decay, foreach))
     if options.skip_nonfinite or options.trust_denominator == "separate":
-        grad_norms = norms(grads, foreach)
-        rows.append(grad_norms if grad_scale is None or scale is None else grad_norms * scale.abs())
+        rows.append(norms(grads, foreach))
     return torch.stack(rows)
 
 
@@ -251,27 +261,23 @@ def any_nonfinite(measured: List[Optional[Tensor]], found_inf: Optional[Tensor])
     return torch.stack([on_device(flag, flags[0]) for flag in flags]).any()
 
 
-def update(
-    part: Part, measured: Optional[Tensor], options: Options, grad_scale: Optional[Tensor], found_inf: Optional[Tensor]
-) -> None:
+def update(part: Part, measured: Optional[Tensor], options: Options, found_inf: Optional[Tensor]) -> None:
     """Update parameters and momentum buffers of a part from what `measure` returned for it."""
     if part.implementation == "fused" and found_inf is not None:
         # on the CPU, as all tensors of the part: reading it waits for nothing
         if found_inf.any():
             return
         found_inf = None
-    if found_inf is None and _is_torch_sgd(options, grad_scale):
+    if found_inf is None and _is_torch_sgd(options):
         _torch_sgd(part.params, part.grads, part.momentum_buffers, options, part.implementation)
     elif part.implementation == "fused":
-        fused_cpu.step(part.params, part.grads, part.momentum_buffers, options, grad_scale)
+        fused_cpu.step(part.params, part.grads, part.momentum_buffers, options)
     else:
-        _update_ours(part, measured, options, grad_scale, found_inf)
+        _update_ours(part, measured, options, found_inf)
 
 
-def _update_ours(
-    part: Part, measured: Optional[Tensor], options: Options, grad_scale: Optional[Tensor], found_inf: Optional[Tensor]
-) -> None:
-    b, c = _coefficient_lists(part, measured, options, grad_scale)
+def _update_ours(part: Part, measured: Optional[Tensor], options: Options, found_inf: Optional[Tensor]) -> None:
+    b, c = _coefficient_lists(part, measured, options)
     buffers: List[Tensor] = []
     for i, buffer in enumerate(part.momentum_buffers):
         buffers.append(torch.zeros_like(part.params[i]) if buffer is None else buffer)
@@ -286,7 +292,7 @@ def _update_ours(
 
     # On copies, a bucket at a time: half types are computed in float32 and rounded once, when they are written back; a
     # step that the device may skip is written back or not (a factor of 0 would not do: 0 * NaN is NaN).
-    torch_sgd = _is_torch_sgd(options, grad_scale)
+    torch_sgd = _is_torch_sgd(options)
     wide = torch.float32 if is_half(dtype) and not torch_sgd else dtype
     skip = None if found_inf is None else on_device(found_inf, part.params[0]) != 0
     for bucket in buckets(part.params) if foreach else [[i] for i in range(len(part.params))]:
@@ -305,11 +311,11 @@ def _update_ours(
         new_params, new_buffers, grads = [], [], []  # freed before the next bucket is made
 
 
-def _is_torch_sgd(options: Options, grad_scale: Optional[Tensor]) -> bool:
+def _is_torch_sgd(options: Options) -> bool:
     """Whether torch's own SGD computes this step. With what it lacks, or would read lr on the host for, ours does."""
     lr = options.lr
     reads_lr = isinstance(lr, Tensor) and (lr.requires_grad or lr.device.type != "cpu")
-    return not (is_adapted(options) or options.lr_in_momentum or grad_scale is not None or reads_lr)
+    return not (is_adapted(options) or options.lr_in_momentum or reads_lr)
 
 
 def _torch_sgd(
@@ -326,6 +332,11 @@ def _torch_sgd(
     lr = options.lr
     if isinstance(lr, Tensor):
         lr = lr.reshape(())  # it stays on the CPU, where sgd reads it
+    dampening = options.dampening
+    if options.differentiable and options.momentum != 0 and momentum_buffers[0] is None:
+        # torch's first buffer is no part of the graph
+        momentum_buffers[:] = [torch.zeros_like(param) for param in params]
+        dampening = 0.0
     sgd(
         params,
         list(torch._foreach_mul(grads, 1.0)) if writes_grad else grads,
@@ -335,7 +346,7 @@ def _torch_sgd(
         weight_decay=options.weight_decay,
         momentum=options.momentum,
         lr=cast(float, lr),  # it takes tensors too; older versions do not say so
-        dampening=options.dampening,
+        dampening=dampening,
         nesterov=options.nesterov,
         maximize=options.maximize,
     )
@@ -343,14 +354,11 @@ def _torch_sgd(
         bump_versions(params + [buffer for buffer in momentum_buffers if buffer is not None])
 
 
-def _coefficient_lists(
-    part: Part, measured: Optional[Tensor], options: Options, grad_scale: Optional[Tensor]
-) -> Tuple[List[Tensor], List[Tensor]]:
+def _coefficient_lists(part: Part, measured: Optional[Tensor], options: Options) -> Tuple[List[Tensor], List[Tensor]]:
     like = real(part.params[0])
     first_step = options.momentum != 0 and part.momentum_buffers[0] is None
-    scale = gradient_scale(grad_scale, options.maximize, like)
     norms = (measured[0], measured[1]) if is_adapted(options) and measured is not None else None
-    b, c = coefficients(norms, scalar_lr(options.lr, like), scale, first_step, options)
+    b, c = coefficients(norms, scalar_lr(options.lr, like), first_step, options)
     return _unbind(b, part, like), _unbind(c, part, like)
 
 

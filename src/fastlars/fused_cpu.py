@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from .coefficients import Number, coefficients, is_adapted
+from .coefficients import Number, coefficients, is_adapted, sign
 from .compat import bump_versions
 from .norms import ROW, flat_norm
 from .options import Options
@@ -71,7 +71,6 @@ def step(
     grads: List[Tensor],
     momentum_buffers: List[Optional[Tensor]],
     options: Options,
-    grad_scale: Optional[Tensor],
     norms: Optional[Tensor] = None,
 ) -> None:
     """Step tensors that are served, all at their first step or all past it.
@@ -97,7 +96,7 @@ def step(
         else:
             alone.append(i)
 
-    fused = _Fused(options, first_step, grad_scale)
+    fused = _Fused(options, first_step)
     for stacks in _workspaces_full(small):
         places = [i for _, stack in stacks for i in stack]
         fused.stacked(
@@ -134,12 +133,11 @@ def _workspaces_full(places: Dict[torch.Size, List[int]]) -> Iterator[List[Tuple
 class _Fused:
     """The step of tensors that share options and that `serves` let in."""
 
-    def __init__(self, options: Options, first_step: bool, grad_scale: Optional[Tensor]) -> None:
+    def __init__(self, options: Options, first_step: bool) -> None:
         self.options = options
         self.adapted = is_adapted(options)
         self.first_step = first_step
         self.lr = float(options.lr)
-        self.scale = (-1.0 if options.maximize else 1.0) / (1.0 if grad_scale is None else float(grad_scale))
         self.step_size = 1.0 if options.lr_in_momentum else self.lr
         self.workspaces: List[Tensor] = []
         self.views: Dict[Tuple[int, torch.Size, int], Tuple[Tensor, Tensor, List[Tensor]]] = {}
@@ -234,23 +232,23 @@ class _Fused:
         return self.views[key]
 
     def _coefficients(self, norms: Optional[Tuple[Number, Number]]) -> Tuple[Number, Number]:
-        return coefficients(norms, self.lr, self.scale, self.first_step, self.options)
+        return coefficients(norms, self.lr, self.first_step, self.options)
 
     def _row_norms(self, matrices: List[Tensor]) -> Tensor:
         return torch.cat([vector_norm(matrix, dim=1) for matrix in matrices])
 
     def _row_direction_norms(self, weights: List[Tensor], grads: List[Tensor]) -> Tensor:
         if self.options.trust_denominator == "separate":
-            return self._row_norms(grads) * abs(self.scale)
+            return self._row_norms(grads)
         decay = self.options.weight_decay
-        return self._row_norms([(g * self.scale).add_(w, alpha=decay) for w, g in zip(weights, grads)])
+        return self._row_norms([(g * sign(self.options)).add_(w, alpha=decay) for w, g in zip(weights, grads)])
 
     def _direction_norm(self, param: Tensor, grad: Tensor) -> float:
         if self.options.trust_denominator == "separate":
-            return abs(self.scale) * _norm(_flat(grad))
+            return _norm(_flat(grad))
         blocks = zip(torch.split(_flat(param), STACK), torch.split(_flat(grad), STACK))
         decay = self.options.weight_decay
-        return math.hypot(*(_norm((g * self.scale).add_(w, alpha=decay)) for w, g in blocks))
+        return math.hypot(*(_norm((g * sign(self.options)).add_(w, alpha=decay)) for w, g in blocks))
 
 
 def _flat(tensor: Tensor) -> Tensor:

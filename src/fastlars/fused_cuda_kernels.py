@@ -68,12 +68,13 @@ def _store_partial_sums(
     GRAD_NORM: tl.constexpr,
 ):
     mask = _mask(count, CHUNK, VECTOR)
-    g = tl.load(_pointers(grad, start, grad_ptr, CHUNK, VECTOR), mask=mask, other=0.0).to(tl.float32)
+    # scaled before it is squared: a scaler's factor may be so large that squares overflow where gradients do not
+    g = scale * tl.load(_pointers(grad, start, grad_ptr, CHUNK, VECTOR), mask=mask, other=0.0).to(tl.float32)
     if ADAPTED:
         w = tl.load(_pointers(param, start, param_ptr, CHUNK, VECTOR), mask=mask, other=0.0).to(tl.float32)
         tl.store(sums_ptr, tl.sum(w * w))
         if JOINT:
-            d = scale * g + weight_decay * w
+            d = g + weight_decay * w
             tl.store(sums_ptr + 1, tl.sum(d * d))
     if GRAD_NORM:
         tl.store(sums_ptr + 2, tl.sum(g * g))
@@ -96,7 +97,7 @@ def partial_sums(
     GRAD_NORM: tl.constexpr,
     MAXIMIZE: tl.constexpr,
 ):
-    """Sums of squares of every chunk: of w, of s g + weight_decay w (JOINT) and of g (GRAD_NORM), as rows of three.
+    """Sums of squares of every chunk: of w, of s g + weight_decay w (JOINT) and of s g (GRAD_NORM), as rows of three.
 
     Reads 8 bytes a float32 parameter. The first program sets the flag of `coefficients` to 0 where ``reset`` is not 0.
     """
@@ -176,7 +177,7 @@ def coefficients(
     norm_ptr = norms_ptr + tensor
     grad_norm = one
     if GRAD_NORM:
-        grad_norm = _norm(sums_ptr + 2, first, last, BLOCK) * tl.abs(scale)
+        grad_norm = _norm(sums_ptr + 2, first, last, BLOCK)
     if ADAPTED:
         param_norm = _norm(sums_ptr, first, last, BLOCK)
         direction_norm = _norm(sums_ptr + 1, first, last, BLOCK) if JOINT else grad_norm

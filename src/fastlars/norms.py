@@ -6,7 +6,7 @@ the norm of those, is right to 1e-7 at the same speed. On accelerators torch red
 
 from __future__ import annotations
 
-from typing import List, Optional, cast  # noqa: UP035  TorchScript reads these spellings only
+from typing import List, cast  # noqa: UP035  TorchScript reads these spellings only
 
 import torch
 from torch import Tensor
@@ -64,20 +64,15 @@ def norms(tensors: List[Tensor], foreach: bool) -> Tensor:
     return torch.stack([vector_norm(tensor, dtype=dtype) for tensor in tensors])
 
 
-def joint_norms(
-    params: List[Tensor], grads: List[Tensor], scale: Optional[Tensor], weight_decay: float, foreach: bool
-) -> Tensor:
-    """|scale * g + weight_decay * w| of each tensor, shape (n,), through temporaries of at most one bucket.
+def joint_norms(params: List[Tensor], grads: List[Tensor], sign: float, weight_decay: float, foreach: bool) -> Tensor:
+    """|sign * g + weight_decay * w| of each tensor, shape (n,), through temporaries of at most one bucket.
 
     Computed directly: from |g|, |w| and their dot product it cancels where g is near -weight_decay * w.
     """
     dtype = norm_dtype(params[0].dtype)
     result: List[Tensor] = []
     for bucket in buckets(params):
-        if scale is None:
-            sums = [grads[i].to(dtype, copy=True) for i in bucket]
-        else:
-            sums = [grads[i].to(dtype) * scale for i in bucket]
+        sums = [grads[i].to(dtype) * sign for i in bucket]
         if foreach:
             torch._foreach_add_(sums, [params[i] for i in bucket], alpha=weight_decay)
         else:

@@ -17,7 +17,7 @@ from .compat import NAMED_PARAMETERS, outside_graphs, required, use_grad_for_dif
 from .description import describe
 from .functional import Group, implementation, measure, split, step_groups
 from .fused_cuda import Tables, check_fused
-from .options import NAMES, Options, check_grad, check_options, check_params, nearest_name
+from .options import NAMES, Options, check_can_be_skipped, check_grad, check_options, check_params, nearest_name
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -243,6 +243,16 @@ class LARS(Optimizer):
                     buffer = self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 momentum_buffers.append(buffer)
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler leaves it to `step` to divide by the scale and to skip: it reads this, and sets what that needs.
+
+        Where fused=True is written in every group, as torch has it, and the host need not know of a skipped step.
+        """
+        return all(
+            group["fused"] and (group["momentum"] == 0 or group["dampening"] == 0) for group in self.param_groups
+        )
+
     def _warn_if_nothing_is_adapted(self) -> None:
         self._looked_for_adapted = True
         groups = [_options(group) for group in self.param_groups]
@@ -280,7 +290,11 @@ class LARS(Optimizer):
         return loss
 
     def _step_groups(self) -> None:
-        for group in self.param_groups:  # all before the first state is made
+        # GradScaler's, which is told to set them by _step_supports_amp_scaling
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        for i, group in enumerate(self.param_groups):  # all before the first state is made
+            if found_inf is not None:
+                check_can_be_skipped(group["momentum"], group["dampening"], f"param group {i}: found_inf")
             for p in group["params"]:
                 grad = p.grad
                 if grad is not None and grad.layout is not torch.strided:
@@ -295,7 +309,7 @@ class LARS(Optimizer):
             if params:
                 groups.append((params, grads, momentum_buffers, _options(group)))
 
-        step_groups(groups, None, None, self._tables)
+        step_groups(groups, grad_scale, found_inf, self._tables)
         for params, _, momentum_buffers, options in groups:
             if options.momentum != 0 and options.dampening != 0:
                 for param, buffer in zip(params, momentum_buffers, strict=True):
@@ -340,7 +354,7 @@ class LARS(Optimizer):
             options = _options(group)._replace(momentum=0.0, skip_nonfinite=False, fused=False)
             values = [0.0] * len(params)
             for part in split(params, [p.grad for p in params], [], options):
-                measured = measure(part, options, None)
+                measured = measure(part, options)
                 assert measured is not None  # the group is adapted
                 ratio = trust_ratio(measured[0], measured[1], scalar_lr(options.lr, measured), options)
                 assert isinstance(ratio, Tensor)

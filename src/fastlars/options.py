@@ -69,14 +69,20 @@ def _check_together(options: Mapping[str, Any], where: str) -> None:
             f"{where}: nesterov=True needs momentum > 0 and dampening == 0, "
             f"got momentum={momentum} and dampening={dampening}"
         )
-    if options["skip_nonfinite"] and momentum != 0 and dampening != 0:
-        raise ValueError(
-            f"{where}: skip_nonfinite=True with momentum needs dampening == 0, got dampening={dampening}: dampening "
-            "starts after a tensor's first step, and whether that step was skipped is known on the device only"
-        )
+    if options["skip_nonfinite"]:
+        check_can_be_skipped(momentum, dampening, f"{where}: skip_nonfinite=True")
     for first, second in (("foreach", "differentiable"), ("fused", "differentiable"), ("fused", "foreach")):
         if options[first] and options[second]:
             raise ValueError(f"{where}: {first}=True and {second}=True exclude each other; set one of them")
+
+
+def check_can_be_skipped(momentum: float, dampening: float, what: str) -> None:
+    """Raise where a step that the device may skip cannot be made; ``what`` asks for it."""
+    if momentum != 0 and dampening != 0:
+        raise ValueError(
+            f"{what} with momentum needs dampening == 0, got dampening={dampening}: dampening starts after a tensor's "
+            "first step, and whether that step was skipped is known on the device only"
+        )
 
 
 def _check_lr(lr: Any, where: str) -> None:
