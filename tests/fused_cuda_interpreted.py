@@ -192,6 +192,26 @@ def test_grad_scale_and_found_inf(name: str) -> None:
         reference.realign(params, harness.started(reference, buffers_of(optimizer)))
 
 
+@pytest.mark.parametrize("scale", [2.0**10, 2.0**100])
+@pytest.mark.parametrize("name", ["momentum", "nesterov-joint", "unadapted", "clip-paper", "everything"])
+def test_a_power_of_two_as_grad_scale_changes_no_bit(name: str, scale: float) -> None:
+    """Not even where the squares of the scaled gradients overflow."""
+    for dtype in (torch.float32, torch.bfloat16):
+        results = []
+        for grad_scale in (None, torch.tensor(scale)):
+            params = make_params(dtype, layouts=KINDS)
+            optimizer = FusedLARS(params, **OPTIONS[name])
+            optimizer.grad_scale, optimizer.found_inf = grad_scale, torch.tensor(0.0)
+            for step in range(2):
+                set_grads(
+                    params, [g * (1.0 if grad_scale is None else scale) for g in make_grads("dense", params, step)]
+                )
+                optimizer.step()
+            assert optimizer.served == len(params)
+            results.append([*params, *(buffer for buffer in buffers_of(optimizer) if buffer is not None)])
+        assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("name", ["momentum", "clip-paper"])
 def test_a_tensor_lr_counts_as_a_float(name: str) -> None:
     results: list[list[Tensor]] = []

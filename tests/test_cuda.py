@@ -122,6 +122,65 @@ def test_amp_scaler(name: str, dtype: torch.dtype) -> None:
         reference.realign(params, harness.started(reference, buffers_of(optimizer)))
 
 
+class DefaultProtocol(LARS):
+    _step_supports_amp_scaling = False
+
+
+@pytest.mark.parametrize("clips", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [name for name in OPTIONS if not OPTIONS[name].get("dampening")])
+def test_both_protocols_of_a_scaler_give_the_same_bits(name: str, dtype: torch.dtype, clips: bool) -> None:
+    """Where both run our kernels, that is, and the scale is a power of two: a group that is not adapted is torch's SGD."""
+    flagged = optimizer_of(name, dtype=dtype)
+    default = DefaultProtocol(params_of(optimizer_of(name, dtype=dtype)), **OPTIONS[name], fused=True)
+    scalers = [torch.amp.GradScaler("cuda", init_scale=2.0**10, growth_interval=1) for _ in range(2)]
+    for step in range(6):
+        for optimizer, scaler in zip((flagged, default), scalers, strict=True):
+            scaler.scale(torch.zeros((), device=DEVICE))
+            params = params_of(optimizer)
+            set_grads(
+                params, [None if g is None else g * scaler.get_scale() for g in make_grads("dense", params, step)]
+            )
+            if step in (0, 3):
+                params[0].grad.fill_(torch.nan)  # type: ignore[union-attr]
+            if clips:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(params, 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+        pairs = zip(params_of(flagged), params_of(default), strict=True)
+        if OPTIONS[name].get("adapt", OPTIONS[name].get("weight_decay")):
+            assert all(torch.equal(*pair) for pair in pairs), step
+        else:
+            for pair in pairs:
+                torch.testing.assert_close(*pair)
+
+
+@pytest.mark.parametrize("name", ["momentum", "nesterov-joint", "unadapted", "everything"])
+def test_the_flagged_protocol_reads_nothing_on_the_host(name: str) -> None:
+    optimizer = optimizer_of(name)
+    scaler = torch.amp.GradScaler("cuda")
+    scaler.scale(torch.zeros((), device=DEVICE))
+    set_grads(params_of(optimizer), [torch.ones_like(p) for p in params_of(optimizer)])
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        scaler.step(optimizer)  # the first step: state and tables are made
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", FUSED, ids=str)
+def test_an_overflow_on_the_first_step(dtype: torch.dtype) -> None:
+    skipped, fresh = optimizer_of("momentum", dtype=dtype), optimizer_of("momentum", dtype=dtype)
+    scaler = torch.amp.GradScaler("cuda")
+    scaler.scale(torch.zeros((), device=DEVICE))
+    set_grads(params_of(skipped), [torch.full_like(p, torch.nan) for p in params_of(skipped)])
+    scaler.step(skipped)
+    assert_same_bits(params_of(skipped), params_of(fresh))
+    assert not any(buffer.any() for buffer in buffers_of(skipped) if buffer is not None)
+
+
 # ---------------------------------------------------------------- bits
 @pytest.mark.parametrize("dtype", FUSED, ids=str)
 @pytest.mark.parametrize("name", SOME)

@@ -171,8 +171,9 @@ def _unscaled(part: Part, grad_scale: Tensor) -> Part:
     """With gradients divided by grad_scale, whose bits are those of ``GradScaler.unscale_``."""
     inverse = on_device(grad_scale, part.params[0]).to(torch.float32).reciprocal()
     # not in float16: numbers too small for it are why there is a scale
-    half = part.grads[0].dtype == torch.float16
-    grads = [(grad.to(torch.float32) if half else grad) * inverse for grad in part.grads]
+    dtype = torch.float32 if part.grads[0].dtype == torch.float16 else part.grads[0].dtype
+    # the last: of two 0-dim tensors the product has the wider dtype
+    grads = [(grad.to(dtype) * inverse).to(dtype) for grad in part.grads]
     return Part(part.implementation, part.indices, part.params, grads, part.momentum_buffers)
 
 
