@@ -66,6 +66,7 @@ def test_these_are_all_schedulers() -> None:
     assert SCHEDULERS.keys() == {*lr_scheduler.__all__, "SWALR"} - {"LRScheduler"}
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter:UserWarning")  # torch 2.4's SequentialLR, of its own code
 @implementations
 @pytest.mark.parametrize("tensor_lr", [False, True])
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -82,7 +83,8 @@ def test_schedulers(name: str, tensor_lr: bool, implementation: Options) -> None
         history = []
         for step in range(6):
             group = optimizer.param_groups[0]
-            assert isinstance(group["lr"], Tensor) == tensor_lr
+            if name != "ReduceLROnPlateau":  # torch 2.4's puts a float there
+                assert isinstance(group["lr"], Tensor) == tensor_lr
             assert float(group["lr"]) == pytest.approx(sgd.param_groups[0]["lr"], rel=1e-6)
             assert group["momentum"] == sgd.param_groups[0]["momentum"]
             history.append((float(group["lr"]), group["momentum"]))

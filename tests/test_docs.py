@@ -91,4 +91,4 @@ def test_pages(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_pages_show_something() -> None:
     """A way of looking for them that finds none would pass every one."""
     shown = {page.stem for page in PAGES if pages.examples(page, "python") + pages.examples(page, "pycon")}
-    assert shown >= {"README", "groups", "schedules", "ratios", "which-lr", "troubleshooting"}
+    assert shown >= {"README", "modes", "groups", "schedules", "ratios", "which-lr", "troubleshooting"}
