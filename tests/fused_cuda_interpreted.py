@@ -5,12 +5,12 @@ here, so that small tensors have many.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import fastlars.optimizer
 import harness
 from cases import HISTORIES, OPTIONS, make_grads, make_params, neighbours, nonfinite
 from fastlars import LARS, functional, fused_cuda
@@ -45,12 +45,14 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     # torch's CPU kernel is not what runs for groups that are not adapted on a GPU: ours must be right there too
     monkeypatch.setattr(functional, "_is_torch_sgd", lambda _options: False)
 
-    def step(optimizer: FusedLARS, closure: None = None) -> None:
-        def run(steps: list[tuple[Part, Options]], _scale: None, _found: None, tables: fused_cuda.Tables) -> None:
-            optimizer.served = sum(len(part.params) for part, _ in steps if part.implementation == "triton")
-            functional.run(steps, optimizer.grad_scale, optimizer.found_inf, tables)
+    run_parts = functional.run
 
-        monkeypatch.setattr(fastlars.optimizer, "run", run)
+    def step(optimizer: FusedLARS, closure: None = None) -> None:
+        def run(steps: list[tuple[Part, Options]], *rest: Any) -> None:
+            optimizer.served = sum(len(part.params) for part, _ in steps if part.implementation == "triton")
+            run_parts(steps, *rest)
+
+        monkeypatch.setattr(functional, "run", run)
         LARS.step(optimizer, closure)
 
     monkeypatch.setattr(FusedLARS, "step", step)
