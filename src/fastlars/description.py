@@ -55,7 +55,7 @@ def _kind(group: dict[str, Any], options: Options) -> str:
     runs = collections.Counter(runs_for(preferred, param, param, None) for param in group["params"])
     named = {_NAMES_OF_WHAT_RUNS.get(name, name): count for name, count in runs.items()}
     what_runs = ", ".join(named if len(named) == 1 else (f"{name} {count}" for name, count in named.items()))
-    return f"{kind}, {what_runs}" + (" (torch's SGD)" if _is_torch_sgd(options, None) else "")
+    return f"{kind}, {what_runs}" + (" (torch's SGD)" if _is_torch_sgd(options) else "")
 
 
 def _options(group: dict[str, Any]) -> str:
