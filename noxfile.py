@@ -43,6 +43,8 @@ CELLS = [
     for device in devices
 ]
 
+FRAMEWORKS = ("accelerate", "lightly", "lightning", "timm", "transformers")
+
 
 @nox.session
 def quick(session: nox.Session) -> None:
@@ -83,6 +85,16 @@ def demo(session: nox.Session) -> None:
     """The demo; what follows `--` goes to it."""
     install(session, NEWEST, "--group", "demo")
     session.run("python", "-m", "benchmarks.demo", *session.posargs)
+
+
+@nox.session
+@nox.parametrize("framework", [nox.param(framework, id=framework) for framework in FRAMEWORKS])
+def frameworks(session: nox.Session, framework: str) -> None:
+    """A page of docs/frameworks, run and tested with the real package; then its versions are recorded."""
+    install(session, NEWEST, "--group", f"frameworks-{framework}")
+    folder = Path("tests", "frameworks")
+    pytest(session, ON_CPU, str(folder / f"test_{framework}.py"))
+    session.run("python", str(folder / "record.py"), framework)
 
 
 @nox.session
@@ -152,9 +164,9 @@ def wheel_folder() -> "TemporaryDirectory[str]":
     return TemporaryDirectory(prefix="fastlars-wheel-")
 
 
-def pytest(session: nox.Session, marked: str) -> None:
-    """Run the tests that the mark expression `marked` selects; they check that they import the wheel."""
-    session.run("python", "-m", "pytest", "-m", marked, *session.posargs, env={"FASTLARS_EXPECT_WHEEL": "1"})
+def pytest(session: nox.Session, marked: str, *files: str) -> None:
+    """Run the tests, of `files` if given, that the mark expression `marked` selects; they expect to import the wheel."""
+    session.run("python", "-m", "pytest", "-m", marked, *files, *session.posargs, env={"FASTLARS_EXPECT_WHEEL": "1"})
 
 
 def present(device: str) -> bool:
