@@ -115,9 +115,10 @@ def test_clipping_and_mixed_precision_are_the_plain_loop(page: dict[str, Any], n
 def test_clipping_hardly_changes_what_is_adapted(page: dict[str, Any]) -> None:
     start = page["make_net"]()
     plain, clipped = (Plain(page, max_norm=max_norm).train(page, steps=1).net for max_norm in (None, 0.1))
-    for p, q, r in zip(plain.parameters(), clipped.parameters(), start.parameters(), strict=True):
-        kept = ((q - r).norm() / (p - r).norm()).item()
-        assert kept == pytest.approx(1, abs=1e-3) if p.ndim > 1 else kept < 0.5
+    weights = zip(plain.named_parameters(), clipped.parameters(), start.parameters(), strict=True)
+    kept = {name: ((q - r).norm() / (p - r).norm()).item() for (name, p), q, r in weights if not torch.equal(p, r)}
+    assert {name for name, share in kept.items() if share > 0.98} == {"0.weight", "4.weight"}
+    assert {name for name, share in kept.items() if share < 0.1} == {"1.weight", "1.bias", "4.bias"}
 
 
 # torch's, and right: the first steps are left out
