@@ -85,6 +85,22 @@ def parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 def test_the_name_is_free_and_ours() -> None:
-    assert "fastlars" in list_optimizers() and {"lars", "nlars", "larc", "nlarc"} <= set(list_optimizers())
+    assert {"fastlars", "lars", "nlars", "larc", "nlarc"} <= set(list_optimizers())
     assert timm.optim.get_optimizer_class("fastlars") is fastlars.LARS
-    assert "lars" not in fastlars.LARS.__module__.split(".")[1:]
+    assert timm.optim.get_optimizer_class("lars") is not fastlars.LARS
+
+
+def test_options_lookahead_and_names_are_as_the_page_says(page: dict[str, Any]) -> None:
+    model, batch = page["make_model"](), (page["images"][:8], page["labels"][:8])
+    torch.nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
+    made = create_optimizer_v2(model, "lookahead_fastlars", lr=1.0, weight_decay=1e-4, trust_coefficient=0.01)
+    assert type(made) is timm.optim.Lookahead and type(made._base_optimizer) is fastlars.LARS
+    assert [group["trust_coefficient"] for group in made.param_groups] == [0.01, 0.01]
+    assert [group["momentum"] for group in made.param_groups] == [0.9, 0.9]
+    assert {name.split(".")[0] for name in made._base_optimizer.trust_ratios()} == {"1"}
+
+    with_names = page["optimizer_2"].param_groups[0]["param_names"]
+    assert [dict(model.named_parameters())[name].ndim for name in with_names] == [4] * (len(with_names) - 1) + [2]
+
+    with pytest.warns(UserWarning, match="LARS adapts no parameter"):
+        create_optimizer_v2(model, "fastlars", lr=1.0).step()
