@@ -65,8 +65,8 @@ def test_a_checkpoint_of_lightlys_goes_on(page: dict[str, Any], in_float64: Any)
 
 
 def test_only_what_decays_is_adapted(page: dict[str, Any]) -> None:
-    lines = repr(page["optimizer"])
-    assert "not adapted" in lines and "name=simclr_no_weight_decay" in lines
+    names = [group["name"] for group in page["optimizer"].param_groups]
+    assert names == ["simclr", "simclr_no_weight_decay"]
     page["optimizer"].zero_grad()
     page["model"](page["images"]).square().sum().backward()
     adapted = page["optimizer"].param_groups[0]["params"]
