@@ -1,8 +1,9 @@
 """LARS, layer-wise adaptive rate scaling (arXiv 1708.03888), for PyTorch."""
 
 from . import plots, schedules
+from .dialects import DIALECTS
 from .functional import lars
-from .groups import DIALECTS, param_groups
+from .groups import param_groups
 from .optimizer import LARS
 
 __all__ = ["DIALECTS", "LARS", "lars", "param_groups", "plots", "schedules"]

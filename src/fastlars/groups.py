@@ -1,4 +1,4 @@
-"""Param groups for a model, and the dialects of LARS as data."""
+"""Param groups for a model."""
 
 from __future__ import annotations
 
@@ -9,21 +9,6 @@ from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
-
-#: Option values that make LARS the one of other papers and packages, as in ``LARS(groups, lr=0.3, **DIALECTS["simclr"])``.
-DIALECTS: dict[str, dict[str, Any]] = {
-    # Lightning Bolts, quadra, lightly: the default
-    "bolts": {},
-    # You, Gitman, Ginsburg, arXiv 1708.03888, Algorithm 1; MLPerf's ResNet-50 reference adds eps 0
-    "paper": {"lr_in_momentum": True, "eps": 0.0},
-    "mlperf": {"lr_in_momentum": True, "eps": 0.0},
-    # NVIDIA apex
-    "larc": {"trust_clip": True},
-    # BYOL, Barlow Twins, VICReg, MoCo v3, MAE: which tensors are adapted goes by their groups, not by decay
-    "byol": {"trust_denominator": "joint", "adapt": True, "eps": 0.0},
-    # SimCLR, optax
-    "simclr": {"trust_denominator": "joint", "adapt": True, "eps": 0.0, "lr_in_momentum": True},
-}
 
 _NORMALISATION = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
