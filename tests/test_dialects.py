@@ -1,53 +1,276 @@
-"""Each dialect is the LARS it is named after."""
+"""Each dialect is the LARS it is named after, and differs from it where its row says so.
 
-from typing import Any
+The formulas here are written from the papers and packages that the rows name, each in its own terms: float64, NumPy. `w`
+parameter, `g` gradient, `v` momentum buffer (None before the first step), `c` trust coefficient, `decay` weight decay.
+"""
 
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from cases import Options, make_grads, make_params
 from fastlars import DIALECTS, LARS
+from fastlars.dialects import ABOUT
 from fastlars.options import NAMES
-from harness import ignore_nothing_adapted, implementations, run
+from harness import implementations
+from reference import Array, norm, to_array
+
+M = 0.9  # momentum
+Direction = Callable[..., Array]
+Momentum = Callable[..., tuple[Array, Array]]
 
 
-@ignore_nothing_adapted
+# ---------------------------------------------------------------- directions: (w, g, lr, decay, c) -> d
+def bolts(w: Array, g: Array, lr: float, decay: float, c: float) -> Array:
+    if decay != 0 and norm(w) != 0 and norm(g) != 0:
+        return c * norm(w) / (norm(g) + norm(w) * decay + 1e-8) * (g + decay * w)
+    return g
+
+
+def solo_learn(w: Array, g: Array, lr: float, decay: float, c: float) -> Array:
+    if norm(w) != 0 and norm(g) != 0:
+        return c * norm(w) / (norm(g) + norm(w) * decay + 1e-8) * (g + decay * w)
+    return g
+
+
+def solo_learn_excluding(w: Array, g: Array, lr: float, decay: float, c: float) -> Array:
+    return g if w.ndim == 1 else solo_learn(w, g, lr, decay, c)
+
+
+def torchlars(w: Array, g: Array, lr: float, decay: float, c: float, eps: float = 1e-8) -> Array:
+    adaptive_lr = 1.0
+    if norm(w) > 0 and norm(g) > 0:
+        adaptive_lr = norm(w) / (norm(g) + decay * norm(w) + eps) * c
+    return (g + decay * w) * adaptive_lr
+
+
+def pytorch_optimizer(w: Array, g: Array, lr: float, decay: float, c: float) -> Array:
+    if w.ndim <= 1:
+        return g
+    denominator = norm(g) + decay * norm(w)
+    return (g + decay * w) * (c * norm(w) / denominator if norm(w) > 0 and denominator > 0 else 1.0)
+
+
+def paper(w: Array, g: Array, lr: float, decay: float, c: float) -> Array:
+    return c * norm(w) / (norm(g) + decay * norm(w)) * (g + decay * w)
+
+
+def mlperf(w: Array, g: Array, lr: float, decay: float, c: float) -> Array:
+    return torchlars(w, g, lr, decay, c, eps=1e-7)
+
+
+def apex(w: Array, g: Array, lr: float, decay: float, c: float) -> Array:
+    if norm(w) == 0 or norm(g) == 0:
+        return g
+    local_lr = c * norm(w) / (norm(g) + norm(w) * decay + 1e-8)
+    return (g + decay * w) * (min(local_lr, lr) / lr if lr else 1.0)
+
+
+def timm(w: Array, g: Array, lr: float, decay: float, c: float) -> Array:
+    return torchlars(w, g, lr, decay, c) if decay != 0 else g
+
+
+def timm_larc(w: Array, g: Array, lr: float, decay: float, c: float) -> Array:
+    if decay == 0:
+        return g
+    ratio = c * norm(w) / (norm(g) + norm(w) * decay + 1e-8) if norm(w) > 0 and norm(g) > 0 else 1.0
+    return (g + decay * w) * (min(ratio / lr, 1.0) if lr else 1.0)
+
+
+def joint(w: Array, g: Array, lr: float, decay: float, c: float) -> Array:
+    update = g + decay * w
+    q = c * norm(w) / norm(update) if norm(w) > 0 and norm(update) > 0 else 1.0
+    return q * update
+
+
+# ---------------------------------------------------------------- momentum: (w, d, v, lr, nesterov, dampening) -> w, v
+def torch_sgd(w: Array, d: Array, v: Array | None, lr: float, nesterov: bool, dampening: float) -> tuple[Array, Array]:
+    v = d if v is None else M * v + (1 - dampening) * d
+    return w - lr * (d + M * v if nesterov else v), v
+
+
+def from_zeros(w: Array, d: Array, v: Array | None, lr: float, nesterov: bool, dampening: float) -> tuple[Array, Array]:
+    v = (0.0 if v is None else M * v) + (1 - dampening) * d
+    return w - lr * (d + M * v if nesterov else v), v
+
+
+def classic(w: Array, d: Array, v: Array | None, lr: float, nesterov: bool, dampening: float) -> tuple[Array, Array]:
+    v = (0.0 if v is None else M * v) + lr * d
+    return w - (M * v + lr * d if nesterov else v), v
+
+
+# ---------------------------------------------------------------- the rows and their sources
+class Source(NamedTuple):
+    dialect: str
+    direction: Direction
+    momentum: Momentum
+    nesterov: bool  # whether it has that
+    differs_on: tuple[str, ...] = ()  # of TENSORS
+
+
+ZERO_GRADIENT = ("zero gradient", "zero gradient at times")
+SOURCES: dict[str, Source] = {
+    "bolts": Source("bolts", bolts, torch_sgd, True),
+    "timm": Source("bolts", timm, torch_sgd, True, ZERO_GRADIENT),
+    "torchlars": Source("torchlars", torchlars, torch_sgd, True, ZERO_GRADIENT),
+    "solo-learn": Source("torchlars", solo_learn, torch_sgd, True),
+    "pytorch_optimizer": Source("pytorch_optimizer", pytorch_optimizer, from_zeros, True, ZERO_GRADIENT),
+    "paper": Source("paper", paper, classic, False, ("zero parameter", *ZERO_GRADIENT)),
+    "mlperf": Source("mlperf", mlperf, classic, True, ZERO_GRADIENT),
+    "apex": Source("larc", apex, torch_sgd, True),
+    "timm_larc": Source("timm_larc", timm_larc, torch_sgd, True, ("zero parameter", *ZERO_GRADIENT)),
+    "moco-v3": Source("byol", joint, from_zeros, False),
+    "simclr": Source("simclr", joint, classic, True),
+}
+LRS = (
+    0.5,
+    2.0,
+    0.25,
+    0.0,
+    1.5,
+    0.1,
+    3.0,
+)  # it changes, or its place would not show; more than 1, or some clips would not
+RNG = np.random.default_rng(0)
+W = RNG.standard_normal((3, 5))
+GRADS = RNG.standard_normal((len(LRS), 3, 5))
+
+# tensors of one run: first values, and the gradient of each step
+TENSORS: dict[str, tuple[Array, Array]] = {
+    "dense": (W, GRADS),
+    "small gradient": (W, 1e-3 * GRADS),
+    "opposite gradient": (W, -0.05 * W * (1 + 0.1 * GRADS)),  # |g + decay * w| far from |g| + decay * |w|
+    "zero parameter": (0 * W, GRADS),
+    "zero gradient": (W, 0 * GRADS),
+    "zero gradient at times": (W, GRADS * (np.arange(len(LRS)) % 3 != 0)[:, None, None]),
+}
+
+
+def ours(w: Array, grads: Array, lrs: Sequence[float] = LRS, **options: Any) -> list[tuple[Array, Array]]:
+    """Parameter and buffer after each step, from a copy of w."""
+    param = torch.nn.Parameter(torch.tensor(w))
+    optimizer = LARS([param], lr=1.0, momentum=M, **options)
+    states = []
+    for g, lr in zip(grads, lrs, strict=True):
+        param.grad = torch.tensor(g)
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        states.append((to_array(param), to_array(optimizer.state[param]["momentum_buffer"])))
+    return states
+
+
+def theirs(
+    source: Source, w: Array, grads: Array, decay: float, c: float, nesterov: bool = False
+) -> list[tuple[Array, Array]]:
+    v = None
+    states = []
+    for g, lr in zip(grads, LRS, strict=True):
+        w, v = source.momentum(w, source.direction(w, g, lr, decay, c), v, lr, nesterov, 0.0)
+        states.append((w, v))
+    return states
+
+
+def assert_equal(ours: list[tuple[Array, Array]], theirs: list[tuple[Array, Array]], where: str) -> None:
+    for step, states in enumerate(zip(ours, theirs, strict=True)):
+        for what, one, other in zip(("parameter", "buffer"), *states, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-11, atol=1e-13, err_msg=f"{where}: {what} after step {step}")
+
+
+def test_every_row_says_something_new_and_has_a_source() -> None:
+    assert DIALECTS.keys() == ABOUT.keys() == {source.dialect for source in SOURCES.values()}
+    assert all(options.keys() <= set(NAMES) - {"lr"} for options in DIALECTS.values())
+    assert len({tuple(sorted(options.items())) for options in DIALECTS.values()}) == len(DIALECTS)
+
+
 @implementations
-@pytest.mark.parametrize(
-    "options", [{"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}, {}], ids=["momentum", "nesterov", "plain"]
-)
+@pytest.mark.parametrize("nesterov", [False, True], ids=["momentum", "nesterov"])
+@pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
+def test_a_row_is_the_formula_of_its_source(source: Source, nesterov: bool, implementation: dict[str, Any]) -> None:
+    if nesterov and not source.nesterov:
+        return
+    row = DIALECTS[source.dialect]
+    # ratios on either side of lr, so that a clip shows; and the row's own coefficient
+    for c in (0.1, 5.0, row.get("trust_coefficient", 0.001)):
+        for decay in (0.05, 1e-4):
+            options = {**row, "trust_coefficient": c, "weight_decay": decay, "nesterov": nesterov}
+            for name, (w, grads) in TENSORS.items():
+                if name not in source.differs_on:
+                    expected = theirs(source, w, grads, decay, c, nesterov)
+                    assert_equal(ours(w, grads, **options, **implementation), expected, f"{name}, {c=}, {decay=}")
+
+
+@pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
+def test_without_weight_decay_a_row_adapts_what_its_source_adapts(source: Source) -> None:
+    options = {**DIALECTS[source.dialect], "trust_coefficient": 0.1}
+    options.setdefault("adapt", False)  # as None means here, but the first step would warn
+    assert_equal(ours(W, GRADS, **options), theirs(source, W, GRADS, 0.0, 0.1), "no decay")
+
+
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_dialects_equal_the_reference(dialect: str, options: Options, implementation: Options) -> None:
-    """lr changes every step, which tells apart where it enters."""
-    assert DIALECTS[dialect].keys() <= set(NAMES) - {"lr"}
-    groups = [
-        {"params": make_params(torch.float64, seed=1), "weight_decay": 0.05},
-        {"params": make_params(torch.float64, seed=2), "weight_decay": 0.0},
-    ]
-
-    def grads_of(params: Any, step: int) -> list[Tensor | None]:
-        return make_grads("late", params, step)
-
-    # a ratio on either side of lr, so that a clip shows
-    for coefficient in (0.1, 5.0):
-        run(
-            groups,
-            {"lr": 0.5, "trust_coefficient": coefficient, **options, **DIALECTS[dialect]},
-            grads_of,
-            implementation,
-        )
+def test_a_group_that_is_not_adapted_stays_so_in_every_row(dialect: str) -> None:
+    param = torch.nn.Parameter(torch.tensor(W))
+    optimizer = LARS([{"params": [param], "adapt": False}], lr=0.5, momentum=M, **DIALECTS[dialect])
+    param.grad = torch.tensor(GRADS[0])
+    optimizer.step()
+    np.testing.assert_allclose(to_array(param), W - 0.5 * GRADS[0], rtol=1e-14)
 
 
-def test_dialects_differ_where_they_should() -> None:
-    results = {}
-    for name, dialect in DIALECTS.items():
-        params = make_params(torch.float64, layouts=["matrix"])
-        optimizer = LARS(params, lr=0.5, momentum=0.9, weight_decay=0.05, trust_coefficient=0.1, **dialect)
-        for step in range(3):
-            params[0].grad = make_grads("dense", params, step)[0]
-            optimizer.param_groups[0]["lr"] = 0.5 / (step + 1)
-            optimizer.step()
-        results[name] = tuple(params[0].detach().reshape(-1).tolist())
-    assert results.pop("mlperf") == results["paper"]  # two names for one
-    assert len(set(results.values())) == len(results) == len(DIALECTS) - 1
+# ---------------------------------------------------------------- where a source differs from its row
+class Difference(NamedTuple):
+    dialect: str
+    direction: Direction
+    w: Array
+    g: Array
+    theirs: Array  # after one step
+    ours: Array
+    dampening: float = 0.0
+    momentum: Momentum = torch_sgd
+
+
+LR, DECAY, C = 2.0, 0.05, 0.1
+G = GRADS[0]
+
+
+def adapted(w: Array, g: Array) -> Array:
+    return w - LR * C * norm(w) / (norm(g) + DECAY * norm(w)) * (g + DECAY * w)
+
+
+DIFFERENCES: dict[str, Difference] = {
+    "timm zero gradient": Difference("bolts", timm, W, 0 * G, theirs=W - LR * DECAY * W, ours=W),
+    "torchlars zero gradient": Difference("torchlars", torchlars, W, 0 * G, theirs=W - LR * DECAY * W, ours=W),
+    "solo-learn vectors": Difference(
+        "torchlars", solo_learn_excluding, W[0], G[0], theirs=W[0] - LR * G[0], ours=adapted(W[0], G[0])
+    ),
+    "pytorch_optimizer vectors": Difference(
+        "pytorch_optimizer", pytorch_optimizer, W[0], G[0], theirs=W[0] - LR * G[0], ours=adapted(W[0], G[0])
+    ),
+    "pytorch_optimizer zero gradient": Difference(
+        "pytorch_optimizer", pytorch_optimizer, W, 0 * G, theirs=W - LR * C * W, ours=W
+    ),
+    "pytorch_optimizer first step": Difference(
+        "pytorch_optimizer", pytorch_optimizer, W, G, theirs=W + 0.75 * (adapted(W, G) - W), ours=adapted(W, G),
+        dampening=0.25, momentum=from_zeros,
+    ),
+    "paper zero parameter": Difference("paper", paper, 0 * W, G, theirs=0 * W, ours=-LR * G),
+    "paper zero gradient": Difference("paper", paper, W, 0 * G, theirs=W - LR * C * W, ours=W),
+    "mlperf zero gradient": Difference("mlperf", mlperf, W, 0 * G, theirs=W - LR * DECAY * W, ours=W),
+    "timm_larc zero gradient": Difference("timm_larc", timm_larc, W, 0 * G, theirs=W - DECAY * W, ours=W),
+    "timm_larc zero parameter": Difference("timm_larc", timm_larc, 0 * W, G, theirs=-G, ours=-LR * G),
+}  # fmt: skip
+
+
+def test_every_difference_in_the_table_is_tested_here() -> None:
+    told = [(dialect, case) for dialect, about in ABOUT.items() for case in about.differs]
+    assert sorted(told) == sorted((difference.dialect, case) for case, difference in DIFFERENCES.items())
+
+
+@pytest.mark.parametrize("difference", DIFFERENCES.values(), ids=DIFFERENCES)
+def test_a_source_differs_as_its_row_says(difference: Difference) -> None:
+    w, g, dampening = difference.w, difference.g, difference.dampening
+    d = difference.direction(w, g, LR, DECAY, C)
+    np.testing.assert_allclose(difference.momentum(w, d, None, LR, False, dampening)[0], difference.theirs, rtol=1e-12)
+    options = {**DIALECTS[difference.dialect], "weight_decay": DECAY, "trust_coefficient": C, "dampening": dampening}
+    ((stepped, _),) = ours(w, g[None], [LR], **options)
+    np.testing.assert_allclose(stepped, difference.ours, rtol=1e-7)  # written without eps, which some rows have

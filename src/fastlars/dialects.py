@@ -1,20 +1,91 @@
-"""The dialects of LARS, as data."""
+"""The dialects of LARS, as data: option values, and what the documentation's table says beside them."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 #: Option values that make LARS the one of other papers and packages, as in ``LARS(groups, lr=0.3, **DIALECTS["simclr"])``.
+#: Where they say ``adapt=True``, a group that says ``adapt=False`` is still not adapted.
 DIALECTS: dict[str, dict[str, Any]] = {
-    # Lightning Bolts, quadra, lightly: the default
     "bolts": {},
-    # You, Gitman, Ginsburg, arXiv 1708.03888, Algorithm 1; MLPerf's ResNet-50 reference adds eps 0
-    "paper": {"lr_in_momentum": True, "eps": 0.0},
-    "mlperf": {"lr_in_momentum": True, "eps": 0.0},
-    # NVIDIA apex
-    "larc": {"trust_clip": True},
-    # BYOL, Barlow Twins, VICReg, MoCo v3, MAE: which tensors are adapted goes by their groups, not by decay
-    "byol": {"trust_denominator": "joint", "adapt": True, "eps": 0.0},
-    # SimCLR, optax
-    "simclr": {"trust_denominator": "joint", "adapt": True, "eps": 0.0, "lr_in_momentum": True},
+    "torchlars": {"adapt": True},
+    "pytorch_optimizer": {"eps": 0.0, "adapt": True},
+    "paper": {"eps": 0.0, "adapt": True, "lr_in_momentum": True},
+    "mlperf": {"eps": 1e-7, "adapt": True, "lr_in_momentum": True},
+    "larc": {"trust_coefficient": 0.02, "adapt": True, "trust_clip": True},
+    "timm_larc": {"trust_clip": True},
+    "byol": {"eps": 0.0, "adapt": True, "trust_denominator": "joint"},
+    "simclr": {"eps": 0.0, "adapt": True, "trust_denominator": "joint", "lr_in_momentum": True},
+}
+
+
+class About(NamedTuple):
+    """What a dialect's options do not say."""
+
+    used_by: str
+    source: str  # where the formula is written
+    differs: Mapping[str, str] = MappingProxyType({})  # case to what the other code does there; tests go by the case
+
+
+_DECAYS = "a tensor whose gradient is zero takes lr * weight_decay * w, without a ratio; here it does not move"
+
+ABOUT: dict[str, About] = {
+    "bolts": About(
+        "Lightning Bolts, quadra, lightly; timm `lars`",
+        "lightning-bolts 0.7, `pl_bolts/optimizers/lars.py`",
+        {"timm zero gradient": f"timm: {_DECAYS}"},
+    ),
+    "torchlars": About(
+        "torchlars, solo-learn; with other coefficients apex `LARC(clip=False)`, timm `always_adapt=True`",
+        "torchlars 0.1, `adaptive_lr.cc`",
+        {
+            "torchlars zero gradient": f"torchlars and timm: {_DECAYS}",
+            "solo-learn vectors": "solo-learn, `exclude_bias_n_norm`: tensors of one dimension are not decayed either; use "
+            "`param_groups`",
+        },
+    ),
+    "pytorch_optimizer": About(
+        "pytorch_optimizer",
+        "pytorch_optimizer 4.1, `optimizer/lars.py`",
+        {
+            "pytorch_optimizer vectors": "tensors of at most one dimension are neither adapted nor decayed; use `param_groups`",
+            "pytorch_optimizer zero gradient": "a decayed tensor whose gradient is zero takes lr * trust_coefficient * w; here "
+            "it does not move",
+            "pytorch_optimizer first step": "dampening applies to the first step too",
+        },
+    ),
+    "paper": About(
+        "the paper",
+        "arXiv 1708.03888, Eq. 6 and Algorithm 1",
+        {
+            "paper zero parameter": "taken at its word the paper leaves a tensor that is zero at zero; here it takes lr * g",
+            "paper zero gradient": "taken at its word, a tensor whose gradient is zero takes lr * trust_coefficient * w; here it "
+            "does not move",
+        },
+    ),
+    "mlperf": About(
+        "MLPerf's ResNet-50 in TensorFlow 2",
+        "mlcommons/training, `resnet-tf2/tensorflow2/lars_optimizer.py`: its `epsilon=0` becomes the 1e-7 of Keras",
+        {"mlperf zero gradient": _DECAYS},
+    ),
+    "larc": About("LARC of NVIDIA apex", "apex, `apex/parallel/LARC.py`, until apex removed it in 2025"),
+    "timm_larc": About(
+        "timm `larc`",
+        "timm 1.0, `timm/optim/lars.py`",
+        {
+            "timm_larc zero gradient": "a tensor whose gradient is zero takes lr * weight_decay * w, at most weight_decay * w; "
+            "here it does not move",
+            "timm_larc zero parameter": "where lr > 1, a tensor that is zero takes g; here lr * g",
+        },
+    ),
+    "byol": About(
+        "BYOL, Barlow Twins, VICReg, MoCo v3, MAE",
+        "deepmind-research, `byol/utils/optimizers.py`; facebookresearch/moco-v3, `moco/optimizer.py`",
+    ),
+    "simclr": About(
+        "SimCLR, optax `lars`",
+        "google-research/simclr, `tf2/lars_optimizer.py`; optax 0.2, `alias.py`",
+    ),
 }
