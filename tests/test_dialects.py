@@ -1,138 +1,22 @@
-"""Each dialect is the LARS it is named after, and differs from it where its row says so.
+"""Each dialect is the LARS it is named after, and differs from it where its row says so."""
 
-The formulas here are written from the papers and packages that the rows name, each in its own terms: float64, NumPy. `w`
-parameter, `g` gradient, `v` momentum buffer (None before the first step), `c` trust coefficient, `decay` weight decay.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
+import sources
 from fastlars import DIALECTS, LARS
 from fastlars.dialects import ABOUT
 from fastlars.options import NAMES
 from harness import implementations
 from reference import Array, norm, to_array
+from sources import SOURCES, Direction, M, Momentum, Source, torch_sgd
 
-M = 0.9  # momentum
-Direction = Callable[..., Array]
-Momentum = Callable[..., tuple[Array, Array]]
-
-
-# ---------------------------------------------------------------- directions: (w, g, lr, decay, c) -> d
-def bolts(w: Array, g: Array, lr: float, decay: float, c: float) -> Array:
-    if decay != 0 and norm(w) != 0 and norm(g) != 0:
-        return c * norm(w) / (norm(g) + norm(w) * decay + 1e-8) * (g + decay * w)
-    return g
-
-
-def solo_learn(w: Array, g: Array, lr: float, decay: float, c: float) -> Array:
-    if norm(w) != 0 and norm(g) != 0:
-        return c * norm(w) / (norm(g) + norm(w) * decay + 1e-8) * (g + decay * w)
-    return g
-
-
-def solo_learn_excluding(w: Array, g: Array, lr: float, decay: float, c: float) -> Array:
-    return g if w.ndim == 1 else solo_learn(w, g, lr, decay, c)
-
-
-def torchlars(w: Array, g: Array, lr: float, decay: float, c: float, eps: float = 1e-8) -> Array:
-    adaptive_lr = 1.0
-    if norm(w) > 0 and norm(g) > 0:
-        adaptive_lr = norm(w) / (norm(g) + decay * norm(w) + eps) * c
-    return (g + decay * w) * adaptive_lr
-
-
-def pytorch_optimizer(w: Array, g: Array, lr: float, decay: float, c: float) -> Array:
-    if w.ndim <= 1:
-        return g
-    denominator = norm(g) + decay * norm(w)
-    return (g + decay * w) * (c * norm(w) / denominator if norm(w) > 0 and denominator > 0 else 1.0)
-
-
-def paper(w: Array, g: Array, lr: float, decay: float, c: float) -> Array:
-    return c * norm(w) / (norm(g) + decay * norm(w)) * (g + decay * w)
-
-
-def mlperf(w: Array, g: Array, lr: float, decay: float, c: float) -> Array:
-    return torchlars(w, g, lr, decay, c, eps=1e-7)
-
-
-def apex(w: Array, g: Array, lr: float, decay: float, c: float) -> Array:
-    if norm(w) == 0 or norm(g) == 0:
-        return g
-    local_lr = c * norm(w) / (norm(g) + norm(w) * decay + 1e-8)
-    return (g + decay * w) * (min(local_lr, lr) / lr if lr else 1.0)
-
-
-def timm(w: Array, g: Array, lr: float, decay: float, c: float) -> Array:
-    return torchlars(w, g, lr, decay, c) if decay != 0 else g
-
-
-def timm_larc(w: Array, g: Array, lr: float, decay: float, c: float) -> Array:
-    if decay == 0:
-        return g
-    ratio = c * norm(w) / (norm(g) + norm(w) * decay + 1e-8) if norm(w) > 0 and norm(g) > 0 else 1.0
-    return (g + decay * w) * (min(ratio / lr, 1.0) if lr else 1.0)
-
-
-def joint(w: Array, g: Array, lr: float, decay: float, c: float) -> Array:
-    update = g + decay * w
-    q = c * norm(w) / norm(update) if norm(w) > 0 and norm(update) > 0 else 1.0
-    return q * update
-
-
-# ---------------------------------------------------------------- momentum: (w, d, v, lr, nesterov, dampening) -> w, v
-def torch_sgd(w: Array, d: Array, v: Array | None, lr: float, nesterov: bool, dampening: float) -> tuple[Array, Array]:
-    v = d if v is None else M * v + (1 - dampening) * d
-    return w - lr * (d + M * v if nesterov else v), v
-
-
-def from_zeros(w: Array, d: Array, v: Array | None, lr: float, nesterov: bool, dampening: float) -> tuple[Array, Array]:
-    v = (0.0 if v is None else M * v) + (1 - dampening) * d
-    return w - lr * (d + M * v if nesterov else v), v
-
-
-def classic(w: Array, d: Array, v: Array | None, lr: float, nesterov: bool, dampening: float) -> tuple[Array, Array]:
-    v = (0.0 if v is None else M * v) + lr * d
-    return w - (M * v + lr * d if nesterov else v), v
-
-
-# ---------------------------------------------------------------- the rows and their sources
-class Source(NamedTuple):
-    dialect: str
-    direction: Direction
-    momentum: Momentum
-    nesterov: bool  # whether it has that
-    differs_on: tuple[str, ...] = ()  # of TENSORS
-
-
-ZERO_GRADIENT = ("zero gradient", "zero gradient at times")
-SOURCES: dict[str, Source] = {
-    "bolts": Source("bolts", bolts, torch_sgd, True),
-    "timm": Source("bolts", timm, torch_sgd, True, ZERO_GRADIENT),
-    "torchlars": Source("torchlars", torchlars, torch_sgd, True, ZERO_GRADIENT),
-    "solo-learn": Source("torchlars", solo_learn, torch_sgd, True),
-    "pytorch_optimizer": Source("pytorch_optimizer", pytorch_optimizer, from_zeros, True, ZERO_GRADIENT),
-    "paper": Source("paper", paper, classic, False, ("zero parameter", *ZERO_GRADIENT)),
-    "mlperf": Source("mlperf", mlperf, classic, True, ZERO_GRADIENT),
-    "apex": Source("larc", apex, torch_sgd, True),
-    "timm_larc": Source("timm_larc", timm_larc, torch_sgd, True, ("zero parameter", *ZERO_GRADIENT)),
-    "moco-v3": Source("byol", joint, from_zeros, False),
-    "simclr": Source("simclr", joint, classic, True),
-}
-LRS = (
-    0.5,
-    2.0,
-    0.25,
-    0.0,
-    1.5,
-    0.1,
-    3.0,
-)  # it changes, or its place would not show; more than 1, or some clips would not
+# lr changes, or its place would not show; it exceeds 1, or some clips would not
+LRS = (0.5, 2.0, 0.25, 0.0, 1.5, 0.1, 3.0)
 RNG = np.random.default_rng(0)
 W = RNG.standard_normal((3, 5))
 GRADS = RNG.standard_normal((len(LRS), 3, 5))
@@ -238,26 +122,26 @@ def adapted(w: Array, g: Array) -> Array:
 
 
 DIFFERENCES: dict[str, Difference] = {
-    "timm zero gradient": Difference("bolts", timm, W, 0 * G, theirs=W - LR * DECAY * W, ours=W),
-    "torchlars zero gradient": Difference("torchlars", torchlars, W, 0 * G, theirs=W - LR * DECAY * W, ours=W),
+    "timm zero gradient": Difference("bolts", sources.timm, W, 0 * G, theirs=W - LR * DECAY * W, ours=W),
+    "torchlars zero gradient": Difference("torchlars", sources.torchlars, W, 0 * G, theirs=W - LR * DECAY * W, ours=W),
     "solo-learn vectors": Difference(
-        "torchlars", solo_learn_excluding, W[0], G[0], theirs=W[0] - LR * G[0], ours=adapted(W[0], G[0])
+        "torchlars", sources.solo_learn_excluding, W[0], G[0], theirs=W[0] - LR * G[0], ours=adapted(W[0], G[0])
     ),
     "pytorch_optimizer vectors": Difference(
-        "pytorch_optimizer", pytorch_optimizer, W[0], G[0], theirs=W[0] - LR * G[0], ours=adapted(W[0], G[0])
+        "pytorch_optimizer", sources.pytorch_optimizer, W[0], G[0], theirs=W[0] - LR * G[0], ours=adapted(W[0], G[0])
     ),
     "pytorch_optimizer zero gradient": Difference(
-        "pytorch_optimizer", pytorch_optimizer, W, 0 * G, theirs=W - LR * C * W, ours=W
+        "pytorch_optimizer", sources.pytorch_optimizer, W, 0 * G, theirs=W - LR * C * W, ours=W
     ),
     "pytorch_optimizer first step": Difference(
-        "pytorch_optimizer", pytorch_optimizer, W, G, theirs=W + 0.75 * (adapted(W, G) - W), ours=adapted(W, G),
-        dampening=0.25, momentum=from_zeros,
+        "pytorch_optimizer", sources.pytorch_optimizer, W, G, theirs=W + 0.75 * (adapted(W, G) - W), ours=adapted(W, G),
+        dampening=0.25, momentum=sources.from_zeros,
     ),
-    "paper zero parameter": Difference("paper", paper, 0 * W, G, theirs=0 * W, ours=-LR * G),
-    "paper zero gradient": Difference("paper", paper, W, 0 * G, theirs=W - LR * C * W, ours=W),
-    "mlperf zero gradient": Difference("mlperf", mlperf, W, 0 * G, theirs=W - LR * DECAY * W, ours=W),
-    "timm_larc zero gradient": Difference("timm_larc", timm_larc, W, 0 * G, theirs=W - DECAY * W, ours=W),
-    "timm_larc zero parameter": Difference("timm_larc", timm_larc, 0 * W, G, theirs=-G, ours=-LR * G),
+    "paper zero parameter": Difference("paper", sources.paper, 0 * W, G, theirs=0 * W, ours=-LR * G),
+    "paper zero gradient": Difference("paper", sources.paper, W, 0 * G, theirs=W - LR * C * W, ours=W),
+    "mlperf zero gradient": Difference("mlperf", sources.mlperf, W, 0 * G, theirs=W - LR * DECAY * W, ours=W),
+    "timm_larc zero gradient": Difference("timm_larc", sources.timm_larc, W, 0 * G, theirs=W - DECAY * W, ours=W),
+    "timm_larc zero parameter": Difference("timm_larc", sources.timm_larc, 0 * W, G, theirs=-G, ours=-LR * G),
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from torch.optim.optimizer import Optimizer
 
 from .coefficients import is_adapted, scalar_lr, trust_ratio
 from .compat import NAMED_PARAMETERS, outside_graphs, required, use_grad_for_differentiable
+from .convert import foreign_key
 from .description import describe
 from .functional import Group, implementation, measure, split, step_groups
 from .fused_cuda import Tables, check_fused
@@ -195,7 +196,8 @@ class LARS(Optimizer):
             state_dict: what ``state_dict()`` returned. Options that it lacks keep the values they have.
 
         Raises:
-            ValueError, TypeError: for groups, options or buffers that do not fit; the optimizer has not changed then.
+            ValueError, TypeError: for groups, options or buffers that do not fit, and for the state of other optimizers,
+                which :func:`fastlars.convert_state_dict` converts; the optimizer has not changed then.
         """
         # Before torch casts the buffers, which would drop the imaginary parts of complex ones; and a hook, added last,
         # because hooks of users may replace the state dict.
@@ -408,6 +410,12 @@ def _check_saved_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None
 def _check_state(state: Any, param: Tensor, where: str) -> None:
     if not isinstance(state, dict):
         raise TypeError(f"the state of {where} must be a dict, got {type(state).__name__}")
+    if key := foreign_key(state, param):
+        raise ValueError(
+            f"the state of {where} holds {key} and no momentum_buffer: another optimizer made it, and momentum would begin "
+            "anew unnoticed; convert it with fastlars.convert_state_dict(state_dict, optimizer), or load "
+            "{**state_dict, 'state': {}}"
+        )
     buffer = state.get("momentum_buffer")
     if buffer is None:
         return

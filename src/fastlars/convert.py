@@ -1,0 +1,181 @@
+"""The state of other optimizers as LARS's: whose momentum it is, of which parameter, and in which unit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+# Where optimizers keep momentum that LARS can go on with.
+MOMENTUM = ("momentum_buffer", "mu", "state1", "trace")
+# Signs of those that have none: Adam's kin, RMSprop and Adadelta, Adagrad.
+OTHERS = ("exp_avg", "square_avg", "sum")
+
+
+def foreign_key(state: Mapping[str, Any], param: Tensor) -> str | None:
+    """The key in a parameter's state that shows that another optimizer made it; None if LARS or torch's SGD may have.
+
+    Hooks keep things of their own in the state. A sign is only a tensor like the parameter, under a known name, where
+    there is no momentum buffer.
+    """
+    if "momentum_buffer" in state:
+        return None
+    return next((key for key in (*MOMENTUM, *OTHERS) if _is_like(state.get(key), param)), None)
+
+
+def convert_state_dict(
+    state_dict: Mapping[str, Any],
+    optimizer: Optimizer,
+    *,
+    params: Iterable[Tensor] | None = None,
+    keep_lr: bool = False,
+) -> dict[str, Any]:
+    """The state dict of another optimizer, as one that ``optimizer.load_state_dict`` takes.
+
+    The momentum goes on where the other optimizer left it, in the unit that the groups of ``optimizer`` need: with
+    ``lr_in_momentum`` what the parameter moves by, else that divided by lr. Options are those of ``optimizer``, but lr
+    is the saved one. If both are of the same dialect, the run goes on exactly.
+
+    Known are ``momentum_buffer`` (LARS itself, from one dialect to another; torch's SGD; timm; apex and torchlars;
+    pytorch_optimizer; bitsandbytes' PytorchLARS), ``mu`` (Barlow Twins, VICReg, MoCo v3, MAE, BYOL), ``trace``
+    (optax.lars: with lr in it, negated) and ``state1`` (bitsandbytes, 32 bits: a sum of gradients without ratios; it is
+    cut to max_unorm times the parameter's norm, as every step of theirs cuts it).
+
+    Args:
+        state_dict: what ``state_dict()`` returned. Written by hand, as for optax, it needs no "param_groups"; the keys
+            are positions then: ``{"state": {0: {"trace": tensor}, ...}}``.
+        optimizer: the one that will load the result; it is not changed. Its groups may be other ones than those saved.
+        params: the parameters in the order in which the other optimizer had them, as of ``model.parameters()``. None:
+            by their names, if both optimizers know them, else by position, if the groups are of equal sizes.
+        keep_lr: keep the lr that ``optimizer`` has. Buffers are then scaled by saved lr / lr, so that momentum moves
+            the parameters as far as it did; for optimizers in which lr means something else, as in SGD.
+
+    Returns:
+        A new state dict; it shares no tensors with the old one.
+
+    Raises:
+        ValueError: for state without momentum that LARS could go on with, parameters that do not fit or cannot be told
+            apart, several saved lr in one group of ``optimizer``, and lr 0 where buffers must be divided by it.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = fastlars.LARS([w], lr=0.1, momentum=0.9, **fastlars.DIALECTS["byol"])
+        >>> saved = {"state": {0: {"mu": torch.full((2,), 0.5)}}, "param_groups": [{"lr": 0.3, "params": [0]}]}
+        >>> optimizer.load_state_dict(fastlars.convert_state_dict(saved, optimizer))
+        >>> optimizer.state[w]["momentum_buffer"], optimizer.param_groups[0]["lr"]
+        (tensor([0.5000, 0.5000]), 0.3)
+    """
+    saved_of = _match(state_dict, optimizer, None if params is None else list(params))
+    groups = optimizer.state_dict()["param_groups"]
+    state: dict[int, dict[str, Tensor]] = {}
+    for i, (group, packed) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
+        lrs = {float(saved.group["lr"]) for p in group["params"] if "lr" in (saved := saved_of[p]).group}
+        if not keep_lr and len(lrs) > 1:
+            raise ValueError(
+                f"param group {i} has parameters whose saved lr are {sorted(lrs)}; split it, or pass keep_lr"
+            )
+        if not keep_lr and lrs:
+            packed["lr"] = torch.full_like(group["lr"], *lrs) if isinstance(group["lr"], Tensor) else lrs.pop()
+        for j, (index, p) in enumerate(zip(packed["params"], group["params"], strict=True)):
+            buffer = _buffer(saved_of[p], p, packed, keep_lr, f"parameter {j} of param group {i}")
+            if buffer is not None:
+                state[index] = {"momentum_buffer": buffer}
+    return {"state": state, "param_groups": groups}
+
+
+class _Saved(NamedTuple):
+    """What a state dict holds of one parameter."""
+
+    state: Mapping[str, Any]
+    group: Mapping[str, Any]
+
+
+def _match(state_dict: Mapping[str, Any], optimizer: Optimizer, params: list[Tensor] | None) -> dict[Tensor, _Saved]:
+    """Every parameter of ``optimizer`` with what was saved of it."""
+    states = state_dict["state"]
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    ours = [p for group in optimizer.param_groups for p in group["params"]]
+    count = len(ours) if params is None else len(params)
+    keys = (
+        list(states) if any(isinstance(key, str) for key in states) else range(max([count, *(k + 1 for k in states)]))
+    )
+    groups = state_dict.get("param_groups", [{"params": list(keys)}])
+    saved = [_Saved(states.get(key, {}), group) for group in groups for key in group["params"]]
+
+    if params is None:
+        names, our_names = _names(groups), _names(optimizer.param_groups)
+        if names and sorted(names) == sorted(our_names):
+            params = [dict(zip(our_names, ours, strict=True))[name] for name in names]
+        elif [len(group["params"]) for group in groups] == sizes:
+            params = ours
+        else:
+            raise ValueError(
+                f"the groups of the state dict have {[len(group['params']) for group in groups]} parameters, those of "
+                f"the optimizer {sizes}; pass params, the parameters in the order of the state dict, as in "
+                "params=model.parameters()"
+            )
+    if len(params) != len(saved):
+        raise ValueError(f"params has {len(params)} parameters, the state dict {len(saved)}")
+    saved_of = dict(zip(params, saved, strict=True))
+    if lacking := [i for i, p in enumerate(ours) if p not in saved_of]:
+        raise ValueError(
+            f"params lacks {len(lacking)} of the optimizer's {len(ours)} parameters, the first at {lacking[0]}"
+        )
+    known = set(ours)
+    if left_over := [i for i, p in enumerate(params) if p not in known and saved[i].state]:
+        raise ValueError(
+            f"the optimizer lacks {len(left_over)} parameters that have saved state, the first at {left_over[0]}"
+        )
+    return saved_of
+
+
+def _names(groups: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The names of all parameters, or none if one has none."""
+    names = [group.get("param_names", group["params"]) for group in groups]
+    flat = [name for of_group in names for name in of_group]
+    return flat if all(isinstance(name, str) for name in flat) else []
+
+
+def _buffer(saved: _Saved, param: Tensor, target: Mapping[str, Any], keep_lr: bool, where: str) -> Tensor | None:
+    """The momentum buffer of one parameter in the unit of its target group; None where nothing was saved."""
+    state, group = saved
+    key = next((key for key in MOMENTUM if state.get(key) is not None), None)
+    if key is None:
+        if others := [key for key, value in state.items() if _is_like(value, param)]:
+            raise ValueError(
+                f"the state of {where} holds {', '.join(others)}, and none of {', '.join(MOMENTUM)}: no momentum that "
+                "LARS could go on with; do not load it, LARS builds its own within 1 / (1 - momentum) steps"
+            )
+        return None
+    buffer = state[key]
+    if not _is_like(buffer, param) or not (buffer.is_floating_point() or buffer.is_complex()):
+        raise ValueError(
+            f"{key} of {where} must be a floating tensor of shape {tuple(param.shape)}, got {_told(buffer)}; are the "
+            "parameters in the right order and layout, and the state not one of 8 bits?"
+        )
+
+    with_lr = key == "trace" or bool(group.get("lr_in_momentum", False))
+    lr = float(target["lr"])
+    have = 1.0 if with_lr else float(group.get("lr", lr)) if keep_lr else lr
+    want = 1.0 if target.get("lr_in_momentum", False) else lr
+    if want == 0 and have != 0:
+        raise ValueError(
+            f"lr is 0, by which the {key} of {where} must be divided; give the lr that the run goes on with"
+        )
+    factor = (-1.0 if key == "trace" else 1.0) * (1.0 if have == want else have / want)
+    if (limit := group.get("max_unorm", 0.02 if key == "state1" else 0.0)) > 0:
+        norm = float(torch.linalg.vector_norm(buffer))
+        factor *= min(1.0, limit * float(torch.linalg.vector_norm(param.detach())) / norm) if norm > 0 else 1.0
+    converted: Tensor = buffer * factor
+    return converted
+
+
+def _is_like(value: object, param: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == param.shape
+
+
+def _told(value: object) -> str:
+    return f"{tuple(value.shape)} and {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
