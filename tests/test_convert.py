@@ -225,7 +225,10 @@ def test_a_capped_sum_of_gradients_moves_on_as_capped(key: str, group: dict[str,
     long, short, still = Parameter(torch.ones(4)), Parameter(torch.full((2, 2), 1e3)), Parameter(torch.ones(3))
     optimizer = LARS([long, short, still], lr=9.0, momentum=M, adapt=True)
     buffers = [torch.arange(4.0), torch.ones(2, 2), torch.zeros(3)]
-    optimizer.load_state_dict(convert_state_dict(one_group(key, **group)(buffers, 0.1), optimizer))
+    saved = one_group(key, **group)(buffers, 0.1)
+    if key == "state1":
+        saved["state"] = {i: {"__bnb_optimizer_quant_state__": state} for i, state in saved["state"].items()}
+    optimizer.load_state_dict(convert_state_dict(saved, optimizer))
     converted = [to_array(optimizer.state[p]["momentum_buffer"]) for p in (long, short, still)]
     np.testing.assert_allclose(norm(converted[0]), limit * 2.0, rtol=1e-6)  # |w| = 2
     np.testing.assert_allclose(converted[0] / norm(converted[0]), np.arange(4) / 14**0.5, rtol=1e-6)
@@ -296,6 +299,10 @@ def state_of(*states: dict[str, Any], **group: Any) -> dict[str, Any]:
     }
 
 
+def by_bitsandbytes(*states: dict[str, Any]) -> dict[str, Any]:
+    return state_of(*({"step": 3, "__bnb_optimizer_quant_state__": state} for state in states), betas=(M, 0))
+
+
 TWO = [torch.ones(2), torch.ones(2, 2)]
 GOOD = [{"mu": t} for t in TWO]
 LR_0 = {"state": {0: {"trace": TWO[0]}, 1: {"trace": TWO[1]}}, "param_groups": [{"lr": 0.0, "params": [0, 1]}]}
@@ -305,7 +312,8 @@ ERRORS: dict[str, tuple[dict[str, Any], list[int] | None, str]] = {
     "unknown": (state_of(*({"velocity": t} for t in TWO)), None, "parameter 0 of param group 0 holds velocity, and none"),
     "shape": (state_of(GOOD[1], GOOD[0]), None, r"mu of parameter 0 .* shape \(2,\), got \(2, 2\) and torch.float32"),
     "scalar": (state_of({"mu": 1.0}, GOOD[1]), None, r"mu of parameter 0 of param group 0 must be .*, got float"),
-    "8 bits": (state_of(*({"state1": t.to(torch.uint8)} for t in TWO)), None, "torch.uint8; .* not one of 8 bits"),
+    "8 bits": (by_bitsandbytes(*({"state1": t.byte()} for t in TWO)), None, "torch.uint8; .* not one of 8 bits"),
+    "lamb": (by_bitsandbytes(*({"state1": t, "state2": t} for t in TWO)), None, "holds state1, state2, and none"),
     "sizes": (state_of(*GOOD, GOOD[0]), None, r"have \[3\] parameters, those of the optimizer \[2\]; pass params"),
     "too many": (state_of(*GOOD), [0, 1, 2], "params has 3 parameters, the state dict 2"),
     "another": (state_of(*GOOD), [0, 2], "params lacks 1 of the optimizer's 2 parameters, the first at 1"),
@@ -333,7 +341,11 @@ FOREIGN: dict[str, dict[str, Any]] = {
     "rmsprop": {"square_avg": torch.ones(2, 3)},
     "adagrad": {"sum": torch.ones(2, 3)},
     "barlow_twins": {"mu": torch.ones(2, 3)},
-    "bitsandbytes": {"step": 3, "state1": torch.ones(2, 3, dtype=torch.uint8), "unorm_vec": torch.zeros(1)},
+    "bitsandbytes": {
+        "step": 3,
+        "__bnb_optimizer_quant_state__": {"state1": torch.ones(2, 3), "unorm_vec": torch.zeros(1)},
+    },
+    "8 bits": {"step": 3, "state1": torch.ones(2, 3, dtype=torch.uint8)},
     "optax": {"trace": torch.ones(2, 3)},
 }
 

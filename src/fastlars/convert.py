@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 MOMENTUM = ("momentum_buffer", "mu", "state1", "trace")
 # Signs of those that have none: Adam's kin, RMSprop and Adadelta, Adagrad.
 OTHERS = ("exp_avg", "square_avg", "sum")
+# Into which bitsandbytes puts state1 and what else it has, when it saves.
+NESTED = "__bnb_optimizer_quant_state__"
 
 
 def foreign_key(state: Mapping[str, Any], param: Tensor) -> str | None:
@@ -23,6 +25,7 @@ def foreign_key(state: Mapping[str, Any], param: Tensor) -> str | None:
     """
     if "momentum_buffer" in state:
         return None
+    state = {**state, **state.get(NESTED, {})}
     return next((key for key in (*MOMENTUM, *OTHERS) if _is_like(state.get(key), param)), None)
 
 
@@ -141,8 +144,10 @@ def _names(groups: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def _buffer(saved: _Saved, param: Tensor, target: Mapping[str, Any], keep_lr: bool, where: str) -> Tensor | None:
     """The momentum buffer of one parameter in the unit of its target group; None where nothing was saved."""
-    state, group = saved
-    key = next((key for key in MOMENTUM if state.get(key) is not None), None)
+    state, group = {**saved.state, **saved.state.get(NESTED, {})}, saved.group
+    # with a state2, state1 is the first moment of Adam's kin
+    keys = [key for key in MOMENTUM if state.get(key) is not None and "state2" not in state]
+    key = keys[0] if keys else None
     if key is None:
         if others := [key for key, value in state.items() if _is_like(value, param)]:
             raise ValueError(
