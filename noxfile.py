@@ -64,6 +64,13 @@ def tests(session: nox.Session, torch: str, device: str) -> None:
 
 
 @nox.session
+def parity(session: nox.Session) -> None:
+    """The dialects against the packages they are named after, in today's releases, which it prints."""
+    install(session, NEWEST, "--group", "parity")
+    pytest(session, ON_CPU, "tests/parity")
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Lint and format check, and the workflows' security; `-- --fix` repairs what ruff can."""
     session.install("--group", "lint")
