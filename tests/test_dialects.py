@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import dialects_table
 import sources
 from fastlars import DIALECTS, LARS
 from fastlars.dialects import ABOUT
@@ -158,3 +159,10 @@ def test_a_source_differs_as_its_row_says(difference: Difference) -> None:
     options = {**DIALECTS[difference.dialect], "weight_decay": DECAY, "trust_coefficient": C, "dampening": dampening}
     ((stepped, _),) = ours(w, g[None], [LR], **options)
     np.testing.assert_allclose(stepped, difference.ours, rtol=1e-7)  # written without eps, which some rows have
+
+
+# ---------------------------------------------------------------- the page
+def test_the_page_shows_these_rows() -> None:
+    shown = dialects_table.PAGE.read_text(encoding="utf-8")
+    assert shown == dialects_table.page(), "run: python tests/dialects_table.py"
+    assert all(f"`{name}`" in shown for name in DIALECTS)
