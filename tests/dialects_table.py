@@ -45,18 +45,19 @@ def written(options: dict[str, Any]) -> str:
 def tables() -> str:
     of = {name: Options(0.0)._replace(**options) for name, options in DIALECTS.items()}
     whose = rows(
-        ("row", "the LARS of", "options", "formula from"),
-        (
-            (f"`{name}`", ABOUT[name].used_by, written(options), ABOUT[name].source)
-            for name, options in DIALECTS.items()
-        ),
+        ("row", "the LARS of", "options"),
+        ((f"`{name}`", ABOUT[name].used_by, written(options)) for name, options in DIALECTS.items()),
     )
     what = rows(
         ("row", "trust ratio", "d at a zero norm", "momentum and step", "adapted, if the group does not say"),
         ((f"`{name}`", f"`{ratio(o)}`", f"`{zero_norm(o)}`", f"`{momentum(o)}`", adapted(o)) for name, o in of.items()),
     )
-    differs = [f"- `{name}`: {text}." for name, about in ABOUT.items() for text in about.differs.values()]
-    return "\n\n".join([whose, "### What each computes", what, "### Where the other code differs", "\n".join(differs)])
+    sources = "\n".join(
+        line
+        for name, about in ABOUT.items()
+        for line in (f"- `{name}`: {about.source}.", *(f"    - {text}." for text in about.differs.values()))
+    )
+    return f"{whose}\n\n## What each computes\n\n{what}\n\n## Sources, and where their code differs\n\n{sources}"
 
 
 def page() -> str:
