@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fastlars import DIALECTS, LARS, convert_state_dict, param_groups
+from fastlars import DIALECTS, LARS, convert_state_dict, param_groups, schedules
 from harness import set_grads
 from reference import Array, norm, to_array
 from sources import SOURCES, M, Source
@@ -214,6 +214,22 @@ def test_keep_lr_keeps_what_momentum_moves(goes_on_in: str) -> None:
     optimizer.step()
     for p, old, last in zip(model.parameters(), before, moved, strict=True):
         np.testing.assert_allclose(to_array(p) - old, M * last, rtol=1e-10, atol=1e-14)
+
+
+def test_a_new_schedule_goes_on_where_the_old_one_was() -> None:
+    """As docs/coming-from.md says: schedule first, then the state with its lr, then the steps that are done."""
+    w = Parameter(torch.ones(3))
+    optimizer = LARS([w], lr=8.0, momentum=M, adapt=True)
+    scheduler = schedules.warmup_polynomial(optimizer, 2, 12)
+    optimizer.load_state_dict(convert_state_dict(one_group("mu")([torch.ones(3)], 4.5), optimizer))
+    scheduler.load_state_dict({**scheduler.state_dict(), "last_epoch": 5})
+    lrs = []
+    for _ in range(3):
+        w.grad = torch.ones(3)
+        lrs.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert lrs == pytest.approx([4.5, 8 * 0.6**2, 8 * 0.5**2])
 
 
 # ---------------------------------------------------------------- bitsandbytes
