@@ -167,7 +167,7 @@ def test_joint_norm_where_gradient_and_decay_cancel(dtype: torch.dtype, sign: fl
 
 
 def test_joint_norm_over_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(norms, "BUCKET", 100)
+    monkeypatch.setattr(norms.buckets, "__defaults__", (100,))
     params = [torch.rand(size) for size in (40, 40, 40, 300, 0, 100, 1)]
     grads = [torch.rand_like(w) for w in params]
     for foreach in (False, True):

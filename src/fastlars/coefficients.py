@@ -8,35 +8,39 @@ without momentum, else 1 - dampening, every variant of LARS is
 Source: You, Gitman, Ginsburg, arXiv 1708.03888, Eq. 6 and Algorithm 1.
 """
 
-from __future__ import annotations
-
-from typing import Any, Optional, Tuple, Union  # noqa: UP035  TorchScript reads these spellings only
+from typing import TYPE_CHECKING, Optional, Tuple, Union  # noqa: UP035  TorchScript reads these spellings only
 
 import torch
 from torch import Tensor
 
+from .compat import is_scripting
 from .norms import norm_dtype
 from .options import Options
 
-# The formula takes norms as tensors of any shape or, where the host knows them, as numbers.
-Number = Union[float, Tensor]
+# The formula takes norms as tensors of any shape or, where the host knows them, as numbers. TorchScript, which reads
+# annotations when it runs, has one type a name: there all are tensors.
+if TYPE_CHECKING:
+    Number = Union[float, Tensor]
+    Condition = Union[bool, Tensor]
+else:
+    Number = Condition = Tensor
 
 
 def is_adapted(options: Options) -> bool:
     """Whether steps are scaled by the trust ratio: as ``adapt`` says, else exactly where there is weight decay."""
-    if options.adapt is None:
-        return options.weight_decay != 0
-    return options.adapt
+    adapt = options.adapt
+    return options.weight_decay != 0 if adapt is None else adapt
 
 
-def where(condition: Any, if_true: Number, if_false: Number) -> Number:
-    """`torch.where` for numbers too; at least one of the two is a tensor where the condition is."""
+def where(condition: Condition, if_true: Number, if_false: float) -> Number:
+    """`torch.where` for numbers too."""
     if isinstance(condition, Tensor):
         return torch.where(condition, if_true, if_false)
-    return if_true if condition else if_false
+    else:  # noqa: RET505  TorchScript compiles what follows a return, but not the branch of another type
+        return if_true if condition else if_false
 
 
-def is_nonzero(param_norm: Number, direction_norm: Number) -> Any:
+def is_nonzero(param_norm: Number, direction_norm: Number) -> Condition:
     """Whether there is a ratio to take. Not `> 0`: a NaN norm must reach the parameters, as it does in the formula."""
     return (param_norm != 0) & (direction_norm != 0)
 
@@ -50,8 +54,9 @@ def trust_ratio(param_norm: Number, direction_norm: Number, lr: Number, options:
     # the inner `where`: no division by 0 on the side that is not taken, whose gradient would be NaN
     ratio = options.trust_coefficient * param_norm / where(nonzero, denominator, 1.0)
     if options.trust_clip:
-        # min(ratio / lr, 1), and 1 at lr = 0
-        ratio = where(ratio >= lr, 1.0, ratio / where(lr > 0, lr, 1.0))
+        # min(ratio / lr, 1), and 1 at lr = 0; a NaN stays one
+        is_smaller = (ratio < lr) | (ratio != ratio)  # noqa: PLR0124  isnan, of a number or a tensor
+        ratio = where(is_smaller, ratio / where(lr > 0, lr, 1.0), 1.0)
     return where(nonzero, ratio, 1.0)
 
 
@@ -62,14 +67,19 @@ def coefficients(
 
     ``norms`` are the param norm and the direction norm; None for tensors that are not adapted.
     """
-    ratio: Number = 1.0 if norms is None else trust_ratio(norms[0], norms[1], lr, options)
+    if norms is not None:
+        ratio = trust_ratio(norms[0], norms[1], lr, options)
+    elif is_scripting():
+        ratio = torch.ones_like(torch.as_tensor(lr))
+    else:
+        ratio = 1.0
     if options.momentum != 0 and not first_step:
         ratio = ratio * (1 - options.dampening)
     if options.lr_in_momentum:
         ratio = ratio * lr
     c = ratio * options.weight_decay
     if norms is not None and options.trust_denominator == "separate":
-        c = where(is_nonzero(*norms), c, 0.0)
+        c = where(is_nonzero(norms[0], norms[1]), c, 0.0)
     return ratio * sign(options), c
 
 
@@ -79,9 +89,14 @@ def on_device(value: Tensor, like: Tensor) -> Tensor:
     return value.reshape(()).to(device=like.device, non_blocking=like.device.type != "cpu")
 
 
-def scalar_lr(lr: Union[float, Tensor], like: Tensor) -> Union[float, Tensor]:
+def scalar_lr(lr: Union[float, Tensor], like: Tensor) -> Number:
     """A tensor lr as a 0-dim tensor on ``like``'s device, in the dtype of its norms; a float as it is."""
-    return on_device(lr, like).to(norm_dtype(like.dtype)) if isinstance(lr, Tensor) else lr
+    if isinstance(lr, Tensor):
+        return on_device(lr, like).to(norm_dtype(like.dtype))
+    elif is_scripting():  # noqa: RET505  as above
+        return torch.full((), lr, dtype=norm_dtype(like.dtype), device=like.device)
+    else:
+        return lr
 
 
 def sign(options: Options) -> float:

@@ -6,6 +6,7 @@ from typing import List  # noqa: UP035  TorchScript reads these spellings only
 
 import torch
 from torch import Tensor
+from torch._jit_internal import is_scripting  # torch.jit's own, for which it has no type
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import (
     _default_to_fused_or_foreach,  # since 2.0
@@ -17,6 +18,7 @@ __all__ = [
     "NAMED_PARAMETERS",
     "bump_versions",
     "default_foreach",
+    "is_scripting",
     "outside_graphs",
     "required",
     "use_grad_for_differentiable",

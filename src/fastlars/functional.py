@@ -4,9 +4,7 @@ Every option enters through the coefficients b and c of `coefficients.py`; the i
 only v = m v + b g + c w and w -= q v. The class measures all groups before it updates any, where a decision spans groups.
 """
 
-from __future__ import annotations
-
-from typing import Dict, List, NamedTuple, Optional, Tuple, Union, cast  # noqa: UP035  TorchScript reads these spellings only
+from typing import TYPE_CHECKING, Dict, List, NamedTuple, Optional, Tuple, Union, cast  # noqa: UP035  TorchScript reads these spellings only
 
 import torch
 from torch import Tensor
@@ -14,10 +12,10 @@ from torch.optim.sgd import sgd
 
 from . import fused_cpu, fused_cuda
 from .coefficients import coefficients, is_adapted, on_device, scalar_lr, sign
-from .compat import bump_versions, default_foreach, outside_graphs
+from .compat import bump_versions, default_foreach, is_scripting, outside_graphs
 from .norms import buckets, is_conjugate, is_half, joint_norms, norm_dtype, norms, real
 from .options import Options, check_can_be_skipped
-from .updates import multi_tensor_lars, single_tensor_lars
+from .updates import multi_tensor_lars, scripted_multi_tensor_lars, single_tensor_lars
 
 
 class Part(NamedTuple):
@@ -103,11 +101,13 @@ def lars(
     )
     if skip_nonfinite or found_inf is not None:
         check_can_be_skipped(momentum, dampening, "a step that the device may skip")
-    groups = [(params, grads, momentum_buffers, options)]
-    if implementation(params, options) == "fused":
-        _step_groups_outside_graphs(groups, grad_scale, found_inf, _TABLES)
+    if is_scripting():
+        _scripted_step(params, grads, momentum_buffers, options, grad_scale, found_inf)
     else:
-        step_groups(groups, grad_scale, found_inf, _TABLES)
+        groups = [(params, grads, momentum_buffers, options)]
+        fused_step = implementation(params, options) == "fused"
+        step = _step_groups_outside_graphs if fused_step else step_groups
+        step(groups, grad_scale, found_inf, _TABLES)
 
 
 # of all functional steps; an optimizer has its own, which go with it
@@ -159,6 +159,28 @@ def run(
         update(part, known, options, skip if options.skip_nonfinite else found_inf)
 
 
+def _scripted_step(
+    params: List[Tensor],
+    grads: List[Tensor],
+    momentum_buffers: List[Optional[Tensor]],
+    options: Options,
+    grad_scale: Optional[Tensor],
+    found_inf: Optional[Tensor],
+) -> None:
+    """`step_groups` in TorchScript: one group, and no kernels of ours."""
+    parts = split(params, grads, momentum_buffers, options)
+    if grad_scale is not None:
+        parts = [_unscaled(part, grad_scale) for part in parts]
+    measured: List[Optional[Tensor]] = []
+    for part in parts:
+        measured.append(measure(part, options))  # noqa: PERF401  a comprehension would lose the type
+    skip = any_nonfinite(measured, found_inf) if options.skip_nonfinite else found_inf
+    for part, known in zip(parts, measured):
+        update(part, known, options, skip)
+        for i, buffer in zip(part.indices, part.momentum_buffers):
+            momentum_buffers[i] = buffer
+
+
 def _is_triton(part: Part, options: Options, grad_scale: Optional[Tensor], found_inf: Optional[Tensor]) -> bool:
     if part.implementation != "triton":
         return False
@@ -181,18 +203,17 @@ def split(
     params: List[Tensor], grads: List[Tensor], momentum_buffers: List[Optional[Tensor]], options: Options
 ) -> List[Part]:
     """The tensors sorted into parts; torch's own helper does not sort while compiling."""
-    preferred = implementation(params, options) if params else "single"
-    parts: Dict[object, Part] = {}
+    preferred = implementation(params, options) if len(params) > 0 else "single"
+    parts: Dict[Key, Part] = {}
     for i, param in enumerate(params):
         grad = grads[i]
         buffer = momentum_buffers[i] if options.momentum != 0 else None
         runs = runs_for(preferred, param, grad, buffer)
-        # what the fused CPU step serves is of one device and dtype
-        attributes = () if runs == "fused" else (is_conjugate(param), param.device, param.dtype, grad.dtype)
-        key = (runs, buffer is None, *attributes)
+        key = _key(runs, param, grad, buffer)
         part = parts.get(key)
         if part is None:
-            part = parts[key] = Part(runs, [], [], [], [])
+            part = Part(runs, [], [], [], [])
+            parts[key] = part
         part.indices.append(i)
         part.params.append(param)
         part.grads.append(grad)
@@ -201,23 +222,44 @@ def split(
     return list(parts.values())
 
 
+# What tells parts apart: anything that can be a key. TorchScript has few of these.
+if TYPE_CHECKING:
+    Key = object
+else:
+    Key = str
+
+
+def _key(runs: str, param: Tensor, grad: Tensor, buffer: Optional[Tensor]) -> Key:
+    if is_scripting():
+        return f"{runs} {buffer is None} {is_conjugate(param)} {param.device} {param.dtype} {grad.dtype}"
+    # what the fused CPU step serves is of one device and dtype
+    elif runs == "fused":  # noqa: RET505  as in `where`
+        return runs, buffer is None
+    else:
+        return runs, buffer is None, is_conjugate(param), param.device, param.dtype, grad.dtype
+
+
 def runs_for(preferred: str, param: Tensor, grad: Tensor, buffer: Optional[Tensor]) -> str:
     """What runs for one tensor of a list for which `implementation` prefers this."""
-    if preferred == "fused" and param.is_cpu:
-        return "fused" if fused_cpu.serves(param, grad, buffer) else "single"
-    if preferred == "fused" and fused_cuda.serves(param, grad, buffer):
-        return "triton"
+    if not is_scripting():
+        if preferred == "fused" and param.is_cpu:
+            return "fused" if fused_cpu.serves(param, grad, buffer) else "single"
+        if preferred == "fused" and fused_cuda.serves(param, grad, buffer):
+            return "triton"
     # foreach ops do not write to conjugate views
     return "single" if preferred == "single" or is_conjugate(param) else "foreach"
 
 
 def implementation(params: List[Tensor], options: Options) -> str:
     """What runs for these tensors: "single", "foreach" or "fused" (for those of them that it serves)."""
-    if options.fused:
+    fused, foreach = options.fused, options.foreach
+    if fused is not None and fused:
+        if is_scripting():
+            raise RuntimeError("fused=True cannot be scripted; leave fused=None or use foreach=True")
         return "fused"
-    if options.foreach:
+    if foreach is not None and foreach:
         return "foreach"
-    if options.fused is None and options.foreach is None and not options.differentiable:
+    if not is_scripting() and fused is None and foreach is None and not options.differentiable:
         # torch's SGD is fused only where one asks for it, and bits differ: groups that are not adapted follow it
         if is_adapted(options) and all(param.is_cpu for param in params):
             return "fused"
@@ -256,7 +298,10 @@ def measure(part: Part, options: Options) -> Optional[Tensor]:
 
 def any_nonfinite(measured: List[Optional[Tensor]], found_inf: Optional[Tensor]) -> Tensor:
     """Whether ``found_inf`` is set or a gradient norm (the last row of each) is not finite, as a 0-dim bool tensor."""
-    flags = [(~rows[-1].isfinite()).any() for rows in measured if rows is not None]
+    flags: List[Tensor] = []
+    for rows in measured:
+        if rows is not None:
+            flags.append((~rows[-1].isfinite()).any())  # noqa: PERF401  TorchScript knows no `if` in a comprehension
     if found_inf is not None:
         flags.append(found_inf.reshape(()) != 0)
     return torch.stack([on_device(flag, flags[0]) for flag in flags]).any()
@@ -264,14 +309,14 @@ def any_nonfinite(measured: List[Optional[Tensor]], found_inf: Optional[Tensor])
 
 def update(part: Part, measured: Optional[Tensor], options: Options, found_inf: Optional[Tensor]) -> None:
     """Update parameters and momentum buffers of a part from what `measure` returned for it."""
-    if part.implementation == "fused" and found_inf is not None:
+    if not is_scripting() and part.implementation == "fused":
         # on the CPU, as all tensors of the part: reading it waits for nothing
-        if found_inf.any():
+        if found_inf is not None and found_inf.any():
             return
         found_inf = None
-    if found_inf is None and _is_torch_sgd(options):
+    if not is_scripting() and found_inf is None and _is_torch_sgd(options):
         _torch_sgd(part.params, part.grads, part.momentum_buffers, options, part.implementation)
-    elif part.implementation == "fused":
+    elif not is_scripting() and part.implementation == "fused":
         fused_cpu.step(part.params, part.grads, part.momentum_buffers, options)
     else:
         _update_ours(part, measured, options, found_inf)
@@ -302,7 +347,7 @@ def _update_ours(part: Part, measured: Optional[Tensor], options: Options, found
         momentum_buffers = [buffers[i] for i in bucket] if options.momentum != 0 else []
         new_params = _copies(params, wide, foreach)
         new_buffers = _copies(momentum_buffers, wide, foreach)
-        if torch_sgd:
+        if not is_scripting() and torch_sgd:
             _torch_sgd(new_params, grads, [*new_buffers], options, part.implementation)
         else:
             if foreach and is_half(grads[0].dtype):
@@ -314,6 +359,8 @@ def _update_ours(part: Part, measured: Optional[Tensor], options: Options, found
 
 def _is_torch_sgd(options: Options) -> bool:
     """Whether torch's own SGD computes this step. With what it lacks, or would read lr on the host for, ours does."""
+    if is_scripting():
+        return False  # it is no script
     lr = options.lr
     reads_lr = isinstance(lr, Tensor) and (lr.requires_grad or lr.device.type != "cpu")
     return not (is_adapted(options) or options.lr_in_momentum or reads_lr)
@@ -388,7 +435,7 @@ def _copies(tensors: List[Tensor], dtype: torch.dtype, foreach: bool) -> List[Te
 
 
 def _write_back(targets: List[Tensor], sources: List[Tensor], skip: Optional[Tensor], foreach: bool) -> None:
-    if foreach and skip is None:
+    if not is_scripting() and foreach and skip is None:  # see scripted_multi_tensor_lars
         torch._foreach_copy_(targets, sources)
         return
     for target, source in zip(targets, sources):
@@ -408,9 +455,12 @@ def _step(
     params = [real(param) for param in params]
     grads = [real(grad) for grad in grads]
     momentum_buffers = [real(buffer) for buffer in momentum_buffers]
-    lr = scalar_lr(options.lr, params[0])
-    step_size = 1.0 if options.lr_in_momentum else lr
-    if foreach:
+    step_size = scalar_lr(options.lr, params[0])
+    if options.lr_in_momentum:
+        step_size = scalar_lr(1.0, params[0])
+    if not is_scripting() and foreach:
         multi_tensor_lars(params, grads, momentum_buffers, b, c, step_size, options)
+    elif foreach:
+        scripted_multi_tensor_lars(params, grads, momentum_buffers, b, c, step_size, options)
     else:
         single_tensor_lars(params, grads, momentum_buffers, b, c, step_size, options)

@@ -4,13 +4,13 @@ torch's own norm on CPU adds float32 squares one after the other and is off by 1
 the norm of those, is right to 1e-7 at the same speed. On accelerators torch reduces in a tree and is right as it is.
 """
 
-from __future__ import annotations
-
-from typing import List, cast  # noqa: UP035  TorchScript reads these spellings only
+from typing import List  # noqa: UP035  TorchScript reads these spellings only
 
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
+
+from .compat import is_scripting
 
 ROW = 1024  # elements whose squares are added in float32: relative error of their norm up to 8e-7, of 4096 up to 3e-6
 COPY = 1 << 20  # elements that are converted at a time: a temporary of 4 MiB
@@ -41,16 +41,17 @@ def is_conjugate(tensor: Tensor) -> bool:
     )  # in this order: torch.compile knows the first, and stops at the second
 
 
-def buckets(tensors: List[Tensor]) -> List[List[int]]:
-    """Indices of consecutive tensors, at most BUCKET elements together (a larger tensor stands alone)."""
+def buckets(tensors: List[Tensor], limit: int = BUCKET) -> List[List[int]]:
+    """Indices of consecutive tensors, at most ``limit`` elements together (a larger tensor stands alone)."""
     result: List[List[int]] = []
     size = 0
     for i, tensor in enumerate(tensors):
         size += tensor.numel()
-        if not result or size > BUCKET:
-            result.append([])
+        if len(result) == 0 or size > limit:
+            result.append([i])
             size = tensor.numel()
-        result[-1].append(i)
+        else:
+            result[-1].append(i)
     return result
 
 
@@ -73,7 +74,7 @@ def joint_norms(params: List[Tensor], grads: List[Tensor], sign: float, weight_d
     result: List[Tensor] = []
     for bucket in buckets(params):
         sums = [grads[i].to(dtype) * sign for i in bucket]
-        if foreach:
+        if not is_scripting() and foreach:  # see scripted_multi_tensor_lars
             torch._foreach_add_(sums, [params[i] for i in bucket], alpha=weight_decay)
         else:
             for j, i in enumerate(bucket):
@@ -83,35 +84,41 @@ def joint_norms(params: List[Tensor], grads: List[Tensor], sign: float, weight_d
     return torch.cat(result)
 
 
-def _cpu_norm(tensor: Tensor) -> Tensor:
+def _cpu_norm(tensor: Tensor, row: int = ROW, copy: int = COPY) -> Tensor:
     dtype = norm_dtype(tensor.dtype)
     # elements that are not beside each other are added one by one: 3e-5 off after 4096 equal ones, 4e-6 if they are
-    if tensor.numel() <= ROW and tensor.is_contiguous():
-        return cast(Tensor, vector_norm(tensor, dtype=dtype))
+    if tensor.numel() <= row and tensor.is_contiguous():
+        norm: Tensor = vector_norm(tensor, dtype=dtype)
+        return norm
     # memory order, so that every dense tensor (channels_last, transposed) is one flat view
-    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-    ordered = tensor.permute(order)
+    order = sorted([(-stride, i) for i, stride in enumerate(tensor.stride())])
+    ordered = tensor.permute([i for _, i in order])
     if ordered.is_contiguous():
         ordered = ordered.view(-1)
         if tensor.dtype == dtype:
             return flat_norm(ordered)
     pieces: List[Tensor] = []
     pending = [ordered]
-    while pending:
+    while len(pending) > 0:
         piece = pending.pop()
-        if piece.numel() <= COPY:
+        if piece.numel() <= copy:
             pieces.append(flat_norm(piece.contiguous().view(-1).to(dtype)))
         elif piece.size(0) == 1:
             pending.append(piece.squeeze(0))
         else:
-            pending += torch.split(piece, max(1, COPY * piece.size(0) // piece.numel()))
-    return cast(Tensor, vector_norm(torch.stack(pieces), dtype=torch.float64).to(dtype))
+            pending += torch.split(piece, max(1, copy * piece.size(0) // piece.numel()))
+    return _norm_of_norms(torch.stack(pieces), dtype)
 
 
-def flat_norm(flat: Tensor) -> Tensor:
+def flat_norm(flat: Tensor, row: int = ROW) -> Tensor:
     """The norm of a contiguous CPU vector: of its rows, then of those."""
-    length = flat.numel() // ROW * ROW
-    row_norms = vector_norm(flat[:length].view(-1, ROW), dim=1)
+    length = flat.numel() // row * row
+    row_norms = vector_norm(flat[:length].view(-1, row), dim=1)
     if length < flat.numel():
         row_norms = torch.cat([row_norms, vector_norm(flat[length:]).reshape(1)])
-    return cast(Tensor, vector_norm(row_norms, dtype=torch.float64).to(flat.dtype))
+    return _norm_of_norms(row_norms, flat.dtype)
+
+
+def _norm_of_norms(norms: Tensor, dtype: torch.dtype) -> Tensor:
+    norm: Tensor = vector_norm(norms, dtype=torch.float64).to(dtype)
+    return norm

@@ -1,7 +1,5 @@
 """The options of LARS: names, order, defaults and rules, each in one place."""
 
-from __future__ import annotations
-
 import difflib
 import math
 import numbers

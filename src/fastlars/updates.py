@@ -4,13 +4,12 @@ For real tensors of one device and dtype (complex ones come as real views). q, t
 momentum buffer. Bytes a float32 parameter: 44, as torch's SGD.
 """
 
-from __future__ import annotations
-
-from typing import List, Union  # noqa: UP035  TorchScript reads these spellings only
+from typing import List  # noqa: UP035  TorchScript reads these spellings only
 
 import torch
 from torch import Tensor
 
+from .coefficients import Number
 from .options import Options
 
 
@@ -20,7 +19,7 @@ def single_tensor_lars(
     momentum_buffers: List[Tensor],
     b: List[Tensor],
     c: List[Tensor],
-    step_size: Union[float, Tensor],
+    step_size: Number,
     options: Options,
 ) -> None:
     """Tensor by tensor: every device, dtype and mode, and the one to read."""
@@ -52,7 +51,7 @@ def multi_tensor_lars(
     momentum_buffers: List[Tensor],
     b: List[Tensor],
     c: List[Tensor],
-    step_size: Union[float, Tensor],
+    step_size: Number,
     options: Options,
 ) -> None:
     """The same over whole lists: a few launches, no temporary of parameter size."""
@@ -72,3 +71,32 @@ def multi_tensor_lars(
             torch._foreach_addcmul_(params, momentum_buffers, [scale.to(params[0].dtype)] * len(params))
         else:
             torch._foreach_add_(params, momentum_buffers, alpha=scale)
+
+
+def scripted_multi_tensor_lars(
+    params: List[Tensor],
+    grads: List[Tensor],
+    momentum_buffers: List[Tensor],
+    b: List[Tensor],
+    c: List[Tensor],
+    step_size: Number,
+    options: Options,
+) -> None:
+    """The same in TorchScript, out of place and then written, tensor by tensor.
+
+    TorchScript takes a foreach op in place for a write to its list, not to the tensors there, and drops it if the list
+    was made in the script and is not used again.
+    """
+    directions = torch._foreach_mul(grads, b)
+    if options.weight_decay != 0:
+        directions = torch._foreach_addcmul(directions, params, c)
+    if options.momentum != 0:
+        velocities = torch._foreach_add(torch._foreach_mul(momentum_buffers, options.momentum), directions)
+        for buffer, velocity in zip(momentum_buffers, velocities):
+            buffer.copy_(velocity)
+        if options.nesterov:
+            directions = torch._foreach_add(directions, velocities, alpha=options.momentum)
+        else:
+            directions = velocities
+    for param, direction in zip(params, directions):
+        param.addcmul_(direction, torch.as_tensor(-step_size))
