@@ -63,6 +63,8 @@ class _WithoutDeviceGuards(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__getitem__ and isinstance(args[1], int):
             return args[0].select(0, args[1])
+        if func is Tensor.__getitem__ and isinstance(args[1], slice) and args[1].start is None:
+            return args[0].narrow(0, 0, args[1].stop)
         if func is Tensor.__invert__:
             return torch.bitwise_not(args[0])
         if func is Tensor.copy_:

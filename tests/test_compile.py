@@ -1,46 +1,260 @@
-"""A compiled step is the eager one. Inductor is left out here: what may break is the tracing."""
+"""A compiled step is the eager one, for no more breaks and compilations than torch's SGD needs."""
+
+import copy
+import gc
+import shutil
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.optim.lr_scheduler import LambdaLR
 
 import fastlars
 from cases import Options
 from fastlars import LARS
+from harness import IMPLEMENTATIONS, ignore_nothing_adapted, implementations
 
-# torch's own, from inside its compiler
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-
-
-@pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}, {}], ids=str)
-def test_compiled_step_equals_eager(options: Options) -> None:
-    results = []
-    for compiled in (False, True):
-        torch.compiler.reset()
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.LayerNorm(5), torch.nn.Linear(5, 3))
-        groups = fastlars.param_groups(model, weight_decay=1e-2)
-        optimizer = LARS(groups, lr=torch.tensor(1.0), momentum=0.9, trust_coefficient=0.1, **options)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
-        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
-        for _ in range(4):
-            optimizer.zero_grad()
-            model(torch.randn(4, 7)).square().sum().backward()
-            step()
-            scheduler.step()
-        results.append([p.detach().clone() for p in model.parameters()])
-    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+pytestmark = [
+    ignore_nothing_adapted,
+    # torch's own, from inside its compiler
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning"),
+]
 
 
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+# ---------------------------------------------------------------- numbers
+class Net(torch.nn.Module):
+    """Two dtypes, and a parameter that is not always used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(7, 5)
+        self.norm = torch.nn.LayerNorm(5)
+        self.second = torch.nn.Linear(5, 3, dtype=torch.bfloat16)
+        self.late = torch.nn.Parameter(torch.linspace(1, 2, 3))
+
+    def forward(self, x: Tensor, with_late: bool) -> Tensor:
+        y = self.second(self.norm(self.first(x)).bfloat16()).float()
+        return (y * self.late if with_late else y).square().sum()
+
+
+def groups_of(net: Net, **options: Any) -> list[dict[str, Any]]:
+    return [
+        {"params": list(net.first.parameters()), **options},
+        {"params": [*net.norm.parameters(), net.late], "adapt": False, "lr_in_momentum": True, **options},
+        {
+            "params": list(net.second.parameters()),
+            "trust_denominator": "joint",
+            "nesterov": not options.get("dampening"),
+            **options,
+        },
+    ]
+
+
+def compiled_step(net: Net, optimizer: LARS, how: Callable[..., Any]) -> Callable[[Tensor, bool], None]:
+    step = how(optimizer.step)
+
+    def train(x: Tensor, with_late: bool) -> None:
+        optimizer.zero_grad()
+        net(x, with_late).backward()
+        step()
+
+    return train
+
+
+def function_that_steps(net: Net, optimizer: LARS, how: Callable[..., Any]) -> Callable[[Tensor, bool], None]:
+    @how
+    def scaled_step(factor: Tensor) -> None:
+        for param in net.parameters():
+            if param.grad is not None:
+                param.grad.mul_(factor.to(param.dtype))
+        optimizer.step()
+
+    def train(x: Tensor, with_late: bool) -> None:
+        optimizer.zero_grad()
+        net(x, with_late).backward()
+        scaled_step(torch.tensor(0.5))
+
+    return train
+
+
+def whole_step(net: Net, optimizer: LARS, how: Callable[..., Any]) -> Callable[[Tensor, bool], None]:
+    def train(x: Tensor, with_late: bool) -> None:
+        optimizer.zero_grad()
+        net(x, with_late).backward()
+        optimizer.step()
+
+    return how(train)  # type: ignore[no-any-return]
+
+
+def trained(wrap: Callable[..., Any], how: Callable[..., Any], lr: float | Tensor, options: Options) -> list[Tensor]:
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    net = Net()
+    groups = groups_of(net, **options)
+    optimizer = LARS(groups, lr=lr, momentum=0.9, weight_decay=0.01, trust_coefficient=0.1)
+    scheduler = LambdaLR(optimizer, lambda step: 0.5 if step % 2 else 1.0)  # no third value: no third compilation
+    train = wrap(net, optimizer, how)
+    for i in range(6):
+        net.first.bias.requires_grad_(i != 4)  # its gradient is missing once
+        train(torch.randn(4, 7), i >= 2)
+        if i == 3:
+            state = copy.deepcopy(optimizer.state_dict())
+            for saved in state["state"].values():
+                saved["momentum_buffer"].mul_(0.5)
+            optimizer.load_state_dict(state)
+        scheduler.step()
+    buffers = [optimizer.state[p]["momentum_buffer"] for p in net.parameters()]
+    return [tensor.detach().clone() for tensor in [*net.parameters(), *buffers]]
+
+
+def assert_compiled_equals_eager(wrap: Callable[..., Any], backend: str, lr: Any, options: Options) -> None:
+    eager = trained(wrap, lambda function: function, lr(0.05), options)
+    compiled = trained(wrap, lambda function: torch.compile(function, backend=backend), lr(0.05), options)
+    for actual, expected in zip(compiled, eager, strict=True):
+        size = 1e-2 if expected.dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(actual, expected, rtol=size, atol=size)
+
+
+OPTIONS: dict[str, Options] = {"plain": {}, "dampening": {"dampening": 0.25}, "skip": {"skip_nonfinite": True}}
+
+
+@pytest.mark.parametrize(
+    ("name", "wrap"),
+    [
+        ("plain", compiled_step),
+        ("plain", function_that_steps),
+        ("plain", whole_step),
+        ("dampening", whole_step),
+        ("skip", whole_step),
+    ],
+)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "default"])
+def test_compiled_equals_eager(implementation: str, name: str, wrap: Callable[..., Any]) -> None:
+    options = {**IMPLEMENTATIONS.get(implementation, {}), **OPTIONS[name]}
+    # a float lr and a tensor
+    assert_compiled_equals_eager(wrap, "eager", float if name == "plain" else torch.tensor, options)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("implementation", ["single", "foreach"])  # the fused step is not in the graph
+def test_other_backends(implementation: str, backend: str) -> None:
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("inductor needs a C++ compiler")
+    assert_compiled_equals_eager(compiled_step, backend, torch.tensor, IMPLEMENTATIONS[implementation])
+
+
+@pytest.mark.parametrize("options", [*OPTIONS.values(), {"trust_clip": True, "trust_denominator": "joint"}], ids=str)
 @pytest.mark.parametrize("foreach", [False, True])
-def test_the_functional_is_one_graph(foreach: bool) -> None:
-    params, grads, buffers = ([torch.randn(5, 3), torch.randn(4)] for _ in range(3))
-
-    def step(lr: torch.Tensor) -> None:
+def test_the_functional_is_one_graph(foreach: bool, options: Options) -> None:
+    def step(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor | None], lr: Tensor) -> None:
         fastlars.lars(
-            params, grads, buffers, lr, momentum=0.9, weight_decay=0.1, trust_coefficient=0.1, foreach=foreach
+            params,
+            grads,
+            buffers,
+            lr,
+            momentum=0.9,
+            weight_decay=0.1,
+            trust_coefficient=0.1,
+            foreach=foreach,
+            **options,
         )
 
-    before = [p.clone() for p in params]
-    torch.compiler.reset()
-    torch.compile(step, backend="eager", fullgraph=True)(torch.tensor(1.0))
-    assert all(not torch.equal(old, new) for old, new in zip(before, params, strict=True))
+    results = []
+    for function in (step, torch.compile(step, backend="eager", fullgraph=True)):
+        torch.manual_seed(0)
+        params, grads, buffers = ([torch.randn(5, 3), torch.randn(4, dtype=torch.bfloat16)] for _ in range(3))
+        before = [p.clone() for p in params]
+        function(params, grads, buffers, torch.tensor(1.0))
+        assert all(not torch.equal(old, new) for old, new in zip(before, params, strict=True))
+        results.append(params + buffers)
+    for actual, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+# ---------------------------------------------------------------- what it costs
+class Counted:
+    """An optimizer whose step is compiled, and what its calls cost."""
+
+    def __init__(self, kind: type[torch.optim.Optimizer], implementation: Options, lr: Any, **options: Any) -> None:
+        torch.compiler.reset()
+        counters.clear()
+        self.params = [torch.nn.Parameter(torch.ones(4, 3) * i) for i in range(1, 7)]
+        for param in self.params:
+            param.grad = torch.ones_like(param)
+        groups = [{"params": self.params[:3]}, {"params": self.params[3:]}]
+        make: Any = kind
+        self.optimizer = make(groups, lr=lr, momentum=0.9, weight_decay=0.1, **implementation, **options)
+        self.scheduler = LambdaLR(self.optimizer, lambda step: 1 / (step + 1))
+        self.step = torch.compile(self.optimizer.step, backend="eager")
+
+    def compilations(self, steps: int, scheduled: bool = False) -> int:
+        """Frames that these steps compile, the graphs in them and what is between."""
+        before = counters["frames"]["total"]
+        for _ in range(steps):
+            self.step()
+            if scheduled:
+                self.scheduler.step()
+        return counters["frames"]["total"] - before
+
+    def breaks(self) -> int:
+        return sum(counters["graph_break"].values())
+
+
+@pytest.mark.parametrize("dampening", [0.0, 0.25])
+@implementations
+def test_no_more_breaks_and_compilations_than_sgd(implementation: Options, dampening: float) -> None:
+    breaks, first, later = [], [], []
+    for kind in (torch.optim.SGD, LARS):
+        counted = Counted(kind, implementation, 0.5, dampening=dampening)
+        first.append(counted.compilations(3))
+        breaks.append(counted.breaks())
+        later.append(counted.compilations(20, scheduled=True))
+    # with dampening the step is not compiled: torch's SGD is, and takes a first step for the second of late tensors
+    uncompiled = 1 if dampening and not implementation.get("fused") else 0
+    assert breaks[1] <= breaks[0] + uncompiled
+    assert first[1] > 0
+    assert uncompiled or first[1] <= first[0]
+    assert later[1] <= later[0]
+
+
+@pytest.mark.parametrize("dampening", [0.0, 0.25])
+@implementations
+def test_a_tensor_lr_compiles_once(implementation: Options, dampening: float) -> None:
+    counted = Counted(LARS, implementation, torch.tensor(0.5), dampening=dampening)
+    assert counted.compilations(3, scheduled=True) > 0
+    assert counted.compilations(50, scheduled=True) == 0
+    other = Counted(LARS, implementation, torch.tensor(0.5), dampening=dampening)
+    other.compilations(3)
+    state = other.optimizer.state_dict()
+
+    counted = Counted(LARS, implementation, torch.tensor(0.5), dampening=dampening)
+    counted.params[1].grad = None  # frozen
+    counted.compilations(3)
+    counted.optimizer.load_state_dict(state)
+    assert counted.compilations(5) <= 1
+    counted.params[1].grad = torch.ones_like(counted.params[1])
+    assert counted.compilations(5) <= 1
+    assert counted.compilations(5, scheduled=True) == 0
+
+
+@implementations
+def test_the_compiler_keeps_no_parameter_alive(implementation: Options) -> None:
+    counted = Counted(LARS, implementation, torch.tensor(0.5))
+    counted.compilations(2, scheduled=True)
+    alive = [weakref.ref(param) for param in counted.params]
+    del counted
+    gc.collect()
+    assert [ref() for ref in alive] == [None] * len(alive)

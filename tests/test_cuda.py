@@ -347,6 +347,29 @@ def test_graph_of_a_step_with_lr_on_the_device(name: str, implementation: str) -
         assert_same_bits(values_of(captured), values_of(eager))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # torch's own
+@pytest.mark.parametrize("implementation", ["foreach", "fused"])
+def test_reduce_overhead_with_a_schedule(implementation: str) -> None:
+    results = []
+    for mode in (None, "reduce-overhead"):
+        torch.compiler.reset()
+        lr = torch.tensor(0.1, device=DEVICE)
+        optimizer = optimizer_of("momentum", lr=lr, **{"fused": None, **IMPLEMENTATIONS[implementation]})
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+        step = optimizer.step if mode is None else torch.compile(optimizer.step, mode=mode)
+        set_grads(params_of(optimizer), make_grads("dense", params_of(optimizer), 0))
+        for i in range(6):
+            for param, grad in zip(params_of(optimizer), make_grads("dense", params_of(optimizer), i), strict=True):
+                assert param.grad is not None and grad is not None
+                param.grad.copy_(grad)
+            step()
+            scheduler.step()
+        assert optimizer.param_groups[0]["lr"] is lr
+        results.append(values_of(optimizer))
+    for actual, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_graph_of_forward_backward_and_step() -> None:
     def training() -> tuple[LARS, Callable[[], None]]:
         torch.manual_seed(0)

@@ -5,6 +5,7 @@ import importlib
 import pkgutil
 import pydoc
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,9 @@ def test_help_teaches() -> None:
     assert ">>> optimizer = fastlars.LARS(groups, lr=4.8, momentum=0.9)" in lines
 
 
+# torch's own: that scripting is deprecated, and from inside its compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_pages(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each as one program: later blocks may use what earlier ones have made. Errors show the page's line numbers."""
@@ -76,6 +80,8 @@ def test_pages(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for module in ("matplotlib", "tensorboard"):
         if module in program or (module == "matplotlib" and "fastlars.plots" in program):
             pytest.importorskip(module, reason="pages have their own dependencies: group pages")
+    if "torch.jit.script" in program and sys.version_info >= (3, 14):
+        pytest.skip("TorchScript does not support this Python")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "Agg")
     if program:

@@ -285,7 +285,12 @@ class LARS(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        if any(implementation(group["params"], _options(group)) == "fused" for group in self.param_groups):
+        # With dampening a first step differs, and torch.compile, which guards the state of some tensors only, takes its
+        # graph for later steps of others.
+        if any(
+            group["dampening"] != 0 or implementation(group["params"], _options(group)) == "fused"
+            for group in self.param_groups
+        ):
             self._step_groups_outside_graphs()
         else:
             self._step_groups()

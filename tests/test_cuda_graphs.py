@@ -1,0 +1,106 @@
+"""What a CUDA graph needs of a step, seen without a GPU: no host read, so no branch on a value, and lr in one place.
+
+Fake CUDA tensors have no values: whatever asks for one raises. Graphs themselves are captured in test_cuda.py.
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.optim.lr_scheduler import LambdaLR
+
+import fastlars
+from cases import OPTIONS
+from fastlars import LARS, functional, fused_cuda
+from harness import IMPLEMENTATIONS, ignore_nothing_adapted, set_grads
+from recording import Recorder, fake_cuda
+
+pytestmark = ignore_nothing_adapted
+
+SCHEDULERS: dict[str, Callable[[LARS], Any]] = {
+    "lambda": lambda optimizer: LambdaLR(optimizer, lambda step: 1 / (step + 1)),
+    "polynomial": lambda optimizer: fastlars.schedules.warmup_polynomial(optimizer, warmup_steps=2, total_steps=6),
+    "cosine": lambda optimizer: fastlars.schedules.warmup_cosine(optimizer, warmup_steps=2, total_steps=6),
+}
+
+
+class _Kernels:
+    """In place of Triton's: keeps what each is launched with."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[str, tuple[Any, ...]]] = []
+
+    def __getattr__(self, name: str) -> dict[Any, Any]:
+        launches = self.launches
+
+        class Kernel(dict[Any, Any]):
+            def __missing__(self, _grid: Any) -> Callable[..., None]:
+                return lambda *arguments, **_constants: launches.append((name, arguments))
+
+        return Kernel()
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> _Kernels:
+    """The fused step for fake tensors: these have no address, and their device cannot be entered."""
+    kernels = _Kernels()
+
+    def table(_tables: fused_cuda.Tables, part: functional.Part) -> Any:
+        n, device = len(part.params), part.params[0].device
+        rows, sums = torch.empty(6 * n, dtype=torch.int64, device=device), torch.empty(n, 3, device=device)
+        norms, coefficients = torch.empty(3, n, device=device), torch.empty(n, 2, device=device)
+        return fused_cuda._Table(rows, rows, sums, norms, coefficients, [])
+
+    monkeypatch.setattr(fused_cuda, "_kernels", lambda: kernels)
+    monkeypatch.setattr(fused_cuda.Tables, "table", table)
+    monkeypatch.setattr(fused_cuda.Tables, "flag", lambda _tables, device: torch.empty(1, device=device))
+    monkeypatch.setattr(fused_cuda, "_PLAIN", frozenset({FakeTensor, torch.nn.Parameter}))
+    monkeypatch.setattr(fastlars.optimizer, "check_fused", lambda _params, _where: None)
+    monkeypatch.setattr(torch.cuda, "device_of", lambda _tensor: contextlib.nullcontext())
+    return kernels
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("name", "scheduler"),
+    [
+        ("momentum", "lambda"),
+        ("nesterov-joint", "polynomial"),
+        ("clip-paper", "cosine"),
+        ("unadapted", "lambda"),
+        ("everything", "polynomial"),
+        ("dampening", "cosine"),
+    ],
+)
+def test_scheduled_steps_read_nothing(name: str, implementation: str, scheduler: str, kernels: _Kernels) -> None:
+    with fake_cuda():
+        params = [torch.nn.Parameter(torch.ones(5, 3, device="cuda")) for _ in range(3)]
+        set_grads(params, [torch.ones_like(param) for param in params])
+        lr = torch.full((), 0.5, device="cuda")
+        optimizer = LARS(params, **{**OPTIONS[name], "lr": lr}, **IMPLEMENTATIONS[implementation])
+        schedule = SCHEDULERS[scheduler](optimizer)
+        optimizer.step()
+        schedule.step()
+        seen = []
+        for _ in range(3):
+            launched = len(kernels.launches)
+            with Recorder() as recorder:
+                optimizer.step()
+            assert not recorder.reads and not recorder.arrivals
+            seen.append((recorder.names, [kernel for kernel, _ in kernels.launches[launched:]]))
+            schedule.step()
+        # a graph reads lr where it was when it was captured
+        assert optimizer.param_groups[0]["lr"] is lr
+    assert seen == [seen[0]] * 3
+    if implementation == "fused":
+        measured = ["partial_sums"] if name != "unadapted" else []  # nothing to measure
+        assert seen[0][1] == [*measured, "coefficients", "update"]
+        for kernel, arguments in kernels.launches:
+            given = [argument for argument in arguments if isinstance(argument, Tensor) and argument.dim() == 0]
+            assert kernel == "partial_sums" or given, f"{kernel} reads lr on the device"
+    else:
+        assert seen[0][0] and not kernels.launches
