@@ -14,6 +14,7 @@ from torch import Tensor
 from .coefficients import is_adapted
 from .functional import _is_torch_sgd, implementation, runs_for
 from .options import NAMES, Options
+from .sharding import local
 
 WIDTH = 100
 MOST = 8  # entries; more would not fit a screen
@@ -50,9 +51,10 @@ def _kind(group: dict[str, Any], options: Options) -> str:
     kind = "adapted" if is_adapted(options) else "not adapted"
     if not group["params"]:
         return kind
-    preferred = implementation(group["params"], options)
+    params = [local(param) for param in group["params"]]
+    preferred = implementation(params, options)
     # the gradient and the buffer, which may not be there yet, are as a rule laid out like the parameter
-    runs = collections.Counter(runs_for(preferred, param, param, None) for param in group["params"])
+    runs = collections.Counter(runs_for(preferred, param, param, None) for param in params)
     named = {_NAMES_OF_WHAT_RUNS.get(name, name): count for name, count in runs.items()}
     what_runs = ", ".join(named if len(named) == 1 else (f"{name} {count}" for name, count in named.items()))
     return f"{kind}, {what_runs}" + (" (torch's SGD)" if _is_torch_sgd(options) else "")

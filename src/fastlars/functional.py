@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-from . import fused_cpu, fused_cuda
-from .coefficients import coefficients, is_adapted, on_device, scalar_lr, sign
+from . import fused_cpu, fused_cuda, sharding
+from .coefficients import Number, coefficients, is_adapted, on_device, scalar_lr, sign
 from .compat import bump_versions, default_foreach, is_scripting, outside_graphs
 from .norms import buckets, is_conjugate, is_half, joint_norms, norm_dtype, norms, real
 from .options import Options, check_can_be_skipped
@@ -105,9 +105,11 @@ def lars(
         _scripted_step(params, grads, momentum_buffers, options, grad_scale, found_inf)
     else:
         groups = [(params, grads, momentum_buffers, options)]
-        fused_step = implementation(params, options) == "fused"
-        step = _step_groups_outside_graphs if fused_step else step_groups
-        step(groups, grad_scale, found_inf, _TABLES)
+        if sharding.any_sharded(params) or implementation(params, options) == "fused":
+            shards = sharding.sharded([(params, options)])
+            _step_groups_outside_graphs(groups, grad_scale, found_inf, _TABLES, shards)
+        else:
+            step_groups(groups, grad_scale, found_inf, _TABLES)
 
 
 # of all functional steps; an optimizer has its own, which go with it
@@ -119,14 +121,19 @@ def step_groups(
     grad_scale: Optional[Tensor],
     found_inf: Optional[Tensor],
     tables: fused_cuda.Tables,
+    shards: Optional[sharding.Sharded] = None,
 ) -> None:
     """Step all groups; new momentum buffers are put into their lists."""
-    parts_of = [split(*group) for group in groups]
-    run([(part, group[3]) for group, parts in zip(groups, parts_of) for part in parts], grad_scale, found_inf, tables)
+    parts_of = [split(*(group if shards is None else shards.local(group))) for group in groups]
+    steps = [(part, group[3]) for group, parts in zip(groups, parts_of) for part in parts]
+    run(steps, grad_scale, found_inf, tables, shards)
     for (_, _, momentum_buffers, _), parts in zip(groups, parts_of):
         for part in parts:
             for i, buffer in zip(part.indices, part.momentum_buffers):
-                momentum_buffers[i] = buffer
+                if momentum_buffers[i] is None:
+                    momentum_buffers[i] = buffer
+    if shards is not None:
+        shards.finish(groups)
 
 
 # A fused step leaves the graph as a whole, as torch's own: once, and nothing of it is traced.
@@ -138,21 +145,33 @@ def run(
     grad_scale: Optional[Tensor],
     found_inf: Optional[Tensor],
     tables: fused_cuda.Tables,
+    shards: Optional[sharding.Sharded] = None,
 ) -> None:
     """Measure all parts, then update them: what one part's gradients are may stop all parts that ask for it."""
     on_triton = [step for step in steps if _is_triton(step[0], step[1], grad_scale, found_inf)]
     others = [step for step in steps if not _is_triton(step[0], step[1], grad_scale, found_inf)]
+    firsts = [_is_first_step(part, options) for part, options in on_triton]
     launched = fused_cuda.measure(on_triton, grad_scale, tables) if on_triton else []
     if grad_scale is not None:
         others = [(_unscaled(part, grad_scale), options) for part, options in others]
-    measured = [measure(part, options) for part, options in others]
+    measured = [measure(part, options, early=shards is not None) for part, options in others]
 
     skip = found_inf
     rows = [known for known, (_, options) in zip(measured, others) if options.skip_nonfinite]
     flagged = [handle for handle in launched if handle.options.skip_nonfinite]
     # among kernels on one device a flag there decides
-    if rows or len({handle.norms.device for handle in flagged}) > 1:
+    if rows or len({handle.norms.device for handle in flagged}) > 1 or (flagged and shards is not None):
         skip = any_nonfinite([*rows, *[handle.norms for handle in flagged]], found_inf)
+    if shards is not None:
+        known_here = [(part, options, known) for (part, options), known in zip(others, measured)]
+        known_here += [(handle.part, handle.options, handle.norms) for handle in launched]
+        whole, found_inf, skip = shards.exchange(known_here, found_inf, skip)
+        measured = whole[: len(others)]
+        for handle, known, first_step in zip(launched, whole[len(others) :], firsts):
+            b, c = _coefficients(handle.part, known, handle.options, first_step)
+            # the kernels take gradients as they are
+            handle.coefficients[:, 0] = b if grad_scale is None else b / on_device(grad_scale, handle.coefficients)
+            handle.coefficients[:, 1] = c
     for handle in launched:
         fused_cuda.update(handle, skip if handle.options.skip_nonfinite else found_inf)
     for known, (part, options) in zip(measured, others):
@@ -268,17 +287,18 @@ def implementation(params: List[Tensor], options: Options) -> str:
     return "single"
 
 
-def measure(part: Part, options: Options) -> Optional[Tensor]:
+def measure(part: Part, options: Options, early: bool = False) -> Optional[Tensor]:
     """What has to be known of n tensors before their update, shape (rows, n); None where that is nothing.
 
-    For adapted tensors the param norms, then the direction norms; with ``skip_nonfinite`` gradient norms come last.
+    For adapted tensors the param norms, then the direction norms; with ``skip_nonfinite`` gradient norms come last. The
+    fused CPU step measures at the update, while the tensor is in cache, unless ``early``.
     """
     adapted = is_adapted(options)
     if not adapted and not options.skip_nonfinite:
         return None
-    fused = part.implementation == "fused"
+    fused = part.implementation == "fused" and not early
     if fused and not options.skip_nonfinite:
-        return None  # measured at the update, while the tensor is in cache
+        return None
     foreach = part.implementation == "foreach"
     params = [real(param) for param in part.params]
     if options.differentiable:
@@ -317,7 +337,9 @@ def update(part: Part, measured: Optional[Tensor], options: Options, found_inf: 
     if not is_scripting() and found_inf is None and _is_torch_sgd(options):
         _torch_sgd(part.params, part.grads, part.momentum_buffers, options, part.implementation)
     elif not is_scripting() and part.implementation == "fused":
-        fused_cpu.step(part.params, part.grads, part.momentum_buffers, options)
+        # one row are gradient norms: it takes the others itself
+        norms_ = measured if measured is not None and len(measured) > 1 else None
+        fused_cpu.step(part.params, part.grads, part.momentum_buffers, options, norms_)
     else:
         _update_ours(part, measured, options, found_inf)
 
@@ -404,10 +426,19 @@ def _torch_sgd(
 
 def _coefficient_lists(part: Part, measured: Optional[Tensor], options: Options) -> Tuple[List[Tensor], List[Tensor]]:
     like = real(part.params[0])
-    first_step = options.momentum != 0 and part.momentum_buffers[0] is None
-    norms = (measured[0], measured[1]) if is_adapted(options) and measured is not None else None
-    b, c = coefficients(norms, scalar_lr(options.lr, like), first_step, options)
+    b, c = _coefficients(part, measured, options, _is_first_step(part, options))
     return _unbind(b, part, like), _unbind(c, part, like)
+
+
+def _coefficients(
+    part: Part, measured: Optional[Tensor], options: Options, first_step: bool
+) -> Tuple[Number, Number]:
+    norms = (measured[0], measured[1]) if is_adapted(options) and measured is not None else None
+    return coefficients(norms, scalar_lr(options.lr, real(part.params[0])), first_step, options)
+
+
+def _is_first_step(part: Part, options: Options) -> bool:
+    return options.momentum != 0 and part.momentum_buffers[0] is None
 
 
 def _unbind(numbers: Union[float, Tensor], part: Part, like: Tensor) -> List[Tensor]:

@@ -22,6 +22,7 @@ from .coefficients import is_adapted
 from .compat import bump_versions
 from .fused_cpu import effective_strides, is_dense
 from .options import Options
+from .sharding import local
 
 if TYPE_CHECKING:
     from .functional import Part
@@ -41,7 +42,7 @@ CAPTURES = 4  # graphs that can capture a step before an eager step is needed ag
 
 def check_fused(params: Iterable[Any], where: str) -> None:
     """Raise where ``fused=True`` cannot be honoured for these tensors, or named tensors."""
-    tensors = [item[1] if isinstance(item, tuple) else item for item in params]
+    tensors = [local(item[1] if isinstance(item, tuple) else item) for item in params]
     for i, param in enumerate(tensors):
         if isinstance(param, Tensor) and not (param.is_cpu or param.is_cuda):
             raise RuntimeError(

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from . import sharding
 from .coefficients import is_adapted, scalar_lr, trust_ratio
 from .compat import NAMED_PARAMETERS, outside_graphs, required, use_grad_for_differentiable
 from .convert import foreign_key
 from .description import describe
-from .functional import Group, implementation, measure, split, step_groups
+from .functional import Group, Part, implementation, measure, split, step_groups
 from .fused_cuda import Tables, check_fused
 from .options import NAMES, Options, check_can_be_skipped, check_grad, check_options, check_params, nearest_name
 
@@ -185,6 +186,7 @@ class LARS(Optimizer):
             check_options({**self.defaults, **options}, where)
             param_group = {**param_group, **_as_list(param_group["params"])}
             check_params(param_group["params"], where)
+            sharding.check_not_flattened(param_group["params"], where)
             if {**self.defaults, **options}["fused"]:
                 check_fused(param_group["params"], where)
         super().add_param_group(param_group)  # what is no group at all is refused there
@@ -233,6 +235,9 @@ class LARS(Optimizer):
         # torch.compile runs this method eagerly when it traces a step: state is made here, and here only
         if not self._looked_for_adapted:
             self._warn_if_nothing_is_adapted()
+            for i, each in enumerate(self.param_groups):
+                # FSDP keeps the parameters that it finds, and makes flat pieces of them
+                sharding.check_not_flattened(each["params"], f"param group {i}")
         for p in group["params"]:
             if p.grad is None:
                 continue
@@ -288,7 +293,9 @@ class LARS(Optimizer):
         # With dampening a first step differs, and torch.compile, which guards the state of some tensors only, takes its
         # graph for later steps of others.
         if any(
-            group["dampening"] != 0 or implementation(group["params"], _options(group)) == "fused"
+            group["dampening"] != 0
+            or sharding.any_sharded(group["params"])
+            or implementation(group["params"], _options(group)) == "fused"
             for group in self.param_groups
         ):
             self._step_groups_outside_graphs()
@@ -306,6 +313,7 @@ class LARS(Optimizer):
                 grad = p.grad
                 if grad is not None and grad.layout is not torch.strided:
                     check_grad(grad)
+        shards = self._sharded()
 
         groups: list[Group] = []
         for group in self.param_groups:
@@ -316,7 +324,7 @@ class LARS(Optimizer):
             if params:
                 groups.append((params, grads, momentum_buffers, _options(group)))
 
-        step_groups(groups, grad_scale, found_inf, self._tables)
+        step_groups(groups, grad_scale, found_inf, self._tables, shards)
         for params, _, momentum_buffers, options in groups:
             if options.momentum != 0 and options.dampening != 0:
                 for param, buffer in zip(params, momentum_buffers, strict=True):
@@ -325,12 +333,15 @@ class LARS(Optimizer):
     # As torch's own fused step leaves the graph, but once for all groups, whose gradients may decide together.
     _step_groups_outside_graphs = outside_graphs(_step_groups)
 
+    def _sharded(self) -> sharding.Sharded | None:
+        return sharding.sharded([(group["params"], _options(group)) for group in self.param_groups])
+
     @torch.no_grad()
     def trust_ratios(self) -> dict[str, float]:
         """The trust ratio of each adapted tensor, from its present value and gradient.
 
         Computed when asked, nothing is stored; the values are read on the host at once. Ask after ``backward()`` (and
-        after unscaling, with a GradScaler) and before ``zero_grad()``.
+        after unscaling, with a GradScaler) and before ``zero_grad()``. With sharded tensors all ranks ask together.
 
         Returns:
             Name to ratio, in the optimizer's order; the names of named parameters, else "group.position" as in "0.3",
@@ -346,6 +357,9 @@ class LARS(Optimizer):
 
         :func:`fastlars.plots.trust_ratios` draws what several steps have given.
         """
+        shards = self._sharded()
+        known: list[tuple[Part, Options, Tensor | None]] = []
+        names_of: list[list[str]] = []  # of the tensors of each part
         ratios: dict[str, float] = {}
         for i, group in enumerate(self.param_groups):
             positions = [j for j, p in enumerate(group["params"]) if p.grad is not None]
@@ -357,17 +371,21 @@ class LARS(Optimizer):
                 f"{name} ({position})" if name in ratios else name
                 for name, position in zip(group.get("param_names") or positions_as_names, positions_as_names)
             ]
+            ratios.update(dict.fromkeys((names[j] for j in positions), 1.0))  # in the order in which they are asked
             # not fused, which measures at the update only
             options = _options(group)._replace(momentum=0.0, skip_nonfinite=False, fused=False)
-            values = [0.0] * len(params)
-            for part in split(params, [p.grad for p in params], [], options):
-                measured = measure(part, options)
-                assert measured is not None  # the group is adapted
-                ratio = trust_ratio(measured[0], measured[1], scalar_lr(options.lr, measured), options)
-                assert isinstance(ratio, Tensor)
-                for index, value in zip(part.indices, ratio.tolist(), strict=True):
-                    values[index] = value
-            ratios.update(zip([names[j] for j in positions], values, strict=True))
+            whole: Group = (params, [p.grad for p in params], [], options)
+            for part in split(*(whole if shards is None else shards.local(whole))):
+                known.append((part, options, measure(part, options)))
+                names_of.append([names[positions[index]] for index in part.indices])
+        measured = [rows for _, _, rows in known]
+        if shards is not None:
+            measured, _, _ = shards.exchange(known, None, None)
+        for names, (_, options, _), rows in zip(names_of, known, measured, strict=True):
+            assert rows is not None  # the group is adapted
+            ratio = trust_ratio(rows[0], rows[1], scalar_lr(options.lr, rows), options)
+            assert isinstance(ratio, Tensor)
+            ratios.update(zip(names, ratio.tolist(), strict=True))
         return ratios
 
     def __repr__(self) -> str:
@@ -430,4 +448,9 @@ def _check_state(state: Any, param: Tensor, where: str) -> None:
         raise ValueError(
             f"momentum_buffer of {where} must have shape {tuple(param.shape)} and kind {param.dtype}, got "
             f"{tuple(buffer.shape)} and {buffer.dtype}; was the state dict saved for other parameters?"
+        )
+    if sharding.any_sharded([buffer]) != sharding.any_sharded([param]):
+        raise TypeError(
+            f"momentum_buffer of {where} must be a DTensor exactly if the parameter is one; save and load through "
+            "torch.distributed.checkpoint.state_dict, which distributes what it loads"
         )

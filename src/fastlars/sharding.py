@@ -1,0 +1,297 @@
+"""Sharded tensors: a step works on their local parts, with the norms of the whole from one exchange. Only this file knows DTensor.
+
+The exchange: every rank puts the squares of the norms of its parts, two numbers a tensor, into one table that holds all
+sharded tensors of all adapted groups, in the order of the optimizer, whether or not this rank has anything of them or a
+gradient. A dimension of a device mesh along which tensors are sharded costs one all-reduce of their rows; dimensions
+along which nothing is sharded, or of one rank, cost nothing. Dimensions of several meshes that join the same ranks are
+one. The last row says whether some rank has a reason not to step, so that all ranks decide alike.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .coefficients import is_adapted
+from .compat import bump_versions
+from .norms import norm_dtype, norms, real
+from .options import Options
+
+if TYPE_CHECKING:
+    from .functional import Group, Part
+
+# where DTensor lives: from torch 2.5 on, and in 2.4. A program that has loaded neither has no sharded tensors.
+_MODULES = ("torch.distributed.tensor", "torch.distributed._tensor")
+
+
+def dtensor() -> Any:
+    """The class DTensor, None in a program that has not loaded it."""
+    for name in _MODULES:
+        if name in sys.modules and (kind := getattr(sys.modules[name], "DTensor", None)) is not None:
+            return kind
+    return None
+
+
+def any_sharded(params: Sequence[Tensor]) -> bool:
+    """Whether a DTensor is among these; asked in every step."""
+    kind = dtensor()
+    return kind is not None and any(issubclass(each, kind) for each in set(map(type, params)))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; other tensors as they are."""
+    kind = dtensor()
+    if kind is None or not isinstance(tensor, kind):
+        return tensor
+    with torch.no_grad():  # with gradients it would be a view in a graph
+        part: Any = tensor.to_local()
+    return part if type(part) is Tensor else part.wait()  # a collective is still under way
+
+
+def check_not_flattened(params: Iterable[Any], where: str) -> None:
+    """Raise for parameters of torch's first FSDP: flat or sliced, they have lost the tensors whose norms LARS takes."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return
+    for i, item in enumerate(params):
+        param = item[1] if isinstance(item, tuple) and len(item) == 2 else item
+        if getattr(param, "_fsdp_flattened", False):
+            raise RuntimeError(
+                f"{where}: the parameter at position {i} belongs to FullyShardedDataParallel, which keeps flat pieces of "
+                "tensors: norms of whole tensors cannot be had from them; shard the model with fully_shard "
+                "(torch.distributed.fsdp, in torch 2.4 and 2.5 torch.distributed._composable.fsdp) instead"
+            )
+
+
+def sharded(groups: Sequence[tuple[Sequence[Tensor], Options]]) -> Sharded | None:
+    """What a step needs to know of the sharded tensors among these, all groups of an optimizer; None if there are none."""
+    return Sharded(groups) if any(any_sharded(params) for params, _ in groups) else None
+
+
+class Sharded:
+    """The sharded tensors of one step: their local parts, and the exchange."""
+
+    def __init__(self, groups: Sequence[tuple[Sequence[Tensor], Options]]) -> None:
+        """For all params of an optimizer, whether or not they have gradients, the same on all ranks."""
+        self._kind = dtensor()
+        self._dims: dict[tuple[Any, ...], tuple[frozenset[int], ...]] = {}
+        # ranks that a mesh dimension joins -> (its process group, the type of device that it works on)
+        self._joined: dict[frozenset[int], tuple[Any, str]] = {}
+        self._rows: dict[frozenset[int], list[int]] = {}
+        self._options: list[Options] = []  # of the rows
+        self._parts: list[Tensor] = []  # the local part of each row
+        self._part_of: dict[int, Tensor] = {}  # by the id of a parameter
+        self._row: dict[int, int] = {}  # by the id of a local part
+        self._trained: list[bool] = []
+        self._skips = any(options.skip_nonfinite for _, options in groups)
+        for params, options in groups:
+            for param in params:
+                if isinstance(param, self._kind):
+                    self._add(param, options)
+
+    def _add(self, param: Any, options: Options) -> None:
+        if options.differentiable:
+            raise RuntimeError("differentiable=True needs whole tensors, got a DTensor; set it to False")
+        dims = self._sharded_dims(param)
+        if not dims or not is_adapted(options):
+            return
+        # once: it is another view each time
+        part = self._part_of[id(param)] = local(param)
+        row = len(self._parts)
+        self._row[id(part)] = row
+        self._parts.append(part)
+        self._options.append(options)
+        for ranks in dims:
+            self._rows[ranks].append(row)
+        self._trained.append(param.requires_grad)
+
+    def _sharded_dims(self, param: Any) -> tuple[frozenset[int], ...]:
+        """The mesh dimensions along which a tensor is sharded, as the ranks that each joins with this one."""
+        mesh, placements = param.device_mesh, param.placements
+        if (mesh, placements) in self._dims:
+            return self._dims[mesh, placements]
+        dims = []
+        for i, placement in enumerate(placements):
+            if placement.is_partial():
+                raise RuntimeError(f"LARS cannot update a parameter of placements {placements}; redistribute it first")
+            # whatever is not replicated is sharded: there are other kinds than Shard
+            if placement.is_replicate() or mesh.size(i) == 1 or mesh.get_coordinate() is None:
+                continue
+            group = mesh.get_group(i)
+            ranks = frozenset(torch.distributed.get_process_group_ranks(group))
+            # by first appearance, which all these ranks share: they meet in the same order
+            self._joined.setdefault(ranks, (group, mesh.device_type))
+            self._rows.setdefault(ranks, [])
+            dims.append(ranks)
+        self._dims[mesh, placements] = tuple(dims)
+        return tuple(dims)
+
+    def local(self, group: Group) -> Group:
+        """A group with local parts in place of sharded tensors; gradients are laid out as their parameters first."""
+        params, grads, momentum_buffers, options = group
+        buffers = momentum_buffers if options.momentum != 0 else [None] * len(params)
+        for param, grad, buffer in zip(params, grads, buffers, strict=True):
+            self._check(param, grad, buffer)
+        laid_out: list[Any] = [
+            grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
+            if isinstance(param, self._kind) and not _is_laid_out_as(grad, param)
+            else grad
+            for param, grad in zip(params, grads, strict=True)
+        ]
+        return (
+            [self._part_of[id(param)] if id(param) in self._part_of else local(param) for param in params],
+            [local(grad) for grad in laid_out],
+            [None if buffer is None else local(buffer) for buffer in buffers],
+            options,
+        )
+
+    def _check(self, param: Any, grad: Any, buffer: Any) -> None:
+        kind = self._kind
+        if not isinstance(param, kind):
+            if isinstance(grad, kind) or isinstance(buffer, kind):
+                raise TypeError(
+                    f"the gradient or momentum_buffer of a plain parameter of shape {tuple(param.shape)} is a DTensor; "
+                    "make both plain (full_tensor) or distribute the parameter"
+                )
+            return
+        if not isinstance(grad, kind) or grad.device_mesh != param.device_mesh:
+            raise RuntimeError(
+                f"the gradient of a DTensor parameter of shape {tuple(param.shape)} must be a DTensor on its mesh, "
+                f"{param.device_mesh}; got {getattr(grad, 'device_mesh', type(grad).__name__)}"
+            )
+        if buffer is not None and not (isinstance(buffer, kind) and _is_laid_out_as(buffer, param)):
+            raise RuntimeError(
+                f"the momentum_buffer of a DTensor parameter of shape {tuple(param.shape)} must be a DTensor of its "
+                f"placements, {param.placements}; load checkpoints through torch.distributed.checkpoint.state_dict"
+            )
+
+    def finish(self, groups: Sequence[Group]) -> None:
+        """After the step: new buffers become DTensors like their parameters; what was written is marked as written."""
+        written: list[Tensor] = []
+        for params, _, buffers, options in groups:
+            for i, param in enumerate(params):
+                if isinstance(param, self._kind):
+                    written.append(param)
+                    if options.momentum != 0:
+                        buffers[i] = buffer = self._like(param, buffers[i])
+                        written.append(buffer)
+        bump_versions(written)
+
+    def _like(self, param: Any, buffer: Any) -> Any:
+        if isinstance(buffer, self._kind):
+            return buffer
+        layout = {"shape": param.shape, "stride": param.stride()}
+        return self._kind.from_local(buffer, param.device_mesh, param.placements, run_check=False, **layout)
+
+    def exchange(
+        self,
+        measured: Sequence[tuple[Part, Options, Tensor | None]],
+        found_inf: Tensor | None,
+        nonfinite: Tensor | None,
+    ) -> tuple[list[Tensor | None], Tensor | None, Tensor | None]:
+        """Norms of whole tensors from those of local parts, and the decisions of all ranks; every rank calls it.
+
+        Args:
+            measured: parts of the step and what is known of their tensors here, shape (rows, n): of adapted ones first
+                param norms, then direction norms.
+            found_inf: 1-element tensor, not 0 where this rank has a reason not to step; None on all ranks or on none.
+            nonfinite: the same, for a reason that counts for ``skip_nonfinite`` only; None where this rank has none.
+
+        Returns:
+            The same with norms of whole tensors, shape (2, n) for adapted ones; the two flags, as 0-dim tensors.
+        """
+        if not self._joined or not (self._parts or self._skips or found_inf is not None):
+            return [rows for _, _, rows in measured], found_inf, nonfinite
+        table = self._table(measured, found_inf, nonfinite)
+        for ranks, (group, device_type) in self._joined.items():
+            rows = self._rows[ranks]
+            alone = len(rows) == len(self._parts)
+            index = None if alone else _index((*rows, len(self._parts)), table.device)
+            message = table if index is None else table[index]
+            if message.device.type != device_type:
+                message = message.to(device_type)  # parts are offloaded to the CPU
+            torch.distributed.all_reduce(message, group=group)
+            if index is not None:
+                table[index] = message.to(table.device)
+            else:
+                table = message.to(table.device)
+        flags = table[-1] != 0
+        whole = table.sqrt()
+        return (
+            [self._whole(part, options, rows, whole) for part, options, rows in measured],
+            None if found_inf is None else flags[0],
+            flags[1] if self._skips else None,
+        )
+
+    def _table(
+        self,
+        measured: Sequence[tuple[Part, Options, Tensor | None]],
+        found_inf: Tensor | None,
+        nonfinite: Tensor | None,
+    ) -> Tensor:
+        """Squares of what this rank has of the norms, a row a tensor; then the row of the flags."""
+        device = self._device(measured)
+        # on all ranks alike, since all hold the same tensors
+        wide = any(norm_dtype(part.dtype) == torch.float64 for part in self._parts)
+        dtype = torch.float64 if wide else torch.float32
+        pieces = [torch.zeros(1, 2, dtype=dtype, device=device)]  # of what has no gradient, or nothing of which is here
+        count = 1
+        place = [0] * len(self._parts)
+        for part, options, rows in measured:
+            if rows is not None and is_adapted(options):
+                pieces.append(rows[:2].t())
+                for param in part.params:
+                    if id(param) in self._row:
+                        place[self._row[id(param)]] = count
+                    count += 1
+        for row, trained in enumerate(self._trained):
+            if place[row] != 0 or not trained:
+                continue
+            # no gradient here: where other ranks have one, they need the norm of the whole parameter
+            norm = norms([real(self._parts[row])], foreach=False)
+            options = self._options[row]
+            decayed = norm * options.weight_decay if options.trust_denominator == "joint" else torch.zeros_like(norm)
+            pieces.append(torch.stack([norm, decayed], dim=1))
+            place[row] = count
+            count += 1
+        table = torch.cat([piece.to(device=device, dtype=dtype) for piece in pieces])
+        table = table[_index((*place, 0), device)].square_()
+        for i, flag in enumerate((found_inf, nonfinite)):
+            if flag is not None:
+                table[-1, i] = flag.reshape(()) != 0
+        return table
+
+    def _device(self, measured: Sequence[tuple[Part, Options, Tensor | None]]) -> torch.device:
+        if self._parts:
+            return self._parts[0].device
+        return next((part.params[0].device for part, _, _ in measured), torch.device("cpu"))
+
+    def _whole(self, part: Part, options: Options, rows: Tensor | None, whole: Tensor) -> Tensor | None:
+        if rows is None or not is_adapted(options):
+            return rows
+        norms_here = rows[:2].t()
+        n = whole.size(0)
+        place = [self._row.get(id(param), n + i) for i, param in enumerate(part.params)]
+        if all(index >= n for index in place):
+            return rows
+        both = torch.cat([whole.to(norms_here), norms_here])
+        return both[_index(tuple(place), both.device)].t()
+
+
+def _is_laid_out_as(tensor: Any, param: Any) -> bool:
+    return tensor.placements == param.placements and tensor.device_mesh == param.device_mesh  # type: ignore[no-any-return]
+
+
+def _index(places: tuple[int, ...], device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return torch.tensor(places, dtype=torch.int64, device=device)
+    return _kept_index(places, device)
+
+
+@lru_cache(maxsize=64)  # a copy from the host, which would be in the way of a captured graph
+def _kept_index(places: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(places, dtype=torch.int64, device=device)

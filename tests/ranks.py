@@ -1,0 +1,164 @@
+"""Processes for tests that need several: one start serves many tests, and one that hangs or fails takes all down.
+
+A test calls ``group.run(function, *arguments)``; every rank calls ``function(rank, *arguments)``, a function of a module
+of `tests`, between two barriers of its own making. What a rank raises, the test raises.
+"""
+
+import datetime
+import faulthandler
+import multiprocessing
+import multiprocessing.connection
+import os
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+TIMEOUT = 100  # seconds for one function on all ranks; a collective that waits longer hangs
+START = 120  # seconds for the start, on a machine that does other things too
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What a function is told of the process it runs in."""
+
+    rank: int
+    world: int
+    device: str  # "cpu" or "cuda"
+
+
+class Group:
+    """A process group on this machine, over gloo and the loopback device, or over NCCL on as many GPUs."""
+
+    def __init__(self, world: int, device: str) -> None:
+        self.world, self.device = world, device
+        self._processes: list[Any] = []
+        self._pipes: list[Any] = []
+
+    def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = TIMEOUT) -> list[Any]:
+        """What the function returned on each rank."""
+        if not self._processes:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send((function, arguments))
+        try:
+            return self._answers(timeout, f"{function.__name__}{arguments}")
+        except BaseException:
+            self.stop()  # what the others wait for will never come
+            raise
+
+    def stop(self) -> None:
+        """End all processes, in whatever state they are."""
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(timeout=0 if process.exitcode is None else None)
+            process.kill()
+            process.join()
+        self._processes, self._pipes = [], []
+
+    def _start(self) -> None:
+        # forked from a process that has imported torch, which takes seconds, and nothing else
+        context = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
+        context.set_forkserver_preload(
+            ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch._dynamo", "numpy", "pytest"]
+        )
+        # a file, not a port, which another process could take
+        meeting = Path(tempfile.mkdtemp(prefix="ranks")) / "store"
+        for rank in range(self.world):
+            ours, theirs = context.Pipe()
+            arguments = (Rank(rank, self.world, self.device), str(meeting), theirs)
+            process = context.Process(target=_main, args=arguments, daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
+        try:
+            self._answers(START, "the start")
+        except BaseException:
+            self.stop()
+            raise
+
+    def _answers(self, timeout: float, what: str) -> list[Any]:
+        answers: dict[int, Any] = {}
+        deadline = datetime.datetime.now() + datetime.timedelta(seconds=timeout)
+        while len(answers) < self.world:
+            waiting = [pipe for rank, pipe in enumerate(self._pipes) if rank not in answers]
+            left = (deadline - datetime.datetime.now()).total_seconds()
+            ready = multiprocessing.connection.wait(waiting, timeout=max(left, 0))
+            if not ready:
+                silent = [rank for rank in range(self.world) if rank not in answers]
+                pytest.fail(f"{what}: ranks {silent} have not answered after {timeout} seconds")
+            for pipe in ready:
+                rank = self._pipes.index(pipe)
+                try:
+                    succeeded, value = pipe.recv()
+                except EOFError:
+                    pytest.fail(f"{what}: the process of rank {rank} has ended")
+                if not succeeded:
+                    pytest.fail(f"{what}, rank {rank}:\n{value}")
+                answers[rank] = value
+        return [answers[rank] for rank in range(self.world)]
+
+
+@contextmanager
+def group(world: int, device: str = "cpu") -> Iterator[Group]:
+    if device == "cuda" and torch.cuda.device_count() < world:
+        pytest.skip(f"{world} GPUs needed, {torch.cuda.device_count()} found")
+    ranks = Group(world, device)
+    try:
+        yield ranks
+    finally:
+        ranks.stop()
+
+
+def fixture(*worlds: int) -> Any:
+    """A module's fixture ``ranks``: groups of these sizes, one after the other."""
+    params = [pytest.param((world, "cpu"), id=f"{world} ranks") for world in worlds]
+    params += [pytest.param((world, "cuda"), id=f"{world} GPUs", marks=pytest.mark.cuda) for world in worlds]
+
+    @pytest.fixture(scope="module", params=params)
+    def ranks(request: pytest.FixtureRequest) -> Iterator[Group]:
+        with group(*request.param) as each:
+            yield each
+
+    return ranks
+
+
+def _main(rank: Rank, meeting: str, pipe: Any) -> None:
+    faulthandler.enable()
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", module=r"torch\.")  # of how it uses itself
+    if sys.platform == "linux":
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    if rank.device == "cuda":
+        torch.cuda.set_device(rank.rank)
+    torch.distributed.init_process_group(
+        "gloo" if rank.device == "cpu" else "cpu:gloo,cuda:nccl",
+        init_method=f"file://{meeting}",
+        rank=rank.rank,
+        world_size=rank.world,
+        timeout=datetime.timedelta(seconds=2 * TIMEOUT),
+    )
+    pipe.send((True, None))
+    with suppress(EOFError, OSError):
+        while True:
+            function, arguments = pipe.recv()
+            # the parent ends us at about the same time: where each rank was is then on stderr
+            faulthandler.dump_traceback_later(TIMEOUT - 5)
+            try:
+                answer = True, function(rank, *arguments)
+            except (Exception, pytest.fail.Exception):  # noqa: BLE001  it is raised again, by the test
+                answer = False, traceback.format_exc()
+            faulthandler.cancel_dump_traceback_later()
+            pipe.send(answer)
+    torch.distributed.destroy_process_group()

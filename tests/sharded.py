@@ -1,0 +1,420 @@
+"""What test_sharding.py runs on every rank: tensors laid out by hand, beside the float64 reference of the whole ones."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastlars
+from cases import LR_FACTORS, OPTIONS, Options, make_grads, nonfinite, tolerance
+from fastlars import LARS
+from ranks import Rank
+from reference import Array, ReferenceLARS
+
+try:
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+except ImportError:  # torch 2.4
+    from torch.distributed._tensor import DTensor, Partial, Replicate, Shard
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A tensor's shape and where it is: a mesh by name, a placement for each of its dimensions; no mesh: a plain tensor."""
+
+    shape: tuple[int, ...]
+    mesh: str = ""
+    placements: tuple[Any, ...] = ()
+
+
+# of one dimension, over all ranks
+FLAT = [
+    Layout((6, 4), "all", (Shard(0),)),
+    Layout((5, 3), "all", (Shard(0),)),  # uneven
+    Layout((1, 3), "all", (Shard(0),)),  # only rank 0 has any of it
+    Layout((3, 0), "all", (Shard(0),)),
+    Layout((3, 7), "all", (Shard(1),)),
+    Layout((), "all", (Replicate(),)),
+    Layout((7,), "all", (Replicate(),)),
+    Layout((8, 3, 3, 3), "all", (Shard(0),)),
+    Layout((140, 131), "all", (Shard(0),)),
+    Layout((4, 5)),
+    Layout((9,)),
+]
+# of two dimensions and of both of their kinds: four ranks
+GRID = [
+    Layout((6, 4), "grid", (Shard(0), Shard(1))),
+    Layout((6, 4), "grid", (Shard(0), Shard(0))),
+    Layout((5, 3), "grid", (Replicate(), Shard(0))),
+    Layout((5, 3), "grid", (Shard(1), Replicate())),
+    Layout((3, 2), "grid", (Replicate(), Replicate())),
+    Layout((1, 3), "rows", (Shard(0),)),
+    Layout((4, 3), "columns", (Shard(0),)),
+    Layout((8,), "all", (Shard(0),)),
+    Layout((2, 2), "again", (Shard(0), Replicate())),
+    Layout((4, 5)),
+]
+LAYOUTS = {"flat": FLAT, "grid": GRID, "rows": [layout for layout in GRID if layout.mesh in ("grid", "rows", "")]}
+
+_meshes: dict[str, DeviceMesh] = {}
+
+
+def meshes(rank: Rank) -> dict[str, DeviceMesh]:
+    """By name; made once, since each is a process group."""
+    if not _meshes:
+        _meshes["all"] = init_device_mesh(rank.device, (rank.world,), mesh_dim_names=("all",))
+        if rank.world == 4:
+            grid = _meshes["grid"] = init_device_mesh(rank.device, (2, 2), mesh_dim_names=("rows", "columns"))
+            _meshes["rows"], _meshes["columns"] = grid["rows"], grid["columns"]
+            # other process groups of the same ranks
+            _meshes["again"] = init_device_mesh(rank.device, (2, 2), mesh_dim_names=("again", "and_again"))
+    return _meshes
+
+
+def part_of(whole: Tensor, mesh: DeviceMesh, placements: Sequence[Any]) -> Tensor:
+    """This rank's part of a whole tensor, found without DTensor."""
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None
+    for i, placement in enumerate(placements):
+        if placement.is_shard():
+            chunks = whole.chunk(mesh.size(i), placement.dim)
+            empty = whole.narrow(placement.dim, 0, 0)
+            whole = chunks[coordinate[i]] if coordinate[i] < len(chunks) else empty
+    return whole
+
+
+def place(whole: Tensor, layout: Layout, rank: Rank) -> Tensor:
+    """The whole tensor, plain or distributed; nothing is sent."""
+    if not layout.mesh:
+        return whole
+    mesh = meshes(rank)[layout.mesh]
+    local = part_of(whole, mesh, layout.placements).clone()
+    return DTensor.from_local(  # type: ignore[no-any-return]
+        local, mesh, layout.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    with torch.no_grad():
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class Collectives(TorchDispatchMode):
+    """Records the collectives of a block: name, bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(each, DTensor) for each in types):
+            return NotImplemented
+        if func.namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd"):
+            tensors = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
+            size = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+            self.calls.append((func.name().split("::")[1], size))
+        return func(*args, **(kwargs or {}))
+
+
+# ---------------------------------------------------------------- laid out by hand
+@dataclass
+class Setup:
+    """The same tensors, as the whole ones that the reference has and as this rank has them."""
+
+    layouts: list[Layout]
+    wholes: list[Tensor]
+    params: list[torch.nn.Parameter]
+    optimizer: LARS
+    reference: ReferenceLARS
+
+    def set_grads(self, rank: Rank, grads: Sequence[Tensor | None]) -> None:
+        for param, grad, layout in zip(self.params, grads, self.layouts, strict=True):
+            param.grad = None if grad is None else place(grad, layout, rank)
+
+    def check(self, rank: Rank, what: str, steps: int) -> None:
+        buffers = [self.optimizer.state.get(p, {}).get("momentum_buffer") for p in self.params]
+        for i, layout in enumerate(self.layouts):
+            where = f"{what}: tensor {i}, {layout}"
+            pairs = [(self.params[i].detach(), self.reference.params[i], self.reference.param_sizes[i])]
+            expected = self.reference.momentum_buffers[i]
+            if expected is not None and buffers[i] is not None:
+                assert isinstance(buffers[i], DTensor) == bool(layout.mesh), where
+                pairs.append((buffers[i], expected, self.reference.buffer_sizes[i]))
+            for tensor, whole, size in pairs:
+                self._check_one(rank, tensor, whole, layout, where, steps * size)
+
+    def _check_one(self, rank: Rank, tensor: Tensor, whole: Array, layout: Layout, where: str, size: float) -> None:
+        expected = torch.as_tensor(whole)
+        if layout.mesh:
+            assert isinstance(tensor, DTensor), where
+            assert tensor.placements == layout.placements, where
+            expected = part_of(expected, meshes(rank)[layout.mesh], layout.placements)
+        local = local_of(tensor)
+        torch.testing.assert_close(
+            local.cpu().to(expected.dtype),
+            expected,
+            msg=lambda text: f"{where}: {text}",
+            equal_nan=True,
+            **tolerance(tensor.dtype, size),
+        )
+
+
+def setup(rank: Rank, layouts: list[Layout], groups: int, dtype: torch.dtype, options: Options) -> Setup:
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    wholes = [torch.randn(layout.shape, generator=generator, dtype=wide).to(rank.device, dtype) for layout in layouts]
+    params = [torch.nn.Parameter(place(whole, layout, rank)) for whole, layout in zip(wholes, layouts, strict=True)]
+    optimizer = LARS([{"params": params[i::groups]} for i in range(groups)], **options)
+    # in the order of the layouts, which options do not depend on
+    reference = ReferenceLARS(
+        [{"params": wholes}], **{k: v for k, v in options.items() if k not in ("foreach", "fused")}
+    )
+    return Setup(layouts, wholes, params, optimizer, reference)
+
+
+def equals_reference(
+    rank: Rank, layouts: str, history: str, options: Options, dtype: torch.dtype = torch.float32, groups: int = 1
+) -> list[list[tuple[str, int]]]:
+    """Steps beside the reference; returns the collectives of each step."""
+    s = setup(rank, LAYOUTS[layouts], groups, dtype, options)
+    calls = []
+    for step in range(3):
+        lr = options["lr"] * LR_FACTORS[step]
+        for group in (*s.optimizer.param_groups, *s.reference.groups):
+            group["lr"] = lr
+        if history == "nonfinite":
+            # the last element only, which another rank may hold
+            grads: list[Tensor | None] = [nonfinite(whole, step, i) for i, whole in enumerate(s.wholes)]
+        else:
+            grads = make_grads(history, s.wholes, step)
+        s.reference.step(grads)
+        s.set_grads(rank, grads)
+        kept = [None if p.grad is None else local_of(p.grad).clone() for p in s.params]
+        with Collectives() as collectives:
+            s.optimizer.step()
+        calls.append(collectives.calls)
+        s.check(rank, f"{options}, {history}, step {step}", 2 * (step + 1))
+        for param, grad in zip(s.params, kept, strict=True):
+            if grad is not None:  # it is not written
+                torch.testing.assert_close(local_of(param.grad), grad, rtol=0, atol=0, equal_nan=True)
+    return calls
+
+
+def grads_of_any_layout(rank: Rank, options: Options) -> None:
+    """Gradients that autograd left replicated, or as sums that are still to be made, count like those laid out."""
+    mesh = meshes(rank)["all"]
+    layout = Layout((5, 4), "all", (Shard(0),))
+    for placement in (Replicate(), Partial(), Shard(1)):
+        s = setup(rank, [layout, layout], 1, torch.float32, options)
+        for step in range(2):
+            grads = make_grads("dense", s.wholes, step)
+            s.reference.step(grads)
+            for param, grad in zip(s.params, grads, strict=True):
+                assert grad is not None
+                local = grad / rank.world if placement.is_partial() else part_of(grad, mesh, (placement,)).clone()
+                param.grad = DTensor.from_local(
+                    local, mesh, (placement,), run_check=False, shape=grad.shape, stride=grad.stride()
+                )
+            s.optimizer.step()
+            s.check(rank, f"{placement}, step {step}", 2 * (step + 1))
+
+
+def grads_on_some_ranks(rank: Rank, options: Options) -> list[list[tuple[str, int]]]:
+    """A rank without a gradient joins, leaves its part alone, and gives the others the norm of the whole parameter.
+
+    To them its part of the gradient is zero.
+    """
+    layout = Layout((8, 3), "all", (Shard(0),))
+    plain = Layout((4, 2))
+    s = setup(rank, [layout, plain, layout, Layout((1, 3), "all", (Shard(0),))], 2, torch.float32, options)
+    calls = []
+    for step in range(2):
+        # rank 0 has no gradient of tensor 0, the last rank none at all (of tensor 3 it holds nothing anyway)
+        has = [rank.rank != 0, rank.rank != rank.world - 1, rank.rank != rank.world - 1, rank.rank != rank.world - 1]
+        has[0] &= rank.rank != rank.world - 1 or rank.world == 2
+        grads = [g for g in make_grads("dense", s.wholes, step) if g is not None]
+        there = [
+            [r != 0 and (r != rank.world - 1 or rank.world == 2), *[r != rank.world - 1] * 3] for r in range(rank.world)
+        ]
+        assert there[rank.rank] == has
+        seen = [grad.clone() for grad in grads]
+        for i in (0, 2):
+            for r, chunk in enumerate(seen[i].chunk(rank.world)):
+                if not there[r][i]:
+                    chunk.zero_()
+        before = [local_of(p).clone() for p in s.params]
+        s.reference.step(seen)
+        s.set_grads(rank, [g if there[rank.rank][i] else None for i, g in enumerate(grads)])
+        with Collectives() as collectives:
+            s.optimizer.step()
+        calls.append(collectives.calls)
+        for i, p in enumerate(s.params):
+            if not there[rank.rank][i]:
+                assert torch.equal(local_of(p), before[i])
+                assert p not in s.optimizer.state or rank.world == 0
+        # the norms of the next step are those of what is there now
+        present = [i for i in range(4) if there[rank.rank][i]]
+        for i in present:
+            expected = torch.as_tensor(s.reference.params[i])
+            if s.layouts[i].mesh:
+                expected = part_of(expected, meshes(rank)["all"], (Shard(0),))
+            torch.testing.assert_close(local_of(s.params[i]).double().cpu(), expected, rtol=1e-5, atol=1e-5)
+        wholes = [gather(rank, p, layout) for p, layout in zip(s.params, s.layouts, strict=True)]
+        buffers = list(s.reference.momentum_buffers)
+        s.reference.realign(wholes, buffers)
+    return calls
+
+
+def gather(rank: Rank, param: Tensor, layout: Layout) -> Tensor:
+    local = param.detach()
+    return local.full_tensor() if isinstance(local, DTensor) else local  # type: ignore[no-any-return]
+
+
+def skips_alike(rank: Rank, joint: bool) -> None:
+    """One rank's gradient is not finite: no rank steps, of any group that asks, sharded or plain; others step."""
+    kind = {"trust_denominator": "joint"} if joint else {}
+    layouts = [Layout((8, 3), "all", (Shard(0),)), Layout((4, 2)), Layout((6,), "all", (Replicate(),))]
+    for bad in range(len(layouts)):
+        wholes = [torch.ones(layout.shape, device=rank.device) for layout in layouts]
+        params = [torch.nn.Parameter(place(w, layout, rank)) for w, layout in zip(wholes, layouts, strict=True)]
+        careless = torch.nn.Parameter(place(wholes[0], layouts[0], rank))
+        optimizer = LARS(
+            [
+                {"params": params[:1], "weight_decay": 0.1, "skip_nonfinite": True, **kind},
+                {"params": params[1:], "weight_decay": 0.0, "adapt": False, "skip_nonfinite": True},
+                {"params": [careless], "weight_decay": 0.1, **kind},
+            ],
+            lr=0.5,
+            momentum=0.9,
+        )
+        for step in range(2):
+            for param in [*params, careless]:
+                param.grad = torch.ones_like(param)
+            if step == 0 and rank.rank == rank.world - 1:
+                local_of(params[bad].grad).view(-1)[-1] = torch.nan
+            before = [local_of(p).clone() for p in [*params, careless]]
+            optimizer.step()
+            changed = [not torch.equal(local_of(p), old) for p, old in zip([*params, careless], before, strict=True)]
+            assert changed == [step == 1] * 3 + [True], (bad, step, changed)
+
+
+def trust_ratios(rank: Rank, options: Options) -> dict[str, float]:
+    """Those of the whole tensors, on every rank."""
+    layouts = LAYOUTS["flat"] + (LAYOUTS["grid"] if rank.world == 4 else [])
+    s = setup(rank, layouts, 2, torch.float32, options)
+    whole = LARS([{"params": [torch.nn.Parameter(w) for w in s.wholes[i::2]]} for i in range(2)], **options)
+    grads = make_grads("dense", s.wholes, 0)
+    s.set_grads(rank, grads)
+    for i in range(2):
+        for param, grad in zip(whole.param_groups[i]["params"], grads[i::2], strict=True):
+            param.grad = grad
+    ratios = s.optimizer.trust_ratios()
+    expected = whole.trust_ratios()
+    assert list(ratios) == list(expected)
+    torch.testing.assert_close(ratios, expected, rtol=1e-5, atol=0)
+    assert repr(s.optimizer) == repr(whole), "the elements of whole tensors, the same implementation"
+    return ratios
+
+
+def wrong_input(rank: Rank) -> None:
+    layout = Layout((8, 3), "all", (Shard(0),))
+    mesh = meshes(rank)["all"]
+    whole = torch.ones(8, 3, device=rank.device)
+    options: Options = {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.1}
+
+    def refused(error: type[Exception], message: str, param: Any, grad: Any, buffer: Any = None, **more: Any) -> None:
+        p = torch.nn.Parameter(param)
+        other = torch.nn.Parameter(whole.clone())
+        optimizer = LARS([other, p], **options, **more)
+        # set_ refuses what does not fit, and hooks do not
+        other.grad = torch.ones_like(other)
+        if grad is not None:
+            p.grad = grad
+        if buffer is not None:
+            optimizer.state[p]["momentum_buffer"] = buffer
+        before = [local_of(t).clone() for t in (p, other)]
+        with pytest.raises(error, match=message):
+            optimizer.step()
+        assert all(torch.equal(local_of(t), old) for t, old in zip((p, other), before, strict=True))
+
+    distributed = place(whole, layout, rank)
+    refused(RuntimeError, "must be a DTensor of its placements.*state_dict", distributed, distributed, whole)
+    replicated = place(whole, Layout((8, 3), "all", (Replicate(),)), rank)
+    refused(RuntimeError, "must be a DTensor of its placements", distributed, distributed, replicated)
+    for param, buffer in ((whole, distributed), (distributed, whole)):
+        optimizer = LARS([torch.nn.Parameter(param.clone())], **options)
+        saved = optimizer.state_dict()
+        saved["state"] = {0: {"momentum_buffer": buffer}}
+        with pytest.raises(TypeError, match="must be a DTensor exactly if the parameter is one"):
+            optimizer.load_state_dict(saved)
+        assert not optimizer.state
+    partial = DTensor.from_local(whole, mesh, (Partial(),), run_check=False)
+    refused(RuntimeError, "redistribute it first", partial, partial)
+    refused(RuntimeError, "differentiable=True", distributed, distributed, differentiable=True)
+
+
+def functional(rank: Rank) -> None:
+    """The functional takes sharded tensors too, and makes sharded buffers."""
+    layouts = [Layout((5, 3), "all", (Shard(0),)), Layout((4, 2))]
+    options = {**OPTIONS["dampening"], "momentum": 0.9}
+    s = setup(rank, layouts, 1, torch.float32, options)
+    params = [p.detach() for p in s.params]
+    buffers: list[Tensor | None] = [None, None]
+    for step in range(2):
+        grads = [g for g in make_grads("dense", s.wholes, step) if g is not None]
+        s.reference.step(grads)
+        fastlars.lars(
+            params, [place(g, layout, rank) for g, layout in zip(grads, layouts, strict=True)], buffers, **options
+        )
+        for param, buffer in zip(s.params, buffers, strict=True):
+            s.optimizer.state[param]["momentum_buffer"] = buffer
+        s.check(rank, f"functional, step {step}", 2 * (step + 1))
+
+
+def versions(rank: Rank) -> None:
+    """Autograd is told what was written, of the tensors that it knows: a stale backward raises."""
+    param = torch.nn.Parameter(place(torch.ones(8, 3, device=rank.device), Layout((8, 3), "all", (Shard(0),)), rank))
+    optimizer = LARS([param], lr=0.5, momentum=0.9, weight_decay=0.1)
+    for _ in range(2):
+        loss = param.square().sum()
+        param.grad = torch.ones_like(param)
+        buffer = optimizer.state[param].get("momentum_buffer")
+        old = (param._version, 0 if buffer is None else buffer._version, param.grad._version)
+        optimizer.step()
+        assert param._version > old[0]
+        assert optimizer.state[param]["momentum_buffer"]._version > old[1]
+        assert param.grad._version == old[2]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def large_and_small_numbers(rank: Rank) -> None:
+    """As far as float32 squares reach: norms of 1e18 and 1e-18, here as there."""
+    for factor in (1e18, 1e-18):
+        s = setup(rank, [Layout((5, 3), "all", (Shard(0),))], 1, torch.float32, {**OPTIONS["base"], "eps": 0.0})
+        with torch.no_grad():
+            local_of(s.params[0]).mul_(factor)
+        s.reference.realign([s.wholes[0].double() * factor])
+        grads = [make_grads("dense", s.wholes, 0)[0] * factor]
+        s.reference.step(grads)
+        s.set_grads(rank, grads)
+        s.optimizer.step()
+        expected = part_of(torch.as_tensor(s.reference.params[0]), meshes(rank)["all"], (Shard(0),))
+        torch.testing.assert_close(local_of(s.params[0]).double().cpu(), expected, rtol=1e-5, atol=1e-6 * factor)
+
+
+def precision(rank: Rank) -> None:
+    """The norm of a large tensor, parts of which differ by orders of magnitude, to 1e-6."""
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(1 << 20, generator=generator).to(rank.device)
+    whole[: 1 << 18] *= 1e-3
+    grad = torch.randn(1 << 20, generator=generator).to(rank.device)
+    param = torch.nn.Parameter(place(whole, Layout((1 << 20,), "all", (Shard(0),)), rank))
+    param.grad = place(grad, Layout((1 << 20,), "all", (Shard(0),)), rank)
+    (ratio,) = LARS([param], lr=1.0, weight_decay=0.1, trust_coefficient=0.1, eps=0.0).trust_ratios().values()
+    w, g = whole.double().norm().item(), grad.double().norm().item()
+    assert abs(ratio / (0.1 * w / (g + 0.1 * w)) - 1) < 1e-6

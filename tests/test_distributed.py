@@ -1,0 +1,54 @@
+"""Models that torch shards over ranks train as the whole model on one, in every way that torch shards them."""
+
+import pytest
+import torch
+
+import ranks as ranks_module
+import sharded_models
+from cases import OPTIONS, Options
+from harness import ignore_nothing_adapted, implementations
+from ranks import Group
+
+pytestmark = [
+    ignore_nothing_adapted,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed"),
+]
+ranks = ranks_module.fixture(2, 4)
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+
+@pytest.mark.parametrize("way", sharded_models.WAYS)
+def test_equals_the_whole_model(ranks: Group, way: str) -> None:
+    if way != "tensor_parallel" and TORCH < (2, 6) and ranks.device == "cpu":
+        pytest.skip("fully_shard of this torch works on accelerators only")
+    ratios = ranks.run(sharded_models.equals_whole, way, {})
+    assert all(each == ratios[0] for each in ratios)
+
+
+@implementations
+@pytest.mark.parametrize("name", ["nesterov-joint", "everything"])
+def test_every_implementation_equals_the_whole_model(ranks: Group, name: str, implementation: Options) -> None:
+    way = "fsdp" if TORCH >= (2, 6) or ranks.device == "cuda" else "tensor_parallel"
+    options = {**OPTIONS[name], **implementation}
+    ranks.run(
+        sharded_models.equals_whole, way, {key: options[key] for key in options.keys() - {"weight_decay", "adapt"}}
+    )
+
+
+def test_a_compiled_step_equals_the_whole_model(ranks: Group) -> None:
+    if ranks.world > 2:
+        pytest.skip("compiling takes long, and two ranks show what four would")
+    way = "fsdp" if TORCH >= (2, 6) or ranks.device == "cuda" else "tensor_parallel"
+    ranks.run(sharded_models.equals_whole, way, {}, True)
+
+
+def test_data_parallel_accumulation_equals_the_whole_model(ranks: Group) -> None:
+    ranks.run(sharded_models.data_parallel_accumulates)
+
+
+def test_zero_redundancy_equals_the_whole_model(ranks: Group) -> None:
+    ranks.run(sharded_models.zero_redundancy)
+
+
+def test_flat_parameters_are_refused(ranks: Group) -> None:
+    ranks.run(sharded_models.refuses_flat_parameters)

@@ -1,0 +1,76 @@
+"""Checkpoints of torch.distributed.checkpoint go on: on the same ranks without a changed bit, on others within rounding."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+
+import sharded_models
+from cases import Options
+from harness import ignore_nothing_adapted
+from ranks import Group, group
+
+pytestmark = [
+    ignore_nothing_adapted,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed"),
+]
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+# fully_shard of torch 2.4 and 2.5 asks for an accelerator
+WAY = "fsdp" if TORCH >= (2, 6) else "tensor_parallel"
+NESTEROV: Options = {"nesterov": True, "lr_in_momentum": True}
+DAMPENING: Options = {"dampening": 0.25, "trust_denominator": "joint"}
+
+
+@pytest.fixture(scope="module")
+def groups() -> Iterator[Callable[[int], Group]]:
+    with ExitStack() as stack:
+        made: dict[int, Group] = {}
+
+        def of(world: int) -> Group:
+            if world not in made:
+                made[world] = stack.enter_context(group(world))
+            return made[world]
+
+        yield of
+
+
+def resume(
+    of: Callable[[int], Group],
+    folder: Path,
+    saved_on: int,
+    ways: list[tuple[int, str]],
+    way_saved: str,
+    kind: str,
+    options: Options,
+) -> None:
+    run = sharded_models.train_with_checkpoint
+    values, _ = of(saved_on).run(run, way_saved, str(folder), kind, False, options)[0]
+    for world, way in ways:
+        for resumed, _ in of(world).run(run, way, str(folder), kind, True, options):
+            for mine, expected in zip(resumed, values, strict=True):
+                torch.testing.assert_close(torch.tensor(mine), torch.tensor(expected), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["plain", "flattened", "async"])
+@pytest.mark.parametrize("options", [NESTEROV, DAMPENING], ids=["nesterov", "dampening"])
+def test_other_ranks_go_on_within_rounding(
+    groups: Callable[[int], Group], tmp_path: Path, kind: str, options: Options
+) -> None:
+    # tensor parallelism of torch 2.4 is not for one rank
+    on_one = [(1, WAY), (1, "whole")] if TORCH >= (2, 6) else [(1, "whole")]
+    resume(groups, tmp_path / "4", 4, [(2, WAY), *on_one], WAY, kind, options)
+    resume(groups, tmp_path / "2", 2, [(4, WAY)], WAY, kind, options)
+    resume(groups, tmp_path / "1", 1, [(4, WAY)], on_one[0][1], kind, options)
+
+
+@pytest.mark.parametrize("kind", ["plain", "flattened", "async"])
+@pytest.mark.parametrize("options", [NESTEROV, DAMPENING], ids=["nesterov", "dampening"])
+def test_the_same_ranks_go_on_without_a_changed_bit(
+    groups: Callable[[int], Group], tmp_path: Path, kind: str, options: Options
+) -> None:
+    run = sharded_models.train_with_checkpoint
+    saved = groups(4).run(run, WAY, str(tmp_path), kind, False, options)
+    resumed = groups(4).run(run, WAY, str(tmp_path), kind, True, options)
+    assert [bits for _, bits in resumed] == [bits for _, bits in saved]

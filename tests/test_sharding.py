@@ -1,0 +1,106 @@
+"""Steps of sharded tensors are the steps of the whole ones, for one all-reduce a sharded mesh dimension."""
+
+import pytest
+import torch
+
+import ranks as ranks_module
+import sharded
+from cases import OPTIONS, Options
+from harness import ignore_nothing_adapted, implementations
+from ranks import Group
+
+pytestmark = [
+    ignore_nothing_adapted,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed"),
+]
+ranks = ranks_module.fixture(2, 4)
+
+CHOSEN = [
+    "base",
+    "momentum",
+    "dampening",
+    "nesterov-joint",
+    "unadapted",
+    "clip-paper",
+    "everything",
+    "everything_but_joint",
+    "skip_nonfinite",
+]
+GRIDS = {2: ["flat"], 4: ["flat", "grid"]}
+
+
+@implementations
+@pytest.mark.parametrize("name", CHOSEN)
+def test_equals_reference(ranks: Group, name: str, implementation: Options) -> None:
+    for layouts in GRIDS[ranks.world]:
+        ranks.run(sharded.equals_reference, layouts, "dense", {**OPTIONS[name], **implementation})
+
+
+@pytest.mark.parametrize("history", ["zero_first", "missing", "late", "never", "tiny"])
+def test_any_history_of_gradients_equals_reference(ranks: Group, history: str) -> None:
+    for name in ("dampening", "nesterov-joint", "skip_nonfinite"):
+        ranks.run(sharded.equals_reference, GRIDS[ranks.world][-1], history, OPTIONS[name])
+
+
+@implementations
+def test_steps_with_gradients_that_are_not_finite_are_skipped(ranks: Group, implementation: Options) -> None:
+    for name in ("skip_nonfinite", "everything"):
+        for layouts in GRIDS[ranks.world]:
+            ranks.run(sharded.equals_reference, layouts, "nonfinite", {**OPTIONS[name], **implementation})
+
+
+@implementations
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.complex64], ids=str)
+def test_any_dtype_equals_reference(ranks: Group, dtype: torch.dtype, implementation: Options) -> None:
+    ranks.run(sharded.equals_reference, "flat", "dense", {**OPTIONS["nesterov-joint"], **implementation}, dtype)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("name", ["momentum", "joint", "unadapted", "skip_nonfinite"])
+def test_one_all_reduce_a_sharded_dimension_and_eight_bytes_a_tensor(ranks: Group, name: str, groups: int) -> None:
+    tensors = {"flat": [7], "grid": [5, 4, 1]}  # sharded along each dimension
+    for layouts in GRIDS[ranks.world]:
+        for calls in ranks.run(sharded.equals_reference, layouts, "missing", OPTIONS[name], torch.float32, groups):
+            for step in calls:
+                # and eight for the flags of skip_nonfinite
+                expected = [("allreduce_", 8 * n + 8) for n in tensors[layouts]]
+                assert step == (expected if name != "unadapted" else [])
+
+
+@pytest.mark.parametrize("name", ["momentum", "nesterov-joint"])
+def test_gradients_of_any_layout(ranks: Group, name: str) -> None:
+    ranks.run(sharded.grads_of_any_layout, OPTIONS[name])
+
+
+@pytest.mark.parametrize("name", ["momentum", "joint"])
+def test_gradients_on_some_ranks_only(ranks: Group, name: str) -> None:
+    for calls in ranks.run(sharded.grads_on_some_ranks, OPTIONS[name]):
+        assert [len(step) for step in calls] == [1, 1]
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_all_ranks_skip_alike(ranks: Group, joint: bool) -> None:
+    ranks.run(sharded.skips_alike, joint)
+
+
+@pytest.mark.parametrize("name", ["momentum", "nesterov-joint", "clip"])
+def test_trust_ratios_are_those_of_the_whole_tensors(ranks: Group, name: str) -> None:
+    ratios = ranks.run(sharded.trust_ratios, OPTIONS[name])
+    assert all(each == ratios[0] for each in ratios)
+
+
+def test_wrong_input_raises_before_anything_changes(ranks: Group) -> None:
+    ranks.run(sharded.wrong_input)
+
+
+def test_the_functional(ranks: Group) -> None:
+    ranks.run(sharded.functional)
+
+
+def test_version_counters(ranks: Group) -> None:
+    ranks.run(sharded.versions)
+
+
+def test_range_and_precision_of_the_norms(ranks: Group) -> None:
+    ranks.run(sharded.large_and_small_numbers)
+    ranks.run(sharded.precision)
