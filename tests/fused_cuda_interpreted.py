@@ -149,6 +149,40 @@ def test_offsets_are_64_bits() -> None:
     torch.testing.assert_close(w, expected_w)
 
 
+class OtherHalf:
+    """Stands in for `sharding.Sharded`: another rank holds the second half of each tensor, and may have a reason to skip."""
+
+    def __init__(self, params: list[Tensor], grads: list[Tensor], options: Options, skips: bool) -> None:
+        directions = [g + options.weight_decay * p for p, g in zip(params, grads, strict=True)]
+        vectors = (params, directions if options.trust_denominator == "joint" else grads)
+        self.norms = torch.stack([torch.stack([x.norm() for x in tensors]) for tensors in vectors])
+        self.skips = torch.tensor(skips)
+
+    def exchange(self, measured: list[tuple[Part, Options, Tensor]], *_: object) -> tuple[list[Tensor], None, Tensor]:
+        return [rows[:2].hypot(self.norms) for _, _, rows in measured], None, self.skips
+
+
+@pytest.mark.parametrize("name", ["dampening", "nesterov-joint", "clip-paper", "skip_nonfinite"])
+def test_parts_of_sharded_tensors_take_the_norms_of_the_whole(name: str) -> None:
+    options = Options(**OPTIONS[name])
+    wholes = [torch.randn(2100, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    reference = ReferenceLARS([{"params": wholes[:2]}], **OPTIONS[name])
+    buffers: list[Tensor | None] = [None, None]
+    mine, others = zip(*(w.chunk(2) for w in wholes), strict=True)
+    params = [w.clone() for w in mine[:2]]
+    part = Part("triton", [0, 1], params, list(mine[2:]), buffers if options.momentum != 0 else [])
+    for skips in (False, True):
+        shards = OtherHalf(list(others[:2]), list(others[2:]), options, skips)
+        before = [p.clone() for p in params]
+        functional.run([(part, options)], None, None, fused_cuda.Tables(), shards)
+        if not skips:
+            reference.step(wholes[2:])
+            for param, whole in zip(params, reference.params, strict=True):
+                torch.testing.assert_close(param.double(), torch.as_tensor(whole)[:1050], rtol=1e-5, atol=1e-6)
+        elif options.skip_nonfinite:
+            assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True))
+
+
 @pytest.mark.parametrize("name", ["skip_nonfinite", "everything", "everything_but_joint"])
 def test_skip_nonfinite_leaves_its_groups_alone(name: str) -> None:
     groups = [
