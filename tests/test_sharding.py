@@ -16,7 +16,7 @@ pytestmark = [
 ranks = ranks_module.fixture(2, 4)
 
 CHOSEN = [
-    "base",
+    "large_eps",  # not the same for norms that are all wrong by one factor
     "momentum",
     "dampening",
     "nesterov-joint",

@@ -430,9 +430,7 @@ def _coefficient_lists(part: Part, measured: Optional[Tensor], options: Options)
     return _unbind(b, part, like), _unbind(c, part, like)
 
 
-def _coefficients(
-    part: Part, measured: Optional[Tensor], options: Options, first_step: bool
-) -> Tuple[Number, Number]:
+def _coefficients(part: Part, measured: Optional[Tensor], options: Options, first_step: bool) -> Tuple[Number, Number]:
     norms = (measured[0], measured[1]) if is_adapted(options) and measured is not None else None
     return coefficients(norms, scalar_lr(options.lr, real(part.params[0])), first_step, options)
 
