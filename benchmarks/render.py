@@ -9,6 +9,7 @@ from pathlib import Path
 
 from . import figure
 from .commandline import FOLDER
+from .distributed import COPIED, EXCHANGE, SHARDED
 from .machine import sentence
 from .optimizers import YARDSTICK
 from .promises import PROMISES
@@ -52,6 +53,17 @@ COMMANDS = """\
 
 One part, some models, some optimizers: `python -m benchmarks.step_time --help`.
 """
+MEASURED = (
+    "<!-- measured: written by `python -m benchmarks.render` from benchmarks/results -->",
+    "<!-- end of what was measured -->",
+)
+DISTRIBUTED_NOTE = """\
+The optimizer's step alone, processes with gloo and one thread each, on {cores} cores: more ranks than cores share them, so that
+a step then takes longer for everyone, and says nothing of a machine that has a core or GPU for each. Copied: each rank steps the
+whole model, as under DDP. Sharded: each steps its part, as under FSDP2. Times of the slowest rank in each round, from when all are
+there; the exchange is that of the rank that comes last to it and waits for nobody. Medians over the rounds. On one rank a sharded
+step is the slower: it measures all tensors before it updates any, a copied one on CPU each while it is in the cache.\
+"""
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 
 
@@ -68,7 +80,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.docs.mkdir(parents=True, exist_ok=True)
     sections = ["\n".join(section(all_results, device, options.docs)) for device in DEVICES]
     (options.docs / "performance.md").write_text("\n".join([INTRODUCTION, *sections, COMMANDS]), encoding="utf-8")
+    if (measured := find(all_results, "distributed", "cpu")) is not None:
+        _replace_measured(options.docs / "distributed.md", "\n".join(_ranks(measured)))
     return 0
+
+
+def _replace_measured(page: Path, text: str) -> None:
+    """What stands between two comments; the rest of the page is written by hand."""
+    if not page.exists():
+        return
+    head, begin, rest = page.read_text(encoding="utf-8").partition(MEASURED[0])
+    _, end, tail = rest.partition(MEASURED[1])
+    if not begin or not end:
+        raise SystemExit(f"render: {page} must hold the lines {MEASURED[0]!r} and {MEASURED[1]!r}")
+    page.write_text(f"{head}{begin}\n\n{text}\n{end}{tail}", encoding="utf-8")
+
+
+def _ranks(results: Results) -> Iterator[str]:
+    """The step against ranks, medians over the rounds; the exchange apart."""
+    yield f"Measured on {sentence(results.machine)}\n"
+    yield DISTRIBUTED_NOTE.format(cores=results.machine["cores"]) + "\n"
+    rows = []
+    for case in results.cases:
+        copied, sharded, exchange = (results.find(case, name) for name in (COPIED, SHARDED, EXCHANGE))
+        assert copied is not None
+        assert sharded is not None
+        apart = ["none", "0"] if exchange is None else [f"{exchange.median:.2g}", f"{exchange.bytes_moved}"]
+        rows.append([case, f"{copied.median:.3g}", f"{sharded.median:.3g}", *apart, str(len(copied.ms))])
+    header = ["", "copied, ms", "sharded, ms", "of that the exchange, ms", "bytes exchanged", "rounds"]
+    yield from _markdown(header, rows, numbers={1, 2, 3, 4, 5})
 
 
 def section(all_results: list[Results], device: str, docs: Path) -> Iterator[str]:

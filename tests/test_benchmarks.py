@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.fsdp
 
 for module in ("rich", "matplotlib"):
     pytest.importorskip(module, reason="the benchmarks have their own dependencies: group bench")
@@ -15,7 +16,7 @@ for module in ("rich", "matplotlib"):
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # benchmarks/ is no part of the package; it is run from the repository root
 
-from benchmarks import compare, models, render, step_time, training_step
+from benchmarks import compare, distributed, models, render, step_time, training_step
 from benchmarks.counting import bytes_moved, peak_extra_bytes
 from benchmarks.measuring import measure
 from benchmarks.optimizers import CONTENDERS, LOOP, OURS, YARDSTICK, Contender
@@ -251,3 +252,38 @@ def test_the_page_has_the_figures_of_the_results(tmp_path: Path) -> None:
     assert "Not measured. `python -m nox -s bench -- --device cuda` measures it." in page
     assert render.main(["--results", str(tmp_path / "results"), "--docs", str(tmp_path / "docs")]) == 0
     assert (tmp_path / "docs" / "performance-cpu.svg").read_bytes() == picture, "the same results make the same file"
+
+
+def test_the_step_against_ranks_is_one_exchange_of_eight_bytes_a_tensor(tmp_path: Path) -> None:
+    if not hasattr(torch.distributed.fsdp, "fully_shard"):
+        pytest.skip("fully_shard came with torch 2.6")
+    path = tmp_path / "results" / "distributed-cpu.json"
+    assert distributed.main(["--model", "tiny", "--ranks", "1", "2", "--rounds", "5", "--out", str(path)]) == 0
+    found = load(path)
+    assert [(row.case, row.contender, len(row.ms), row.bytes_moved) for row in found.rows] == [
+        ("tiny on 1 rank", distributed.COPIED, 5, None),
+        ("tiny on 1 rank", distributed.SHARDED, 5, None),
+        ("tiny on 2 ranks", distributed.COPIED, 5, None),
+        ("tiny on 2 ranks", distributed.SHARDED, 5, None),
+        ("tiny on 2 ranks", distributed.EXCHANGE, 5, 8 * (len(list(models.tiny().parameters())) + 1)),
+    ]
+
+
+def test_the_page_of_several_processes_keeps_what_is_written_by_hand(tmp_path: Path) -> None:
+    samples = {("x on 1 rank", name): [2.0, 1.0, 9.0] for name in (distributed.COPIED, distributed.SHARDED)}
+    samples |= {
+        ("x on 2 ranks", name): [4.0] for name in (distributed.COPIED, distributed.SHARDED, distributed.EXCHANGE)
+    }
+    save(results("distributed", samples), tmp_path / "results" / "distributed-cpu.json")
+    page = tmp_path / "docs" / "distributed.md"
+    page.parent.mkdir()
+    page.write_text("\n".join(["above", render.MEASURED[0], "| old |", render.MEASURED[1], "below"]))
+    for _ in range(2):
+        assert render.main(["--results", str(tmp_path / "results"), "--docs", str(page.parent)]) == 0
+        text = page.read_text()
+        assert text.startswith("above\n") and text.endswith("\nbelow") and "old" not in text
+        assert "| x on 1 rank | 2 | 2 | none | 0 | 3 |" in text
+        assert "| x on 2 ranks | 4 | 4 | 4 | 20000000 | 1 |" in text
+    page.write_text("no such lines")
+    with pytest.raises(SystemExit, match="must hold the lines"):
+        render.main(["--results", str(tmp_path / "results"), "--docs", str(page.parent)])

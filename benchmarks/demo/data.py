@@ -11,8 +11,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 Bytes = npt.NDArray[np.uint8]
 Pixels = npt.NDArray[np.float32]
@@ -53,6 +51,8 @@ class Dataset:
 
 def scikit_learn_digits() -> Dataset:
     """The 1797 images of 8 x 8 pixels that come with scikit-learn, in three stratified splits."""
+    from sklearn.datasets import load_digits  # noqa: PLC0415  slow to import, and data may come from elsewhere
+
     digits = load_digits()
     images, labels = digits.images.astype(np.float32), digits.target.astype(np.int64)
     train, rest = _stratified(labels, np.arange(len(labels)), DIGITS_TRAIN)
@@ -176,6 +176,8 @@ def _size(images: Bytes) -> str:
 
 def _stratified(labels: Labels, indices: npt.NDArray[np.intp], size: int) -> list[npt.NDArray[np.intp]]:
     """Draw `size` of `indices` with every digit in proportion; returns them and the rest."""
+    from sklearn.model_selection import train_test_split  # noqa: PLC0415  as above
+
     halves: list[npt.NDArray[np.intp]] = train_test_split(
         indices, train_size=size, stratify=labels[indices], random_state=SPLIT_SEED
     )

@@ -1,0 +1,218 @@
+"""The demo's training on several processes, data-parallel or sharded, with checkpoints that a killed job goes on from.
+
+    torchrun --standalone --nproc-per-node=2 -m benchmarks.demo.distributed
+    torchrun --standalone --nproc-per-node=2 -m benchmarks.demo.distributed --shard
+    torchrun --standalone --nproc-per-node=2 --max-restarts=3 -m benchmarks.demo.distributed --checkpoint results/run
+
+It is made to be copied: put in your model, your data and your loss. Each thing that it shows is one function: `start`;
+`parallelize`, data-parallel or sharded; `train`, the same batch and gradient on any number of processes; `save` and
+`resume`, a checkpoint that is there as a whole or not at all. LARS is built as on one process, after the sharding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.distributed.fsdp
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LRScheduler
+
+import fastlars
+
+from .data import DataError, Dataset, Split, idx_digits, scikit_learn_digits
+from .training import BIAS_LR, Protocol, build_model
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        dataset = idx_digits(options.data) if options.data else scikit_learn_digits()
+    except DataError as error:
+        print(f"distributed: {error}", file=sys.stderr)
+        return 2
+    device = start()
+    train(dataset, options, device)
+    dist.destroy_process_group()
+    return 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="torchrun --standalone --nproc-per-node=2 -m benchmarks.demo.distributed",
+        description="Train the demo's network with LARS on several processes.",
+    )
+    parser.add_argument("--data", type=Path, metavar="DIR", help="MNIST-format files (default: scikit-learn's digits)")
+    parser.add_argument("--shard", action="store_true", help="shard the model (FSDP2) instead of copying it (DDP)")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="save here and go on from what is here; all nodes must see it"
+    )
+    parser.add_argument("--every", type=_positive, default=5, metavar="N", help="steps between (default: %(default)s)")
+    parser.add_argument("--epochs", type=_positive, default=20, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--batch", type=_positive, metavar="N", help="of all processes (default: all images at once)")
+    parser.add_argument("--lr", type=float, default=128.0, help="of the weights (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    options = parser.parse_args(arguments)
+    if options.epochs <= Protocol.warmup_epochs:
+        parser.error(f"--epochs must be > {Protocol.warmup_epochs}, the epochs of warm-up, got {options.epochs}")
+    if options.shard and not hasattr(torch.distributed.fsdp, "fully_shard"):
+        parser.error(f"--shard needs torch 2.6 or later, got {torch.__version__}; leave it out, or update torch")
+    return options
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be >= 1, got {value}")
+    return value
+
+
+def start() -> torch.device:
+    """Join the processes that torchrun has started; without torchrun, this is a job of one process."""
+    alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    job = {} if "RANK" in os.environ else alone
+    if not torch.cuda.is_available():
+        dist.init_process_group("gloo", **job)
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device, **job)
+    return device
+
+
+def parallelize(model: nn.Module, shard: bool, device: torch.device) -> nn.Module:
+    """What to call in the place of the model. The optimizer and the checkpoints get the model itself."""
+    if not shard:
+        return DistributedDataParallel(model)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for layer in model.children():
+        if list(layer.parameters()):
+            torch.distributed.fsdp.fully_shard(layer, mesh=mesh)
+    return torch.distributed.fsdp.fully_shard(model, mesh=mesh)
+
+
+class Training(NamedTuple):
+    """All that a job goes on from, by names of parameters: those depend on neither ranks nor sharding."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: LRScheduler
+
+    def state_dict(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+        set_state_dict(self.model, self.optimizer, **parts)
+        self.scheduler.load_state_dict(state["scheduler"])
+
+
+def train(dataset: Dataset, options: argparse.Namespace, device: torch.device) -> None:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    console = Console(quiet=rank != 0, highlight=False)
+    images, labels = dataset.train.images.to(device), dataset.train.labels.to(device)
+    batches = list(image_order(len(labels), options))
+
+    torch.manual_seed(options.seed)  # the same weights on every rank
+    model = build_model(*images.shape[2:]).to(device)
+    parallel = parallelize(model, options.shard, device)
+    groups = fastlars.param_groups(model, Protocol.weight_decay, unadapted={"lr": BIAS_LR})
+    optimizer = fastlars.LARS(groups, lr=options.lr, momentum=Protocol.momentum)
+    warmup_steps = len(batches) * Protocol.warmup_epochs // options.epochs
+    scheduler = fastlars.schedules.warmup_polynomial(optimizer, warmup_steps, len(batches))
+    training = Training(model, optimizer, scheduler)
+
+    if not options.shard:
+        # DDP orders its buckets anew after the first backward pass, and from three ranks on sums round differently then.
+        # One pass for nothing, so that a job that goes on has the order of one that was not disturbed, and its bits.
+        parallel(images[:1]).sum().backward()
+        optimizer.zero_grad()
+    done = resume(options.checkpoint, training)
+    if done:
+        console.print(f"going on after step {done} of {len(batches)}")
+    began = time.perf_counter()
+    steps = range(done, len(batches))
+    for step in track(steps, "training", console=console, transient=True, disable=not console.is_terminal):
+        mine = batches[step][rank::ranks]
+        optimizer.zero_grad()
+        # Gradients are averaged over the ranks. The sum over this rank's images, divided like this, makes that the
+        # gradient of the mean over the whole batch, also where the ranks' shares are not of one size.
+        loss = functional.cross_entropy(parallel(images[mine]), labels[mine], reduction="sum")
+        (loss * ranks / len(batches[step])).backward()
+        optimizer.step()
+        scheduler.step()
+        if options.checkpoint and ((step + 1) % options.every == 0 or step + 1 == len(batches)):
+            save(options.checkpoint, step + 1, training)
+    speed = f", {len(steps) / (time.perf_counter() - began):.1f} steps/s" if steps else ""
+
+    accuracy = measure(parallel, dataset.test, device)
+    how = "sharded" if options.shard else "data-parallel"
+    console.print(f"{how} on {ranks} x {device.type}: test accuracy {accuracy:.1f} %{speed}")
+
+
+def image_order(images: int, options: argparse.Namespace) -> Iterator[Tensor]:
+    """The images of each step, from the seed alone: every rank has the same, and so has a job that goes on."""
+    generator = torch.Generator().manual_seed(options.seed)
+    for _ in range(options.epochs):
+        yield from torch.randperm(images, generator=generator).split(options.batch or images)
+
+
+@torch.no_grad()
+def measure(parallel: nn.Module, split: Split, device: torch.device) -> float:
+    """Accuracy in percent; each rank looks at its share of the images."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    logits = parallel(split.images[rank::ranks].to(device))
+    right = (logits.argmax(1) == split.labels[rank::ranks].to(device)).sum()
+    dist.all_reduce(right)
+    return 100 * right.item() / len(split.labels)
+
+
+def save(folder: Path, step: int, training: Training) -> None:
+    """Each rank writes its part of a checkpoint, which is renamed when it is whole; then the one before it goes."""
+    unfinished = folder / "unfinished"
+    if dist.get_rank() == 0:
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a job that was killed
+    dist.barrier()
+    dcp.save({"training": training}, checkpoint_id=unfinished)
+    if dist.get_rank() == 0:
+        older = steps_saved(folder)
+        unfinished.rename(folder / f"step-{step}")
+        for number in older:
+            shutil.rmtree(folder / f"step-{number}")
+    dist.barrier()
+
+
+def resume(folder: Path | None, training: Training) -> int:
+    """Load the newest checkpoint, whatever number of ranks wrote it, sharded or not; 0 if there is none, else its step."""
+    if folder is None:
+        return 0
+    # one rank looks and tells the others, who on a network file system may not see the same yet
+    newest = [max(steps_saved(folder), default=0) if dist.get_rank() == 0 else 0]
+    dist.broadcast_object_list(newest)
+    if newest[0]:
+        dcp.load({"training": training}, checkpoint_id=folder / f"step-{newest[0]}")
+    return newest[0]
+
+
+def steps_saved(folder: Path) -> list[int]:
+    return [int(path.name.removeprefix("step-")) for path in folder.glob("step-*")]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

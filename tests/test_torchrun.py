@@ -1,0 +1,346 @@
+"""The demo under torchrun ends where one process ends, and a job whose processes are killed where it would have ended.
+
+The jobs are real: two processes with gloo on this machine. Each has a timeout, and all that it started is gone then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.fsdp
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn import functional
+
+import fastlars
+import ranks
+
+for module in ("sklearn", "rich"):
+    pytest.importorskip(module, reason="the demo has its own dependencies: group demo")
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))  # benchmarks/ is no part of the package; it is run from the repository root
+
+import torchrun_job
+from benchmarks.demo import distributed
+from benchmarks.demo.data import Dataset, scikit_learn_digits
+from benchmarks.demo.training import build_model
+
+# Without the second, an attempt may be given the addresses of the one before (pytorch/pytorch#135712).
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+TIMEOUT = 240  # seconds; the longest job takes 20 on two quiet cores
+MODES = {"data-parallel": [], "sharded": ["--shard"]}
+if not hasattr(torch.distributed.fsdp, "fully_shard"):  # it came with torch 2.6
+    del MODES["sharded"]
+modes = pytest.mark.parametrize("mode", MODES)
+
+# Three steps an epoch, the last of them smaller; the two ranks' shares are not of one size.
+BATCH, EPOCHS, STEPS, EVERY, LR, SEED = 501, 3, 9, 3, 8.0, 7
+OPTIONS = f"--batch {BATCH} --epochs {EPOCHS} --every {EVERY} --lr {LR} --seed {SEED}".split()
+
+# mode, rank, place, step, the step that the next attempt goes on from; an attempt each
+KILLS = [
+    ("data-parallel", 1, "in backward", 5, 3),
+    ("data-parallel", 1, "in writing a checkpoint", 6, 3),
+    ("sharded", 1, "before the optimizer's step", 5, 3),
+    ("sharded", 0, "before renaming a checkpoint", 6, 3),
+]
+
+
+class Job:
+    """torchrun, and all that it starts; leaving the `with` block ends them, whatever state they are in."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.mark = f"FASTLARS_TEST_JOB={uuid.uuid4()}"
+        name, _, value = self.mark.partition("=")
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *arguments],
+            cwd=ROOT,
+            env={**os.environ, **ENVIRONMENT, name: value, "PYTHONPATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for _ in range(2):  # once more for what was being started
+            for process in [self.process.pid, *self.children()]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+        self.process.communicate()
+
+    def children(self) -> list[int]:
+        """Each is the leader of a session of its own; they are known by their environment. Linux only."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if self.mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                    found.append(int(folder.name))
+        return found
+
+    def output(self, timeout: float = TIMEOUT) -> str:
+        out, err = self.process.communicate(timeout=timeout)
+        assert self.process.returncode == 0, f"{out}\n{err}"
+        return out
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """Of this process alone."""
+    distributed.start()
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def training() -> distributed.Training:
+    model = build_model(8, 8)
+    optimizer = fastlars.LARS(fastlars.param_groups(model, 5e-4), lr=1.0, momentum=0.9)
+    return distributed.Training(model, optimizer, fastlars.schedules.warmup_polynomial(optimizer, 1, 2))
+
+
+def tensors(of: distributed.Training) -> dict[str, Tensor]:
+    result = dict(of.model.named_parameters())
+    result |= {f"{name}, momentum": of.optimizer.state[p]["momentum_buffer"] for name, p in of.model.named_parameters()}
+    return {name: tensor.detach().clone() for name, tensor in result.items()}
+
+
+def ended(folder: Path) -> dict[str, Tensor]:
+    """What the last checkpoint in a folder holds, read by one process; nothing else is left in the folder."""
+    assert [path.name for path in folder.iterdir()] == [f"step-{STEPS}"]
+    with process_group():
+        found = training()
+        assert distributed.resume(folder, found) == STEPS
+    assert found.scheduler.last_epoch == STEPS
+    return tensors(found)
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Dataset:
+    return scikit_learn_digits()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
+    """Both modes as a user starts them, on two ranks: data-parallel on two nodes, which are one machine here."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    node = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=test", "--local-addr=localhost"]
+    node.append(f"--rdzv-endpoint=localhost:{port}")
+    ends = {}
+    for mode, arguments in MODES.items():
+        training = ["-m", "benchmarks.demo.distributed", *OPTIONS, "--checkpoint", str(folder / mode), *arguments]
+        nodes = [node, node] if mode == "data-parallel" else [["--standalone", "--nproc-per-node=2"]]
+        with contextlib.ExitStack() as stack:
+            jobs = [stack.enter_context(Job(*where, *training)) for where in nodes]
+            printed = "".join(job.output() for job in jobs)
+        assert re.fullmatch(rf"{mode} on 2 x cpu: test accuracy [0-9.]+ %, [0-9.]+ steps/s\n", printed)
+        ends[mode] = ended(folder / mode)
+    return ends
+
+
+def one_process(dataset: Dataset) -> dict[str, Tensor]:
+    """The training in plain words, with nothing of `benchmarks.demo.distributed`."""
+    torch.manual_seed(SEED)
+    model = build_model(8, 8)
+    optimizer = fastlars.LARS(
+        [
+            {"params": [model.get_parameter(f"{layer}.{kind}") for layer in ("conv1", "conv2", "hidden", "output")]}
+            for kind in ("weight", "bias")
+        ],
+        lr=LR,
+        momentum=0.9,
+    )
+    optimizer.param_groups[0]["weight_decay"] = 5e-4
+    generator = torch.Generator().manual_seed(SEED)
+    step = 0
+    for _ in range(EPOCHS):
+        for batch in torch.randperm(1152, generator=generator).split(BATCH):
+            factor = (step + 1) / 6 if step < 6 else (1 - (step - 6) / 3) ** 2
+            for group, lr in zip(optimizer.param_groups, (LR, 0.1), strict=True):
+                group["lr"] = lr * factor
+            optimizer.zero_grad()
+            functional.cross_entropy(model(dataset.train.images[batch]), dataset.train.labels[batch]).backward()
+            optimizer.step()
+            step += 1
+    assert step == STEPS
+    return tensors(distributed.Training(model, optimizer, None))  # type: ignore[arg-type]
+
+
+@modes
+def test_ends_where_one_process_ends(mode: str, undisturbed: dict[str, dict[str, Tensor]], dataset: Dataset) -> None:
+    """Within rounding, 1e-7 here; the mean of two ranks' means, which is not that of the batch, would be off by 1e-3."""
+    expected = one_process(dataset)
+    assert undisturbed[mode].keys() == expected.keys()
+    for name, tensor in undisturbed[mode].items():
+        assert (tensor - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+
+
+def test_a_job_whose_processes_are_killed_ends_where_the_undisturbed_one_ends(
+    undisturbed: dict[str, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    """Each attempt but the last is killed at another place; each mode is killed twice."""
+    kills = [kill for kill in KILLS if kill[0] in MODES]
+    torch.save(scikit_learn_digits(), tmp_path / "dataset")
+    job = {
+        "dataset": str(tmp_path / "dataset"),
+        "trainings": {m: [*OPTIONS, "--checkpoint", str(tmp_path / m), *arguments] for m, arguments in MODES.items()},
+        "kills": [dict(zip(("mode", "rank", "place", "step"), kill, strict=False)) for kill in kills],
+    }
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    where = ["--standalone", "--nproc-per-node=2", f"--max-restarts={len(kills)}"]
+    with Job(*where, str(ROOT / "tests" / "torchrun_job.py"), str(tmp_path / "job.json")) as torchrun:
+        printed = torchrun.output()
+    told = [line for line in printed.splitlines() if "killed" in line or "going on" in line]
+    expected = []
+    for attempt, (mode, rank, place, step, next_from) in enumerate(kills):
+        expected.append(f"attempt {attempt}: rank {rank} is killed {place}, step {step}")
+        if mode == "sharded":  # the training before has ended
+            expected.append(f"going on after step {STEPS} of {STEPS}")
+        expected.append(f"going on after step {next_from} of {STEPS}")
+    assert told == expected
+    for mode, tensors in undisturbed.items():
+        found = ended(tmp_path / mode)
+        for name, tensor in tensors.items():
+            assert torch.equal(found[name], tensor), f"{mode}: {name}"
+
+
+@modes
+def test_a_job_of_three_ranks_goes_on_with_the_same_bits(mode: str, dataset: Dataset, tmp_path: Path) -> None:
+    """With two, every sum has one order; with more, DDP's buckets decide, which it makes anew after its first pass."""
+    torch.save(dataset, tmp_path / "dataset")
+    with ranks.group(3) as group:
+        group.run(torchrun_job.stops_and_goes_on, str(tmp_path), [*OPTIONS, *MODES[mode]])
+    stopped = ended(tmp_path / "stopped")
+    for name, tensor in ended(tmp_path / "whole").items():
+        assert torch.equal(stopped[name], tensor), name
+
+
+def test_a_job_that_hangs_is_ended_with_all_its_processes(tmp_path: Path) -> None:
+    """Also processes that ignore a polite end, which torchrun leaves behind when it is killed itself."""
+    program = tmp_path / "hang.py"
+    program.write_text(
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "sys.stderr.write('here\\n')\n"
+        "time.sleep(1000)\n"
+    )
+    job = Job("--standalone", "--nproc-per-node=2", str(program))
+    with job:
+        deadline = time.monotonic() + TIMEOUT
+        while len(job.children()) < 3 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert len(job.children()) == 3
+        with pytest.raises(subprocess.TimeoutExpired):
+            job.output(timeout=1)
+    assert job.children() == []
+
+
+class Killed(BaseException):
+    """In the place of SIGKILL, for which one process is enough: what is on the disk is what counts."""
+
+
+def dying(original: Callable[..., Any], victim: str) -> Callable[..., Any]:
+    def die(of: object, *args: object, **options: object) -> Any:
+        if isinstance(of, Path) and of.name != victim:
+            return original(of, *args, **options)
+        raise Killed
+
+    return die
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage:UserWarning")  # of torch 2.4's own
+@pytest.mark.parametrize(
+    ("owner", "name", "victim", "whole"),
+    [
+        (FileSystemWriter, "write_data", "", 3),
+        (FileSystemWriter, "finish", "", 3),
+        (Path, "rename", "unfinished", 3),
+        (shutil, "rmtree", "step-3", 6),
+    ],
+)
+def test_a_checkpoint_is_there_as_a_whole_or_not_at_all(
+    owner: Any, name: str, victim: str, whole: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with process_group():
+        saved = {}
+        for step in (3, 6):
+            job = training()
+            for p in job.model.parameters():
+                p.grad = torch.full_like(p, step)
+            job.optimizer.step()
+            job.scheduler.step()
+            saved[step] = tensors(job)
+            with monkeypatch.context() as patch:
+                if step == 6:
+                    patch.setattr(owner, name, dying(getattr(owner, name), victim))
+                    with pytest.raises((Killed, CheckpointException)):
+                        distributed.save(tmp_path, step, job)
+                else:
+                    distributed.save(tmp_path, step, job)
+
+        found = training()
+        assert distributed.resume(tmp_path, found) == whole
+        for key, tensor in tensors(found).items():
+            assert torch.equal(tensor, saved[whole][key])
+        # what was left behind is in nobody's way
+        distributed.save(tmp_path, 9, found)
+        assert [path.name for path in tmp_path.iterdir()] == ["step-9"]
+        assert distributed.resume(tmp_path, training()) == 9
+
+
+class Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+# not "python": test_docs.py runs what says so, in one process and without ranks
+SNIPPETS = re.findall(r"```py\n(.*?)```", (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's own ZeroRedundancyOptimizer
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
+def test_the_snippets_of_the_page_make_optimizers_that_step(snippet: str) -> None:
+    """Each on a mesh of one process; what they do on several is tested elsewhere."""
+    if "fully_shard" in snippet and "sharded" not in MODES:
+        pytest.skip("fully_shard came with torch 2.6")
+    with process_group():
+        mesh = init_device_mesh("cpu", (1, 1, 1), mesh_dim_names=("replicate", "shard", "tensor"))
+        names: dict[str, Any] = {"torch": torch, "fastlars": fastlars, "model": Model(), "mesh": mesh}
+        exec(snippet, names)  # noqa: S102  our own page
+        optimizer, model = names["optimizer"], names.get("parallel", names["model"])
+        before = [p.detach().clone() for p in model.parameters()]
+        model(torch.ones(2, 6)).square().sum().backward()
+        optimizer.step()
+        assert not any(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    assert len(SNIPPETS) == 5
