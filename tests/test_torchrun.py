@@ -334,6 +334,8 @@ def test_the_snippets_of_the_page_make_optimizers_that_step(snippet: str) -> Non
     """Each on a mesh of one process; what they do on several is tested elsewhere."""
     if "fully_shard" in snippet and "sharded" not in MODES:
         pytest.skip("fully_shard came with torch 2.6")
+    if "parallelize_module" in snippet and "sharded" not in MODES:
+        pytest.skip("torch 2.4's own forward pass fails on a mesh of one process; test_distributed.py has more")
     with process_group():
         mesh = init_device_mesh("cpu", (1, 1, 1), mesh_dim_names=("replicate", "shard", "tensor"))
         names: dict[str, Any] = {"torch": torch, "fastlars": fastlars, "model": Model(), "mesh": mesh}
