@@ -18,6 +18,8 @@ from cases import Options
 from fastlars import LARS
 from harness import IMPLEMENTATIONS, ignore_nothing_adapted, implementations
 
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
 pytestmark = [
     ignore_nothing_adapted,
     # torch's own, from inside its compiler
@@ -221,7 +223,9 @@ def test_no_more_breaks_and_compilations_than_sgd(implementation: Options, dampe
         counted = Counted(kind, implementation, 0.5, dampening=dampening)
         first.append(counted.compilations(3))
         breaks.append(counted.breaks())
-        later.append(counted.compilations(20, scheduled=True))
+        # up to torch 2.5 every value of a float lr compiles anew, up to a limit of 8; then torch compiles inner functions,
+        # of which ours has more
+        later.append(counted.compilations(6 if TORCH < (2, 6) else 20, scheduled=True))
     # with dampening the step is not compiled: torch's SGD is, and takes a first step for the second of late tensors
     uncompiled = 1 if dampening and not implementation.get("fused") else 0
     assert breaks[1] <= breaks[0] + uncompiled

@@ -223,6 +223,10 @@ def split(
 ) -> List[Part]:
     """The tensors sorted into parts; torch's own helper does not sort while compiling."""
     preferred = implementation(params, options) if len(params) > 0 else "single"
+    if not is_scripting():  # noqa: SIM102  TorchScript would compile the second condition
+        if preferred == "fused" and _is_one_part(params, grads, momentum_buffers, options):
+            buffers = momentum_buffers if options.momentum != 0 else []
+            return [Part("fused", list(range(len(params))), params, grads, buffers)]
     parts: Dict[Key, Part] = {}
     for i, param in enumerate(params):
         grad = grads[i]
@@ -239,6 +243,16 @@ def split(
         if options.momentum != 0:
             part.momentum_buffers.append(buffer)
     return list(parts.values())
+
+
+def _is_one_part(
+    params: List[Tensor], grads: List[Tensor], momentum_buffers: List[Optional[Tensor]], options: Options
+) -> bool:
+    """Whether the fused CPU step serves all of these, as it nearly always does: sorting takes as long as small tensors."""
+    buffers = momentum_buffers if options.momentum != 0 else [None] * len(params)
+    if len({buffer is None for buffer in buffers}) > 1:
+        return False
+    return all(fused_cpu.serves(param, grad, buffer) for param, grad, buffer in zip(params, grads, buffers))
 
 
 # What tells parts apart: anything that can be a key. TorchScript has few of these.

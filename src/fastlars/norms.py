@@ -58,11 +58,28 @@ def buckets(tensors: List[Tensor], limit: int = BUCKET) -> List[List[int]]:
 def norms(tensors: List[Tensor], foreach: bool) -> Tensor:
     """L2 norms of real tensors of one device and dtype, shape (n,)."""
     if tensors[0].device.type == "cpu":
-        return torch.stack([_cpu_norm(tensor) for tensor in tensors])
+        if not is_scripting():  # noqa: SIM102  TorchScript would compile the second condition
+            if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+                one_node: Tensor = _cpu_norms_in_graph(tensors)
+                return one_node
+        return _cpu_norms(tensors)
     dtype = norm_dtype(tensors[0].dtype)
     if foreach:
         return torch.stack(torch._foreach_norm(tensors, 2.0, dtype=dtype))
     return torch.stack([vector_norm(tensor, dtype=dtype) for tensor in tensors])
+
+
+def _cpu_norms(tensors: List[Tensor]) -> Tensor:
+    return torch.stack([_cpu_norm(tensor) for tensor in tensors])
+
+
+# One node of a compiled graph, where a dozen for each tensor would take the compiler longer than all the rest of a step.
+_cpu_norms_in_graph = torch.library.custom_op("fastlars::cpu_norms", _cpu_norms, mutates_args=())
+
+
+@_cpu_norms_in_graph.register_fake
+def _(tensors: List[Tensor]) -> Tensor:
+    return tensors[0].new_empty(len(tensors), dtype=norm_dtype(tensors[0].dtype))
 
 
 def joint_norms(params: List[Tensor], grads: List[Tensor], sign: float, weight_decay: float, foreach: bool) -> Tensor:
