@@ -42,7 +42,9 @@ a copy of 256 MiB that measures the bandwidth; ms are medians, ratios are median
 caches hold what the one before left, on a GPU the L2 cache is flushed before each step. All use momentum and weight decay, and
 each LARS adapts every tensor (pytorch_optimizer's leaves vectors out). The quadra loop is a minimal loop of ours that stands for
 the LARS of Lightning Bolts, quadra and lightly, in whose manner Python reads two norms a tensor. A share of the copy above 100 %
-is possible: a copy also fetches the memory that it is about to overwrite, and caches help.
+is possible: a copy also fetches the memory that it is about to overwrite, and caches help. On a virtual machine, ratios depend on
+where its cores are: with a cache in common, norms cost less and small tensors more than with one each, and every core then
+has more bandwidth for itself, which favours whoever reads once.
 """
 COMMANDS = """\
 ## Measure it yourself
@@ -51,7 +53,8 @@ COMMANDS = """\
     python -m nox -s bench -- --device cuda      # the same on an NVIDIA GPU
     python -m nox -s bench_compare -- before.json after.json --margin 10
 
-One part, some models, some optimizers: `python -m benchmarks.step_time --help`.
+One part, some models, some optimizers: `python -m benchmarks.step_time --help`. Cold compilation:
+`python -m benchmarks.compile_time`.
 """
 MEASURED = (
     "<!-- measured: written by `python -m benchmarks.render` from benchmarks/results -->",
@@ -63,6 +66,11 @@ a step then takes longer for everyone, and says nothing of a machine that has a 
 whole model, as under DDP. Sharded: each steps its part, as under FSDP2. Times of the slowest rank in each round, from when all are
 there; the exchange is that of the rank that comes last to it and waits for nobody. Medians over the rounds. On one rank a sharded
 step is the slower: it measures all tensors before it updates any, a copied one on CPU each while it is in the cache.\
+"""
+COMPILE_NOTE = """\
+Seconds until a compiled `optimizer.step` has come to rest: the first two steps, in a fresh process with empty caches (torch's SGD
+makes its momentum buffers in the first and compiles again for the second). torch {torch}; medians. The fused steps are not in the
+graph; foreach is, as C++ code.\
 """
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 
@@ -114,8 +122,8 @@ def _ranks(results: Results) -> Iterator[str]:
 def section(all_results: list[Results], device: str, docs: Path) -> Iterator[str]:
     """One device: the figure, then everything in numbers."""
     yield f"## {DEVICES[device]}\n"
-    step_time, scaling, training = (
-        find(all_results, name, device) for name in ("step_time", "scaling", "training_step")
+    step_time, scaling, training, compiling = (
+        find(all_results, name, device) for name in ("step_time", "scaling", "training_step", "compile_time")
     )
     if step_time is None:
         yield f"Not measured. `{_command(device)}` measures it.\n"
@@ -141,6 +149,22 @@ def section(all_results: list[Results], device: str, docs: Path) -> Iterator[str
             yield f"{TRAINING_NOTE}\n"
             for case in results.cases:
                 yield from _case_table(results, case, TRAINING_COLUMNS)
+    if compiling is not None:
+        yield "### Cold `torch.compile`\n"
+        yield from _compile_table(compiling)
+
+
+def _compile_table(results: Results) -> Iterator[str]:
+    yield COMPILE_NOTE.format(torch=results.machine["versions"]["torch"]) + "\n"
+    rows = []
+    for case in results.cases:
+        for row in results.of_case(case):
+            beside = "sgd-" + row.contender.partition("-")[2]
+            ratio = results.ratio(case, row.contender, beside)
+            assert ratio is not None
+            rows.append([case, title(row.contender), f"{row.median / 1e3:.3g}", f"{ratio:.2f}", str(len(row.ms))])
+    header = ["", "", "seconds", "times torch's SGD, same implementation", "samples"]
+    yield from _markdown(header, rows, numbers={2, 3, 4})
 
 
 def _command(device: str) -> str:
