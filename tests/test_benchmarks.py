@@ -16,7 +16,7 @@ for module in ("rich", "matplotlib"):
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # benchmarks/ is no part of the package; it is run from the repository root
 
-from benchmarks import compare, distributed, models, render, step_time, training_step
+from benchmarks import compare, compile_time, distributed, models, render, step_time, training_step
 from benchmarks.counting import bytes_moved, peak_extra_bytes
 from benchmarks.measuring import measure
 from benchmarks.optimizers import CONTENDERS, LOOP, OURS, YARDSTICK, Contender
@@ -231,6 +231,17 @@ def test_compare_refuses_what_does_not_compare(
         save(other, tmp_path / "after.json")
     assert compare.main([str(tmp_path / "before.json"), str(tmp_path / "after.json")]) == 2
     assert reason in capsys.readouterr().err
+
+
+def test_cold_compilation_is_counted_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    case = next(iter(compile_time.CASES))
+    assert compile_time.main(["--rounds", "1", "--cases", case, "--out", str(tmp_path / "run.json")]) == 0
+    rows = load(tmp_path / "run.json").rows
+    assert [row.contender for row in rows] == list(compile_time.FUSED)
+    assert all(0 < row.ms[0] < 3e5 for row in rows)
+    page = "\n".join(render._compile_table(load(tmp_path / "run.json")))
+    assert f"| {case} |" in page and " 1.00 |" in page
 
 
 def test_the_page_has_the_figures_of_the_results(tmp_path: Path) -> None:
