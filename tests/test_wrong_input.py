@@ -277,6 +277,28 @@ def test_sparse_gradients(implementation: Options) -> None:
     assert fresh in optimizer.state  # the step that follows a refusal is a whole one
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("shape", [(9, 9), (1,), (2, 6), ()], ids=str)
+@implementations
+def test_a_parameter_that_was_resized(implementation: Options, shape: tuple[int, ...], momentum: float) -> None:
+    optimizer = make()  # a kernel that walks over memory would write beyond the old buffer
+    for group in optimizer.param_groups:
+        group.update(implementation, momentum=momentum)
+    param = optimizer.param_groups[1]["params"][0]
+    param.data = torch.ones(shape)
+    if momentum:
+        param.grad = torch.ones(shape)
+    what = "momentum buffer" if momentum else "gradient"
+    before = contents(optimizer)
+    with pytest.raises(RuntimeError, match=f"has a {what} of shape"):
+        optimizer.step()
+    assert contents(optimizer) == before
+    param.grad = torch.ones(shape)
+    optimizer.state.pop(param)  # the way out that the message tells
+    optimizer.step()
+    assert param.isfinite().all()
+
+
 def test_an_exception_in_a_closure_or_a_hook() -> None:
     def fail(*_: object) -> None:
         raise LookupError("mine")

@@ -274,13 +274,26 @@ def _key(runs: str, param: Tensor, grad: Tensor, buffer: Optional[Tensor]) -> Ke
 
 def runs_for(preferred: str, param: Tensor, grad: Tensor, buffer: Optional[Tensor]) -> str:
     """What runs for one tensor of a list for which `implementation` prefers this."""
-    if not is_scripting():
-        if preferred == "fused" and param.is_cpu:
-            return "fused" if fused_cpu.serves(param, grad, buffer) else "single"
-        if preferred == "fused" and fused_cuda.serves(param, grad, buffer):
+    if not is_scripting() and preferred == "fused":
+        if param.is_cpu and fused_cpu.serves(param, grad, buffer):
+            return "fused"
+        if not param.is_cpu and fused_cuda.serves(param, grad, buffer):
             return "triton"
+    _check_sizes(param, grad, buffer)
+    if preferred == "fused" and param.is_cpu:
+        return "single"
     # foreach ops do not write to conjugate views
     return "single" if preferred == "single" or is_conjugate(param) else "foreach"
+
+
+def _check_sizes(param: Tensor, grad: Tensor, buffer: Optional[Tensor]) -> None:
+    if grad.shape != param.shape:
+        raise RuntimeError(f"a parameter of shape {param.shape} has a gradient of shape {grad.shape}; make it anew")
+    if buffer is not None and buffer.shape != param.shape:
+        raise RuntimeError(
+            f"a parameter of shape {param.shape} has a momentum buffer of shape {buffer.shape}; when a parameter is "
+            "resized, delete its state (optimizer.state.pop(param)), or make the optimizer anew"
+        )
 
 
 def implementation(params: List[Tensor], options: Options) -> str:

@@ -42,6 +42,8 @@ def serves(param: Tensor, grad: Tensor, buffer: Optional[Tensor]) -> bool:
         or not (param.is_cpu and grad.is_cpu and third.is_cpu)
         or not (type(param) in _PLAIN and type(grad) in _PLAIN and type(third) in _PLAIN)
         or (param.is_neg() or grad.is_neg() or third.is_neg())
+        # it would go on beyond the end of the smaller one
+        or not (param.is_same_size(grad) and param.is_same_size(third))
     ):
         return False
     if param.is_contiguous() and grad.is_contiguous() and third.is_contiguous():

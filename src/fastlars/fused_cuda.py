@@ -94,6 +94,8 @@ def serves(param: Tensor, grad: Tensor, buffer: Tensor | None) -> bool:
         return False
     if param.is_neg() or grad.is_neg() or buffer.is_neg():
         return False
+    if not (param.is_same_size(grad) and param.is_same_size(buffer)):
+        return False  # they would go on beyond the end of the smaller one
     if param.is_contiguous() and grad.is_contiguous() and buffer.is_contiguous():
         return True
     if not (grad.stride() == buffer.stride() == param.stride()):
