@@ -298,3 +298,24 @@ def test_checkpoints_of_fused_sgd_go_on(options: Options) -> None:
     sgd = torch.optim.SGD(make_params(torch.float32, layouts=LAYOUTS), **{"lr": 0.5, **options}, fused=True)
     go_on(sgd, range(2), "dense")
     assert goes_on_as_sgd(sgd, history="dense").param_groups[0]["fused"] is True
+
+
+def test_a_wrapper_that_would_keep_what_it_loads() -> None:
+    """As LightningOptimizer: of the optimizer's class, with what the optimizer has, and nothing of its own."""
+
+    class Wrapper:
+        def __init__(self, optimizer: LARS) -> None:
+            self._optimizer = optimizer
+            self.__class__ = type("WrapperLARS", (Wrapper, LARS), {})
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._optimizer, name)
+
+    optimizer = LARS([torch.nn.Parameter(torch.ones(2))], lr=0.5, momentum=0.9, weight_decay=0.1)
+    saved = {**optimizer.state_dict(), "state": {0: {"momentum_buffer": torch.ones(2)}}}
+    wrapper: Any = Wrapper(optimizer)
+    with pytest.raises(RuntimeError, match=r"WrapperLARS wraps an optimizer.*self\.optimizers\(\)\.optimizer\.load"):
+        wrapper.load_state_dict(saved)
+    assert not optimizer.state and vars(wrapper).keys() == {"_optimizer"}
+    optimizer.load_state_dict(saved)
+    assert optimizer.state

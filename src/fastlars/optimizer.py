@@ -200,7 +200,14 @@ class LARS(Optimizer):
         Raises:
             ValueError, TypeError: for groups, options or buffers that do not fit, and for the state of other optimizers,
                 which :func:`fastlars.convert_state_dict` converts; the optimizer has not changed then.
+            RuntimeError: for Lightning's wrapper of an optimizer, which would keep to itself what it loads.
         """
+        if "param_groups" not in self.__dict__:
+            # torch would give what it loads to the wrapper, and leave the optimizer as it was
+            raise RuntimeError(
+                f"{type(self).__name__} wraps an optimizer and has no param groups itself: what it loaded would not reach the "
+                "optimizer; load into that one, as in self.optimizers().optimizer.load_state_dict(...) with Lightning"
+            )
         # Before torch casts the buffers, which would drop the imaginary parts of complex ones; and a hook, added last,
         # because hooks of users may replace the state dict.
         handle = self.register_load_state_dict_pre_hook(_check_saved_state)
@@ -366,6 +373,8 @@ class LARS(Optimizer):
             params = [group["params"][j] for j in positions]
             if not params or not is_adapted(_options(group)):
                 continue
+            for p in params:
+                check_grad(p.grad)
             positions_as_names = [f"{i}.{j}" for j in range(len(group["params"]))]
             names = [
                 f"{name} ({position})" if name in ratios else name
