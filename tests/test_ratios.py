@@ -259,3 +259,11 @@ def test_the_documents_picture_can_be_made_again(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "error", "-m", "benchmarks.demo.ratios", str(file)]
     subprocess.run(command, check=True, cwd=pages.ROOT)
     assert file.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_sparse_gradients_are_refused_as_in_a_step() -> None:
+    w = torch.nn.Parameter(torch.ones(3, 2))
+    w.grad = torch.ones(3, 2).to_sparse()
+    optimizer = LARS([w], lr=1.0, adapt=True)
+    with pytest.raises(RuntimeError, match="LARS needs dense gradients"):
+        optimizer.trust_ratios()
