@@ -93,6 +93,15 @@ def test_half_types_are_not_called_fused() -> None:
     assert "adapted, single" in repr(LARS(make_params(torch.bfloat16), lr=1.0, weight_decay=0.1))
 
 
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_lazy_modules() -> None:
+    model = torch.nn.LazyLinear(3)
+    optimizer = LARS(model.parameters(), lr=1.0, weight_decay=0.1)
+    assert "Parameter Group 0: 2 tensors, 0 elements, adapted, not yet initialized" in repr(optimizer)
+    model(torch.ones(1, 2))
+    assert "Parameter Group 0: 2 tensors, 9 elements, adapted, fused" in repr(optimizer)
+
+
 def test_frozen_and_empty() -> None:
     model = net()
     model[0].requires_grad_(False)

@@ -10,6 +10,7 @@ import textwrap
 from typing import Any
 
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .coefficients import is_adapted
 from .functional import _is_torch_sgd, implementation, runs_for
@@ -44,14 +45,16 @@ def _count(groups: list[dict[str, Any]]) -> str:
     frozen = sum(not param.requires_grad for param in params)
     of_which = f" ({frozen} frozen)" if frozen else ""
     tensors = "1 tensor" if len(params) == 1 else f"{len(params)} tensors"
-    return f"{tensors}{of_which}, {sum(param.numel() for param in params):,} elements"
+    return f"{tensors}{of_which}, {sum(param.numel() for param in params if not is_lazy(param)):,} elements"
 
 
 def _kind(group: dict[str, Any], options: Options) -> str:
     kind = "adapted" if is_adapted(options) else "not adapted"
     if not group["params"]:
         return kind
-    params = [local(param) for param in group["params"]]
+    params = [local(param) for param in group["params"] if not is_lazy(param)]
+    if not params:
+        return f"{kind}, not yet initialized"
     preferred = implementation(params, options)
     # the gradient and the buffer, which may not be there yet, are as a rule laid out like the parameter
     runs = collections.Counter(runs_for(preferred, param, param, None) for param in params)
