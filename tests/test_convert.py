@@ -169,6 +169,15 @@ def test_the_run_of_another_optimizer_goes_on_exactly(run: Run) -> None:
         assert_same(model, theirs, f"step {step}")
 
 
+def test_nothing_of_a_graph_is_kept() -> None:
+    w = Parameter(torch.ones(2))
+    optimizer = LARS([w], lr=torch.tensor(0.5, requires_grad=True), momentum=M, adapt=True, lr_in_momentum=True)
+    saved = {"state": {0: {"mu": torch.ones(2, requires_grad=True)}}}
+    converted = convert_state_dict(saved, optimizer)
+    assert torch.equal(converted["state"][0]["momentum_buffer"], torch.full((2,), 0.5))
+    assert not converted["state"][0]["momentum_buffer"].requires_grad
+
+
 # ---------------------------------------------------------------- from one dialect to another
 @pytest.mark.parametrize(("saved_in", "goes_on_in"), [("bolts", "paper"), ("paper", "bolts"), ("simclr", "byol")])
 @pytest.mark.parametrize("tensor_lr", [False, True])
@@ -356,6 +365,8 @@ FOREIGN: dict[str, dict[str, Any]] = {
     "adam": adam((2, 3)),
     "rmsprop": {"square_avg": torch.ones(2, 3)},
     "adagrad": {"sum": torch.ones(2, 3)},
+    "asgd": {"step": torch.tensor(1.0), "eta": torch.tensor(1.0), "mu": torch.tensor(1.0), "ax": torch.ones(2, 3)},
+    "rprop": {"step": torch.tensor(1.0), "prev": torch.ones(2, 3), "step_size": torch.ones(2, 3)},
     "barlow_twins": {"mu": torch.ones(2, 3)},
     "bitsandbytes": {
         "step": 3,

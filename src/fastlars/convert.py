@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 # Where optimizers keep momentum that LARS can go on with.
 MOMENTUM = ("momentum_buffer", "mu", "state1", "trace")
-# Signs of those that have none: Adam's kin, RMSprop and Adadelta, Adagrad.
-OTHERS = ("exp_avg", "square_avg", "sum")
+# Signs of those that have none: Adam's kin, RMSprop and Adadelta, Adagrad, ASGD, Rprop.
+OTHERS = ("exp_avg", "square_avg", "sum", "ax", "prev")
 # Into which bitsandbytes puts state1 and what else it has, when it saves.
 NESTED = "__bnb_optimizer_quant_state__"
 
@@ -29,6 +29,7 @@ def foreign_key(state: Mapping[str, Any], param: Tensor) -> str | None:
     return next((key for key in (*MOMENTUM, *OTHERS) if _is_like(state.get(key), param)), None)
 
 
+@torch.no_grad()
 def convert_state_dict(
     state_dict: Mapping[str, Any],
     optimizer: Optimizer,
