@@ -197,3 +197,15 @@ def test_any_optimizer_will_do() -> None:
     sgd = torch.optim.SGD(make_params(torch.float32), lr=4.0)
     scheduler = warmup_polynomial(sgd, warmup_steps=4, total_steps=10)
     assert (sgd.param_groups[0]["lr"], scheduler.base_lrs) == (1.0, [4.0])
+
+
+def test_a_second_schedule_takes_the_initial_lr_as_torch_does() -> None:
+    optimizer = LARS([torch.nn.Parameter(torch.ones(2))], lr=8.0, weight_decay=0.1)
+    warmup_cosine(optimizer, warmup_steps=2, total_steps=4)
+    optimizer.param_groups[0]["lr"] = 2.0
+    warmup_cosine(optimizer, warmup_steps=0, total_steps=4)
+    assert optimizer.param_groups[0]["lr"] == 8.0
+    del optimizer.param_groups[0]["initial_lr"]
+    optimizer.param_groups[0]["lr"] = 2.0
+    warmup_cosine(optimizer, warmup_steps=0, total_steps=4)
+    assert optimizer.param_groups[0]["lr"] == 2.0

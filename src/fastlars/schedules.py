@@ -70,7 +70,8 @@ def warmup_polynomial(
     """Warm-up, then lr * (1 - progress) ** power: MLPerf's schedule for LARS, with power 2.
 
     Args:
-        optimizer: its groups' present lr is what the warm-up reaches at step ``warmup_steps``.
+        optimizer: its groups' present lr is what the warm-up reaches at step ``warmup_steps``; where an earlier
+            scheduler left ``initial_lr`` in the group (it is saved with the optimizer), that, as in torch's schedulers.
         warmup_steps: steps of linear growth, from lr / warmup_steps to lr; 0 for none.
         total_steps: steps of the whole run; lr is ``end_factor * lr`` from there on.
         power: power of the decay, > 0; 1 is linear.
@@ -108,7 +109,8 @@ def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int, *, 
     """Warm-up, then lr * (1 + cos(pi * progress)) / 2: the schedule of SimCLR, BYOL, Barlow Twins and MoCo v3.
 
     Args:
-        optimizer: its groups' present lr is what the warm-up reaches at step ``warmup_steps``.
+        optimizer: its groups' present lr is what the warm-up reaches at step ``warmup_steps``; where an earlier
+            scheduler left ``initial_lr`` in the group (it is saved with the optimizer), that, as in torch's schedulers.
         warmup_steps: steps of linear growth, from lr / warmup_steps to lr; 0 for none.
         total_steps: steps of the whole run; lr is ``end_factor * lr`` from there on.
         end_factor: what is left of lr at the end, 0 to 1: 0 in SimCLR, BYOL and MoCo v3, 0.001 in Barlow Twins and
