@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 PICTURE = Path(__file__).parent.parent / "docs" / "bytes.svg"
-NORMS = ("w>", "g>")  # each operation: what it reads > what it writes. w: parameter, g: gradient, v: buffer, d: temporary
+NORMS = (
+    "w>",
+    "g>",
+)  # each operation: what it reads > what it writes. w: parameter, g: gradient, v: buffer, d: temporary
 
 
 class Row(NamedTuple):
@@ -43,10 +46,10 @@ ALTERNATIVE = "Bytes a float32 parameter: " + "; ".join(
 def draw() -> str:
     """The picture, to stand in a page whose text colour it takes."""
     height = ROW * len(ROWS) + 26
+    style = f"display:block;width:100%;max-width:{WIDTH * 5 // 4}px;margin:1em 0"
     lines = [
-        f'<svg role="img" aria-labelledby="bytes-title" viewBox="0 0 {WIDTH} {height}" '
-        f'style="display:block;width:100%;max-width:{WIDTH * 5 // 4}px;margin:1em 0" '
-        'font-family="sans-serif" font-size="13" xmlns="http://www.w3.org/2000/svg">',
+        f'<svg role="img" aria-labelledby="bytes-title" viewBox="0 0 {WIDTH} {height}" style="{style}"',
+        '  font-family="sans-serif" font-size="13" xmlns="http://www.w3.org/2000/svg">',
         f'<title id="bytes-title">{escape(ALTERNATIVE)}.</title>',
     ]
     for i, row in enumerate(ROWS):

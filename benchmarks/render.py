@@ -32,10 +32,8 @@ INTRODUCTION = """\
 
 # Performance
 
-A step of an optimizer reads and writes memory and computes next to nothing, so bytes come first. In float32, torch's SGD with
-momentum must read parameter, gradient and momentum buffer and write parameter and buffer: 20 bytes a parameter, which
-`torch.optim.SGD(fused=True)` moves. LARS needs the norms of parameter and gradient before it can update: 28 bytes, 1.4 times
-as many, if both are read twice from memory, and 20 where the second read comes from a cache. These are the floors.
+Times are given against torch's fused SGD, which moves 20 bytes a float32 parameter. LARS's floors are 28, 1.4 times as many,
+and 20 where its second read comes from a cache: [Why it is fast](bytes.md).
 
 All optimizers step the same tensors. They are interleaved: in each round everyone makes one step, in a new order, together with
 a copy of 256 MiB that measures the bandwidth; ms are medians, ratios are medians of the ratios within a round. On a CPU the
@@ -49,8 +47,8 @@ has more bandwidth for itself, which favours whoever reads once.
 COMMANDS = """\
 ## Measure it yourself
 
-    python -m nox -s bench                       # CPU: step time, scaling, training step; then this page
-    python -m nox -s bench -- --device cuda      # the same on an NVIDIA GPU
+    python -m nox -s bench                   # CPU: all of it, then this page
+    python -m nox -s bench -- --device cuda  # the same on an NVIDIA GPU
     python -m nox -s bench_compare -- before.json after.json --margin 10
 
 One part, some models, some optimizers: `python -m benchmarks.step_time --help`. Cold compilation:

@@ -10,6 +10,7 @@ version = release = importlib.metadata.version("fastlars")
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
 html_theme = "furo"
 html_title = f"fastlars {release}"
+html_theme_options = {"light_css_variables": {"code-font-size": "0.76rem"}}  # 90 columns of code in a page
 
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False

@@ -16,7 +16,7 @@ for module in ("rich", "matplotlib"):
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # benchmarks/ is no part of the package; it is run from the repository root
 
-from benchmarks import compare, compile_time, distributed, models, render, step_time, training_step
+from benchmarks import compare, compile_time, distributed, models, passes, render, step_time, training_step
 from benchmarks.counting import bytes_moved, peak_extra_bytes
 from benchmarks.measuring import measure
 from benchmarks.optimizers import CONTENDERS, LOOP, OURS, YARDSTICK, Contender
@@ -96,6 +96,9 @@ def test_bytes_and_memory_are_those_of_the_design() -> None:
         LOOP: 60,
     }
     assert counted == expected
+    # the picture of docs/bytes.md
+    assert [row.bytes for row in passes.ROWS] == [counted[name] for name in (YARDSTICK, *OURS[:2], LOOP)]
+    assert passes.PICTURE.read_text(encoding="utf-8") == passes.draw(), "run python -m benchmarks.passes"
     assert held == {**dict.fromkeys(expected, 0), "sgd-loop": 4, LOOP: 4}
 
 
