@@ -398,6 +398,7 @@ def test_loading_refuses_state_of_other_optimizers(state: dict[str, Any], moment
         {"ema": torch.ones(2, 3), "step": 3, "note": "hook"},
         {"mu": 0.5, "trace": torch.tensor(3.0), "sum": 7, "exp_avg": None},  # known names, but no tensors like w
         {"momentum_buffer": torch.ones(2, 3), "mu": torch.ones(2, 3), "exp_avg": torch.ones(2, 3)},
+        {"__bnb_optimizer_quant_state__": 5},
     ],
 )
 def test_loading_keeps_what_hooks_put_into_the_state(extra: dict[str, Any]) -> None:

@@ -330,6 +330,23 @@ STATE_DICTS: list[tuple[Callable[[dict[str, Any]], object], type[Exception], str
     (buffer([1.0] * 7), TypeError, f"momentum_buffer of {PLACE} must be a tensor, got list"),
     (buffer(1.0), TypeError, "must be a tensor, got float"),
     (lambda s: s["state"].update({3: torch.ones(7)}), TypeError, f"the state of {PLACE} must be a dict, got Tensor"),
+    # these rows were faults that fuzzing found (test_fuzz_state_dicts.py): loaded in part, or no place was named
+    (buffer(torch.ones(7, dtype=torch.uint8)), ValueError, f"{FITTING}(7,) and torch.uint8"),
+    (buffer(torch.ones(1).expand(7)), ValueError, f"momentum_buffer of {PLACE} must have memory of its own"),
+    (buffer(torch.ones(7).to_sparse()), ValueError, "must have memory of its own for every element, got layout torch.sparse"),
+    (lambda s: s.update(state={str(k): v for k, v in s["state"].items()}), ValueError, "has a momentum_buffer under '0'"),
+    (lambda s: s["state"].update({77: s["state"].pop(3)}), ValueError, "under 77, which is not among the keys of its param"),
+    (lambda s: s["param_groups"][1].update(params=[2, 2]), ValueError, f"{PLACE} has the key 2 of an earlier parameter"),
+    (lambda s: s["param_groups"][1].update(params=[2, [3]]), TypeError, "param group 1 of the state dict must be a dict"),
+    (lambda s: s["param_groups"][1].update(params=None), TypeError, "group 1 of the state dict must be a dict with a list"),
+    (lambda s: s["param_groups"].insert(0, 5), TypeError, "param group 0 of the state dict must be a dict with a list"),
+    (lambda s: s["param_groups"][1].update(param_names=["a"]), ValueError, "group 1: param_names must be a list of 2 texts"),
+    (lambda s: s["param_groups"][1].update(param_names=["a", []]), ValueError, "param_names must be a list of 2 texts"),
+    (lambda s: s["param_groups"][1].update(param_names=5), ValueError, "param_names must be a list of 2 texts, got 5"),
+    (lambda s: s.update(state=[]), TypeError, "a dict under 'state' and a list under 'param_groups', got list and list"),
+    (lambda s: s.update(param_groups={}), TypeError, "a list under 'param_groups', got dict and dict"),
+    (lambda s: s.pop("state"), ValueError, "must have the keys 'state' and 'param_groups', got ['param_groups']"),
+    (lambda s: s.update(optimizer=s.pop("param_groups")), ValueError, "'param_groups', got ['state', 'optimizer']"),
     (lambda saved: saved["param_groups"].pop(), ValueError, "different number of parameter groups"),
     (lambda saved: saved["param_groups"][1]["params"].pop(), ValueError, "doesn't match the size of optimizer's group"),
 ]  # fmt: skip
@@ -346,6 +363,33 @@ def test_state_dicts(edit: Callable[[dict[str, Any]], object], error: type[Excep
     good = copy.deepcopy(optimizer.state_dict())
     optimizer.register_load_state_dict_pre_hook(lambda _, __: saved)
     refuses(optimizer, error, message, lambda o: o.load_state_dict(good))
+
+
+@pytest.mark.parametrize("state_dict", [None, 5, [], "model.pt"], ids=repr)
+def test_what_is_no_state_dict(state_dict: Any) -> None:
+    message = f"must have the keys 'state' and 'param_groups', got {type(state_dict).__name__}"
+    refuses(make(), ValueError, message, lambda o: o.load_state_dict(state_dict))
+
+
+@implementations
+@pytest.mark.parametrize("adapt", [True, False])
+def test_complex_buffers_of_another_precision_are_cast(adapt: bool, implementation: Options) -> None:
+    """As torch casts real ones; torch's foreach SGD, which steps the groups that are not adapted, failed in its middle."""
+    optimizer = make(torch.complex64)
+    for group in optimizer.param_groups:
+        group.update(adapt=adapt, **implementation)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        state["momentum_buffer"] = state["momentum_buffer"].to(torch.complex128)
+    twin = copy.deepcopy(optimizer)
+    optimizer.load_state_dict(saved)
+    for each in (optimizer, twin):
+        params = [p for group in each.param_groups for p in group["params"]]
+        set_grads(params, make_grads("dense", params, 2))
+        each.step()
+    assert {state["momentum_buffer"].dtype for state in optimizer.state.values()} == {torch.complex64}
+    assert values(optimizer) == values(twin)
+    assert saved["state"][0]["momentum_buffer"].dtype == torch.complex128
 
 
 def test_real_buffers_of_complex_parameters() -> None:

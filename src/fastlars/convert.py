@@ -25,7 +25,7 @@ def foreign_key(state: Mapping[str, Any], param: Tensor) -> str | None:
     """
     if "momentum_buffer" in state:
         return None
-    state = {**state, **state.get(NESTED, {})}
+    state = _flat(state)
     return next((key for key in (*MOMENTUM, *OTHERS) if _is_like(state.get(key), param)), None)
 
 
@@ -145,7 +145,7 @@ def _names(groups: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def _buffer(saved: _Saved, param: Tensor, target: Mapping[str, Any], keep_lr: bool, where: str) -> Tensor | None:
     """The momentum buffer of one parameter in the unit of its target group; None where nothing was saved."""
-    state, group = {**saved.state, **saved.state.get(NESTED, {})}, saved.group
+    state, group = _flat(saved.state), saved.group
     # with a state2, state1 is the first moment of Adam's kin
     keys = [key for key in MOMENTUM if state.get(key) is not None and "state2" not in state]
     key = keys[0] if keys else None
@@ -177,6 +177,11 @@ def _buffer(saved: _Saved, param: Tensor, target: Mapping[str, Any], keep_lr: bo
         factor *= min(1.0, limit * float(torch.linalg.vector_norm(param.detach())) / norm) if norm > 0 else 1.0
     converted: Tensor = buffer * factor
     return converted
+
+
+def _flat(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    nested = state.get(NESTED)
+    return {**state, **nested} if isinstance(nested, Mapping) else state
 
 
 def _is_like(value: object, param: Tensor) -> bool:
