@@ -64,6 +64,14 @@ def tests(session: nox.Session, torch: str, device: str) -> None:
 
 
 @nox.session
+def properties(session: nox.Session) -> None:
+    """The properties on new random examples, each for a minute; `-- 600` makes it ten."""
+    install(session, NEWEST, "--group", "test")
+    env = {"FASTLARS_EXPECT_WHEEL": "1", "FASTLARS_PROPERTIES_SECONDS": (session.posargs or ["60"])[0]}
+    session.run("python", "-m", "pytest", "tests/test_properties.py", env=env)
+
+
+@nox.session
 def parity(session: nox.Session) -> None:
     """The dialects against the packages they are named after, in today's releases, which it prints."""
     install(session, NEWEST, "--group", "parity")

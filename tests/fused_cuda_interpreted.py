@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 import harness
@@ -17,6 +19,7 @@ from fastlars import LARS, functional, fused_cuda
 from fastlars.functional import Part
 from fastlars.options import Options
 from harness import buffers_of, ignore_nothing_adapted, set_grads
+from properties import STEPS, UNSHUFFLED, Kind, assert_same_bits, bits_after, examples, kinds, options, shuffles
 from reference import ReferenceLARS
 
 pytestmark = ignore_nothing_adapted
@@ -72,6 +75,25 @@ def test_equals_reference(name: str, dtype: torch.dtype) -> None:
     offset = list(OPTIONS).index(name)
     params = make_params(dtype, layouts=KINDS)
     harness.run([{"params": params}], OPTIONS[name], lambda ps, step: mixed_grads(ps, step, offset), {}, steps=3)
+
+
+anything = st.lists(kinds(fused_cuda.DTYPES), min_size=1, max_size=4)
+
+
+@examples(8)
+@given(anything, options())
+def test_equals_reference_for_any_tensors_and_options(tensors: list[Kind], chosen: dict[str, Any]) -> None:
+    params = [tensor.param() for tensor in tensors]
+    harness.run([{"params": params}], chosen, lambda _, step: [tensor.grad(step) for tensor in tensors], {}, STEPS)
+
+
+@examples(10)
+@given(anything, options(), st.data())
+def test_order_groups_and_checkpoints_change_no_bit(
+    tensors: list[Kind], chosen: dict[str, Any], data: st.DataObject
+) -> None:
+    expected = bits_after(tensors, chosen, {}, UNSHUFFLED)
+    assert_same_bits(expected, bits_after(tensors, chosen, {}, data.draw(shuffles(len(tensors)))), "shuffled")
 
 
 def test_gradients_may_have_another_dtype() -> None:

@@ -126,6 +126,23 @@ def test_any_size_of_the_trust_ratio(scale: float) -> None:
         assert (actual.double() - wanted).norm() <= 1e-6 * wanted.norm()
 
 
+@pytest.mark.parametrize("trust_coefficient", [1e-2, 1e-5])
+@pytest.mark.parametrize("size", [20, 5000], ids=["stacked", "alone"])
+def test_a_power_of_two_on_a_gradient_changes_no_bit(size: int, trust_coefficient: float) -> None:
+    """The kernel takes 1 - b in double precision: of a small b it kept the more digits the larger the ratio was."""
+    for seed in range(50):
+        generator = torch.Generator().manual_seed(seed)
+        param, grad = (torch.randn(size, generator=generator) for _ in range(2))
+        results = []
+        for scale in (1.0, 2.0**-8, 2.0**8):
+            w, v = param.clone(), torch.full_like(param, trust_coefficient)
+            lars(
+                [w], [grad * scale], [v], 1.0, 0.9, trust_coefficient=trust_coefficient, eps=0.0, adapt=True, fused=True
+            )
+            results.append(torch.cat([w, v]))
+        assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2]), seed
+
+
 @pytest.mark.parametrize("name", ["momentum", "base", "nesterov", "joint", "momentum-unadapted"])
 @pytest.mark.parametrize("size", [10, 5000], ids=["stacked", "alone"])
 def test_version_counters_move(name: str, size: int) -> None:

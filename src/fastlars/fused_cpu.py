@@ -8,6 +8,7 @@ says where it is right, the counters are bumped here.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from typing import Any, Dict, Iterator, List, Optional, Tuple, cast  # noqa: UP035  as in functional.py
 
@@ -26,8 +27,8 @@ SMALL = 4096
 STACK = 1 << 18
 # Row norms that one dot product may add in float32: relative error up to 5e-7.
 ROWS = 4096
-# 1 - b is passed in double precision, and b is taken back from it: with a smaller b, rounding would show in float32.
-SMALLEST_B = 1e-8
+# 1 - b is passed in double precision, and b is taken back from it: exactly for a float32 b of this size and above.
+SMALLEST_B = 2.0**-29
 
 _WORK: Dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -183,6 +184,7 @@ class _Fused:
         if self.options.momentum == 0 and b != 0 and math.isfinite(c / b):
             self._sgd([param], [grad], [], weight_decay=c / b, factor=b)
         elif not self.options.nesterov and SMALLEST_B <= abs(b) < math.inf:
+            b = ctypes.c_float(b).value  # else bits would depend on the scale of b, which is that of the loss
             self._sgd([param], [grad], buffer, weight_decay=c / b, dampening=1 - b)
         else:
             self._block_by_block(param, grad, buffer, b, c)
