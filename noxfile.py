@@ -122,6 +122,13 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def long_run(session: nox.Session) -> None:
+    """100,000 steps under each implementation: memory, drift, time; what follows `--` goes to it (--steps N)."""
+    install(session, NEWEST, "--group", "bench")
+    session.run("python", "-m", "benchmarks.long_run", *session.posargs)
+
+
+@nox.session
 def bench_compare(session: nox.Session) -> None:
     """Compare two runs: `-- BEFORE.json AFTER.json [--margin PERCENT]`; fails if one of ours became slower."""
     install(session, NEWEST, "--group", "bench")
