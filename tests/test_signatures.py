@@ -1,6 +1,7 @@
 """One list of options, the same through the class, the function, the param groups and the documentation."""
 
 import inspect
+import typing
 from typing import Any
 
 import pytest
@@ -55,24 +56,11 @@ def test_the_class_and_its_init_show_the_same_signature() -> None:
 
 
 def test_annotations_name_the_same_kinds_of_values() -> None:
-    """Optional[bool] where TorchScript reads it, bool | None elsewhere."""
-    spelled = {
-        name: str(parameter.annotation)
-        .replace("Optional[bool]", "bool | None")
-        .replace("Union[float, Tensor]", "float | Tensor")
-        for name, parameter in parameters(lars).items()
-    }
-    for name, parameter in parameters(LARS).items():
-        if name != "params":
-            assert (
-                parameter.annotation
-                == spelled[name]
-                == str(Options.__annotations__[name])
-                .replace("Optional[bool]", "bool | None")
-                .replace("Union[float, Tensor]", "float | Tensor")
-                .removeprefix("ForwardRef('")
-                .partition("'")[0]
-            )
+    """In whatever spelling: TorchScript reads Optional[bool], elsewhere stands bool | None."""
+    of_the_class = typing.get_type_hints(LARS.__init__, localns={"ParamsT": object})
+    of_the_function, of_the_options = typing.get_type_hints(lars), typing.get_type_hints(Options)
+    for name in Options._fields:
+        assert of_the_class[name] == of_the_function[name] == of_the_options[name], name
 
 
 @pytest.mark.parametrize("named", [False, True])
