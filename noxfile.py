@@ -188,7 +188,12 @@ def wheel_folder() -> "TemporaryDirectory[str]":
 
 def pytest(session: nox.Session, marked: str, *files: str) -> None:
     """Run the tests, of `files` if given, that the mark expression `marked` selects; they expect to import the wheel."""
-    session.run("python", "-m", "pytest", "-m", marked, *files, *session.posargs, env={"FASTLARS_EXPECT_WHEEL": "1"})
+    environment = {"FASTLARS_EXPECT_WHEEL": "1"}
+    if marked == ON_CPU and not files:
+        # the whole suite: a process a core, with a thread each; the tests of a file stay together, who share processes
+        files = ("-n", "auto", "--dist", "loadfile")
+        environment["OMP_NUM_THREADS"] = "1"
+    session.run("python", "-m", "pytest", "-m", marked, *files, *session.posargs, env=environment)
 
 
 def present(device: str) -> bool:
