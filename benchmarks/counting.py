@@ -26,6 +26,7 @@ NO_READS = {
     "new_empty",
     "new_zeros",
     "new_full",
+    "is_same_size",
 }  # of their inputs
 NO_WRITES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}  # memory, not values
 

@@ -11,6 +11,8 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 html_theme = "furo"
 html_title = f"fastlars {release}"
 html_theme_options = {"light_css_variables": {"code-font-size": "0.76rem"}}  # 90 columns of code in a page
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
 
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False

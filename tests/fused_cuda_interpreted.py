@@ -80,14 +80,14 @@ def test_equals_reference(name: str, dtype: torch.dtype) -> None:
 anything = st.lists(kinds(fused_cuda.DTYPES), min_size=1, max_size=4)
 
 
-@examples(8)
+@examples(3)
 @given(anything, options())
 def test_equals_reference_for_any_tensors_and_options(tensors: list[Kind], chosen: dict[str, Any]) -> None:
     params = [tensor.param() for tensor in tensors]
     harness.run([{"params": params}], chosen, lambda _, step: [tensor.grad(step) for tensor in tensors], {}, STEPS)
 
 
-@examples(10)
+@examples(3)
 @given(anything, options(), st.data())
 def test_order_groups_and_checkpoints_change_no_bit(
     tensors: list[Kind], chosen: dict[str, Any], data: st.DataObject

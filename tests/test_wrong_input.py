@@ -248,6 +248,38 @@ def test_params(params: Callable[[LARS], Any], error: type[Exception], message: 
 
 
 @implementations
+@pytest.mark.parametrize(
+    "edit",
+    [{"lr": "x"}, {"lr": None}, {"momentum": None}, {"eps": -1.0}, {"trust_denominator": "jiont"}, {"nesterov": 2}],
+    ids=str,
+)
+def test_what_is_written_into_a_group_later(edit: Options, implementation: Options) -> None:
+    """In the first step and in a later one; no group has moved when it is told."""
+    params = [Parameter(torch.ones(3, 2)) for _ in range(2)]
+    optimizer = LARS([{"params": [p]} for p in params], 0.1, momentum=0.9, weight_decay=0.1, **implementation)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    for _ in range(2):
+        before = [p.detach().clone() for p in params]
+        kept = {key: optimizer.param_groups[1][key] for key in edit}
+        optimizer.param_groups[1].update(edit)
+        with pytest.raises((TypeError, ValueError), match=f"param group 1: {next(iter(edit))}"):
+            optimizer.step()
+        assert all(map(torch.equal, params, before))
+        optimizer.param_groups[1].update(kept)
+        optimizer.step()
+
+
+def test_a_schedule_may_round_lr_below_0() -> None:
+    p = Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    optimizer = LARS([p], 0.1, weight_decay=0.1)
+    optimizer.param_groups[0]["lr"] = -1e-19
+    optimizer.step()
+    assert torch.equal(p, torch.ones(2))
+
+
+@implementations
 def test_zeros_and_empty_groups_are_no_errors(implementation: Options) -> None:
     params = [Parameter(torch.zeros(3)), Parameter(torch.zeros(0)), Parameter(torch.ones(3))]
     optimizer = LARS([{"params": []}, {"params": params}, {"params": []}], 0.1, 0.9, weight_decay=0.1, **implementation)

@@ -252,7 +252,7 @@ def _is_one_part(
     buffers = momentum_buffers if options.momentum != 0 else [None] * len(params)
     if len({buffer is None for buffer in buffers}) > 1:
         return False
-    return all(fused_cpu.serves(param, grad, buffer) for param, grad, buffer in zip(params, grads, buffers))
+    return all(runs_for("fused", param, grad, buffer) == "fused" for param, grad, buffer in zip(params, grads, buffers))
 
 
 # What tells parts apart: anything that can be a key. TorchScript has few of these.

@@ -163,6 +163,7 @@ class LARS(Optimizer):
             fused,
         )._asdict()
         self._tables = Tables()
+        self._checked: dict[int, list[Any]] = {}
         check_options({**defaults, "lr": 0.0} if _is_missing(lr) else defaults, "LARS")
         super().__init__(params, defaults)
 
@@ -223,6 +224,7 @@ class LARS(Optimizer):
         loading = "param_groups" in self.__dict__
         if not loading:
             self._tables = Tables()  # of addresses: not pickled
+            self._checked = {}
         for i, group in enumerate(state["param_groups"]):
             # keys that SGD's, Bolts' and quadra's state dicts lack keep their values
             known = self.param_groups[i] if loading else {**Options(0.0)._asdict(), **state["defaults"]}
@@ -321,6 +323,8 @@ class LARS(Optimizer):
         # GradScaler's, which is told to set them by _step_supports_amp_scaling
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for i, group in enumerate(self.param_groups):  # all before the first state is made
+            if not torch.compiler.is_compiling():
+                self._check_edited(i, group)
             if found_inf is not None:
                 check_can_be_skipped(group["momentum"], group["dampening"], f"param group {i}: found_inf")
             for p in group["params"]:
@@ -343,6 +347,14 @@ class LARS(Optimizer):
             if options.momentum != 0 and options.dampening != 0:
                 for param, buffer in zip(params, momentum_buffers, strict=True):
                     self.state[param]["momentum_buffer"] = buffer
+
+    def _check_edited(self, i: int, group: dict[str, Any]) -> None:
+        """Check what was written into a group since the last step, before any group moves."""
+        values = [group[name] for name in NAMES]
+        values[0] = 0.0 if isinstance(group["lr"], (float, Tensor)) else group["lr"]  # schedules may round it below 0
+        if i not in self._checked or any(new is not old for new, old in zip(values, self._checked[i])):
+            check_options(dict(zip(NAMES, values)), f"param group {i}")
+            self._checked[i] = values
 
     # As torch's own fused step leaves the graph, but once for all groups, whose gradients may decide together.
     _step_groups_outside_graphs = outside_graphs(_step_groups)
