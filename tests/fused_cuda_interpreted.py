@@ -15,8 +15,8 @@ from torch import Tensor
 
 import harness
 from cases import HISTORIES, OPTIONS, make_grads, make_params, neighbours, nonfinite
-from fastlars import LARS, functional, fused_cuda
-from fastlars.functional import Part
+from fastlars import LARS, dispatch, functional, fused_cuda
+from fastlars.dispatch import Part
 from fastlars.options import Options
 from harness import buffers_of, ignore_nothing_adapted, set_grads
 from properties import STEPS, UNSHUFFLED, Kind, assert_same_bits, bits_after, examples, kinds, options, shuffles
@@ -44,7 +44,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_cuda, "CHUNK", 1024)
     monkeypatch.setattr(fused_cuda, "BLOCK", 2)
     monkeypatch.setattr(harness, "LARS", FusedLARS)
-    monkeypatch.setattr(functional, "runs_for", runs_for)
+    monkeypatch.setattr(dispatch, "runs_for", runs_for)
     # torch's CPU kernel is not what runs for groups that are not adapted on a GPU: ours must be right there too
     monkeypatch.setattr(functional, "_is_torch_sgd", lambda _options: False)
 

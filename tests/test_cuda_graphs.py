@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import fastlars
 from cases import OPTIONS
-from fastlars import LARS, functional, fused_cuda
+from fastlars import LARS, dispatch, fused_cuda
 from harness import IMPLEMENTATIONS, ignore_nothing_adapted, set_grads
 from recording import Recorder, fake_cuda
 
@@ -63,7 +63,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> _Kernels:
     """The fused step for fake tensors: these have no address, and their device cannot be entered."""
     kernels = _Kernels()
 
-    def table(_tables: fused_cuda.Tables, part: functional.Part) -> Any:
+    def table(_tables: fused_cuda.Tables, part: dispatch.Part) -> Any:
         n, device = len(part.params), part.params[0].device
         rows, sums = torch.empty(6 * n, dtype=torch.int64, device=device), torch.empty(n, 3, device=device)
         norms, coefficients = torch.empty(3, n, device=device), torch.empty(n, 2, device=device)

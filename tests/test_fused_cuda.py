@@ -17,9 +17,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from cases import OPTIONS
-from fastlars import LARS, functional, fused_cuda
+from fastlars import LARS, dispatch, fused_cuda
 from fastlars.compat import NAMED_PARAMETERS
-from fastlars.functional import Part
+from fastlars.dispatch import Part
 from fastlars.options import Options
 from recording import fake_cuda
 
@@ -337,7 +337,7 @@ def test_fused_on_cuda_runs_these_kernels_and_foreach_for_the_rest(monkeypatch: 
         dense, strided = torch.ones(8, device="cuda"), torch.empty_strided((8, 2), (4, 2), device="cuda")
         conjugate = torch.ones(8, dtype=torch.complex64, device="cuda").conj()
         params = [dense, strided, dense.double(), conjugate]
-        parts = functional.split(params, params, [None] * 4, options)
+        parts = dispatch.split(params, params, [None] * 4, options)
         assert {i: part.implementation for part in parts for i in part.indices} == {
             0: "triton",
             1: "foreach",

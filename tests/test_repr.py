@@ -8,7 +8,7 @@ from torch import nn
 
 from cases import make_params
 from fastlars import LARS, param_groups
-from fastlars.functional import runs_for
+from fastlars.dispatch import runs_for
 from harness import set_grads
 from recording import Recorder, fake_cuda
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .coefficients import is_adapted
-from .functional import _is_torch_sgd, implementation, runs_for
+from .dispatch import implementation, runs_for
+from .functional import _is_torch_sgd
 from .options import NAMES, Options
 from .sharding import local
 

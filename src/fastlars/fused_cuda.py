@@ -25,7 +25,7 @@ from .options import Options
 from .sharding import local
 
 if TYPE_CHECKING:
-    from .functional import Part
+    from .dispatch import Part
 
 CHUNK = 2048  # elements a program: 8 a thread, at most 48 registers and no spills from sm_80 to sm_100
 BLOCK = 2048  # partial sums that `coefficients` adds at a time

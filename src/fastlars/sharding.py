@@ -23,7 +23,8 @@ from .norms import norm_dtype, norms, real
 from .options import Options
 
 if TYPE_CHECKING:
-    from .functional import Group, Part
+    from .dispatch import Part
+    from .functional import Group
 
 # where DTensor lives: from torch 2.5 on, and in 2.4. A program that has loaded neither has no sharded tensors.
 _MODULES = ("torch.distributed.tensor", "torch.distributed._tensor")

@@ -1,0 +1,117 @@
+"""Which implementation runs for which tensors: a list is sorted into parts, each of one implementation, device and dtype."""
+
+from typing import TYPE_CHECKING, Dict, List, NamedTuple, Optional  # noqa: UP035  TorchScript reads these spellings only
+
+from torch import Tensor
+
+from . import fused_cpu, fused_cuda
+from .coefficients import is_adapted
+from .compat import default_foreach, is_scripting
+from .norms import is_conjugate
+from .options import Options
+
+
+class Part(NamedTuple):
+    """Tensors of one device and dtype that are all at their first step or all past it."""
+
+    implementation: str  # "single", "foreach", "fused" (on CPU) or "triton" (fused on CUDA)
+    indices: List[int]  # their places in the lists of the caller
+    params: List[Tensor]
+    grads: List[Tensor]
+    momentum_buffers: List[Optional[Tensor]]  # empty without momentum
+
+
+def split(
+    params: List[Tensor], grads: List[Tensor], momentum_buffers: List[Optional[Tensor]], options: Options
+) -> List[Part]:
+    """The tensors sorted into parts; torch's own helper does not sort while compiling."""
+    preferred = implementation(params, options) if len(params) > 0 else "single"
+    if not is_scripting():  # noqa: SIM102  TorchScript would compile the second condition
+        if preferred == "fused" and _is_one_part(params, grads, momentum_buffers, options):
+            buffers = momentum_buffers if options.momentum != 0 else []
+            return [Part("fused", list(range(len(params))), params, grads, buffers)]
+    parts: Dict[Key, Part] = {}
+    for i, param in enumerate(params):
+        grad = grads[i]
+        buffer = momentum_buffers[i] if options.momentum != 0 else None
+        runs = runs_for(preferred, param, grad, buffer)
+        key = _key(runs, param, grad, buffer)
+        part = parts.get(key)
+        if part is None:
+            part = Part(runs, [], [], [], [])
+            parts[key] = part
+        part.indices.append(i)
+        part.params.append(param)
+        part.grads.append(grad)
+        if options.momentum != 0:
+            part.momentum_buffers.append(buffer)
+    return list(parts.values())
+
+
+def _is_one_part(
+    params: List[Tensor], grads: List[Tensor], momentum_buffers: List[Optional[Tensor]], options: Options
+) -> bool:
+    """Whether the fused CPU step serves all of these, as it nearly always does: sorting takes as long as small tensors."""
+    buffers = momentum_buffers if options.momentum != 0 else [None] * len(params)
+    if len({buffer is None for buffer in buffers}) > 1:
+        return False
+    return all(runs_for("fused", param, grad, buffer) == "fused" for param, grad, buffer in zip(params, grads, buffers))
+
+
+# What tells parts apart: anything that can be a key. TorchScript has few of these.
+if TYPE_CHECKING:
+    Key = object
+else:
+    Key = str
+
+
+def _key(runs: str, param: Tensor, grad: Tensor, buffer: Optional[Tensor]) -> Key:
+    if is_scripting():
+        return f"{runs} {buffer is None} {is_conjugate(param)} {param.device} {param.dtype} {grad.dtype}"
+    # what the fused CPU step serves is of one device and dtype
+    elif runs == "fused":  # noqa: RET505  as in `where`
+        return runs, buffer is None
+    else:
+        return runs, buffer is None, is_conjugate(param), param.device, param.dtype, grad.dtype
+
+
+def runs_for(preferred: str, param: Tensor, grad: Tensor, buffer: Optional[Tensor]) -> str:
+    """What runs for one tensor of a list for which `implementation` prefers this."""
+    if not is_scripting() and preferred == "fused":
+        if param.is_cpu and fused_cpu.serves(param, grad, buffer):
+            return "fused"
+        if not param.is_cpu and fused_cuda.serves(param, grad, buffer):
+            return "triton"
+    _check_sizes(param, grad, buffer)
+    if preferred == "fused" and param.is_cpu:
+        return "single"
+    # foreach ops do not write to conjugate views
+    return "single" if preferred == "single" or is_conjugate(param) else "foreach"
+
+
+def _check_sizes(param: Tensor, grad: Tensor, buffer: Optional[Tensor]) -> None:
+    if grad.shape != param.shape:
+        raise RuntimeError(f"a parameter of shape {param.shape} has a gradient of shape {grad.shape}; make it anew")
+    if buffer is not None and buffer.shape != param.shape:
+        raise RuntimeError(
+            f"a parameter of shape {param.shape} has a momentum buffer of shape {buffer.shape}; when a parameter is "
+            "resized, delete its state (optimizer.state.pop(param)), or make the optimizer anew"
+        )
+
+
+def implementation(params: List[Tensor], options: Options) -> str:
+    """What runs for these tensors: "single", "foreach" or "fused" (for those of them that it serves)."""
+    fused, foreach = options.fused, options.foreach
+    if fused is not None and fused:
+        if is_scripting():
+            raise RuntimeError("fused=True cannot be scripted; leave fused=None or use foreach=True")
+        return "fused"
+    if foreach is not None and foreach:
+        return "foreach"
+    if not is_scripting() and fused is None and foreach is None and not options.differentiable:
+        # torch's SGD is fused only where one asks for it, and bits differ: groups that are not adapted follow it
+        if is_adapted(options) and all(param.is_cpu for param in params):
+            return "fused"
+        if default_foreach(params):
+            return "foreach"
+    return "single"
