@@ -42,23 +42,32 @@ class Subclass(Tensor):
 def test_truth_table_of_serves(param: str, other: str) -> None:
     p, x = MEMORY[param](torch.randn(4, 6)), MEMORY[other](torch.randn(4, 6))
     expected = (param, other) in SERVED
-    assert fused_cpu.serves(p, x, None) == expected
-    assert fused_cpu.serves(p, p, x) == expected
-    assert fused_cpu.serves(p, x, p) == expected
+    assert fused_cpu.serves([p], [x]) == expected
+    assert fused_cpu.serves([p], [p], [x]) == expected
+    assert fused_cpu.serves([p], [x], [p]) == expected
+    plain = torch.randn(3)
+    assert fused_cpu.serves([plain, p], [plain, x], [plain, p]) == expected  # one among others decides for all
+    assert fused_cpu.serves([p, plain], [x, plain], [p, plain]) == expected
+
+
+def test_serves_no_sizes_that_differ() -> None:
+    p, longer = torch.randn(4, 6), torch.randn(5, 6)
+    assert not fused_cpu.serves([p], [longer]) and not fused_cpu.serves([longer], [p])
+    assert not fused_cpu.serves([p], [p], [longer]) and not fused_cpu.serves([p], [p], [longer.view(6, 5)[:4]])
 
 
 def test_serves_no_expanded_tensor_and_no_subclass() -> None:
     p = torch.randn(4, 6)
-    expanded = torch.randn(4, 1).expand(4, 6)
-    assert not fused_cpu.serves(p, expanded, p) and not fused_cpu.serves(expanded, expanded, expanded)
-    assert not fused_cpu.serves(p.as_subclass(Subclass), p, p) and not fused_cpu.serves(p, p.as_subclass(Subclass), p)
-    assert fused_cpu.serves(torch.nn.Parameter(p), p, p)
+    expanded, subclass = torch.randn(4, 1).expand(4, 6), p.as_subclass(Subclass)
+    assert not fused_cpu.serves([p], [expanded], [p]) and not fused_cpu.serves([expanded], [expanded], [expanded])
+    assert not fused_cpu.serves([subclass], [p], [p]) and not fused_cpu.serves([p], [subclass], [p])
+    assert fused_cpu.serves([torch.nn.Parameter(p)], [p], [p])
 
 
 def test_dimensions_of_size_1_have_no_layout() -> None:
     p = torch.randn(8, 3, 1, 1)
     channels_last = p.clone(memory_format=torch.channels_last).as_strided(p.shape, (3, 1, 3, 3))
-    assert fused_cpu.serves(p, channels_last, p)
+    assert fused_cpu.serves([p], [channels_last], [p])
 
 
 @pytest.mark.parametrize("name", ["momentum", "joint", "nesterov", "base", "everything", "momentum-unadapted"])

@@ -52,10 +52,10 @@ def _is_one_part(
     params: List[Tensor], grads: List[Tensor], momentum_buffers: List[Optional[Tensor]], options: Options
 ) -> bool:
     """Whether the fused CPU step serves all of these, as it nearly always does: sorting takes as long as small tensors."""
-    buffers = momentum_buffers if options.momentum != 0 else [None] * len(params)
-    if len({buffer is None for buffer in buffers}) > 1:
-        return False
-    return all(runs_for("fused", param, grad, buffer) == "fused" for param, grad, buffer in zip(params, grads, buffers))
+    buffers = [buffer for buffer in momentum_buffers if buffer is not None] if options.momentum != 0 else []
+    if buffers:
+        return len(buffers) == len(params) and fused_cpu.serves(params, grads, buffers)
+    return fused_cpu.serves(params, grads)
 
 
 # What tells parts apart: anything that can be a key. TorchScript has few of these.
@@ -78,7 +78,7 @@ def _key(runs: str, param: Tensor, grad: Tensor, buffer: Optional[Tensor]) -> Ke
 def runs_for(preferred: str, param: Tensor, grad: Tensor, buffer: Optional[Tensor]) -> str:
     """What runs for one tensor of a list for which `implementation` prefers this."""
     if not is_scripting() and preferred == "fused":
-        if param.is_cpu and fused_cpu.serves(param, grad, buffer):
+        if param.is_cpu and fused_cpu.serves([param], [grad], [param if buffer is None else buffer]):
             return "fused"
         if not param.is_cpu and fused_cuda.serves(param, grad, buffer):
             return "triton"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from operator import attrgetter
 from typing import Any, Dict, Iterator, List, Optional, Tuple, cast  # noqa: UP035  as in functional.py
 
 import torch
@@ -31,26 +32,28 @@ ROWS = 4096
 SMALLEST_B = 2.0**-29
 
 _WORK: Dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = {Tensor, torch.nn.Parameter}
+_dtype, _is_cpu = attrgetter("dtype"), attrgetter("is_cpu")
 
 
-def serves(param: Tensor, grad: Tensor, buffer: Optional[Tensor]) -> bool:
-    """Whether the kernel, which walks over memory, computes these tensors right."""
-    third = param if buffer is None else buffer
-    # written out, since it is asked of every tensor in every step
-    if (
-        not (param.dtype is grad.dtype is third.dtype is torch.float32)
-        or not (param.is_cpu and grad.is_cpu and third.is_cpu)
-        or not (type(param) in _PLAIN and type(grad) in _PLAIN and type(third) in _PLAIN)
-        or (param.is_neg() or grad.is_neg() or third.is_neg())
+def serves(params: List[Tensor], *others: List[Tensor]) -> bool:
+    """Whether the kernel, which walks over memory, computes these right: parameters, their gradients and their buffers."""
+    tensors = [*params, *(tensor for other in others for tensor in other)]
+    # by map: it is asked of every tensor in every step, and a loop takes twice as long
+    return (
+        all(map(_is_cpu, tensors))
+        and _PLAIN.issuperset(map(type, tensors))
+        and {torch.float32}.issuperset(map(_dtype, tensors))
+        and not any(map(Tensor.is_neg, tensors))
         # it would go on beyond the end of the smaller one
-        or not (param.is_same_size(grad) and param.is_same_size(third))
-    ):
-        return False
-    if param.is_contiguous() and grad.is_contiguous() and third.is_contiguous():
-        return True
+        and all(all(map(Tensor.is_same_size, params, other)) for other in others)
+        and (all(map(Tensor.is_contiguous, tensors)) or all(map(_are_laid_out_alike, params, *others)))
+    )
+
+
+def _are_laid_out_alike(param: Tensor, *others: Tensor) -> bool:
     strides = effective_strides(param)
-    return strides == effective_strides(grad) == effective_strides(third) and is_dense(strides)
+    return all(effective_strides(other) == strides for other in others) and is_dense(strides)
 
 
 def effective_strides(tensor: Tensor) -> List[Tuple[int, int]]:
@@ -143,7 +146,7 @@ class _Fused:
         self.lr = float(options.lr)
         self.step_size = 1.0 if options.lr_in_momentum else self.lr
         self.workspaces: List[Tensor] = []
-        self.views: Dict[Tuple[int, torch.Size, int], Tuple[Tensor, Tensor, List[Tensor]]] = {}
+        self.views: Dict[Tuple[int, torch.Size], Tuple[Tensor, Tensor, List[Tensor]]] = {}
 
     def stacked(
         self,
@@ -228,12 +231,12 @@ class _Fused:
 
     def _views(self, start: int, shape: torch.Size, n: int) -> Tuple[Tensor, Tensor, List[Tensor]]:
         """A stretch of both workspaces as n stacked tensors, and those of the second one by one."""
-        key = (start, shape, n)
-        if key not in self.views:  # making a view takes as long as copying a small tensor
+        views = self.views.get((start, shape))
+        if views is None or len(views[2]) < n:  # making a view takes as long as copying a small tensor
             end = start + shape.numel() * n
             w, g = (workspace[start:end].view(n, *shape) for workspace in self._workspaces())
-            self.views[key] = (w, g, list(g.unbind()))
-        return self.views[key]
+            views = self.views[start, shape] = (w, g, list(g.unbind()))
+        return views[0][:n], views[1][:n], views[2][:n]
 
     def _coefficients(self, norms: Optional[Tuple[Number, Number]]) -> Tuple[Number, Number]:
         return coefficients(norms, self.lr, self.first_step, self.options)
