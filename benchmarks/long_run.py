@@ -2,8 +2,8 @@
 
 Least squares with mini-batches, a matrix that the fused step takes alone and small ones that it stacks. A float64 run stands
 beside them; every window each implementation starts from its values, goes its own way, and is compared at the window's end.
-Memory and drift have bounds, beyond which this exits with 1; times are only told. Writes long_run.csv, a line a block, and
-long_run.md, which docs/reliability.md shows.
+So does torch's SGD, whose steps tell how fast the machine is at the time. Memory, drift and slowdown have bounds, beyond which
+this exits with 1. Writes long_run.csv, a line a block, and long_run.md, which docs/reliability.md shows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +36,19 @@ IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
     "foreach": {"foreach": True},
     "fused": {"fused": True},
 }
+YARDSTICK = "torch SGD"
 OPTIONS: dict[str, Any] = {"lr": 2.0, "momentum": 0.9, "weight_decay": 1e-4}
 INPUTS, HIDDEN, ROWS, BATCHES = 128, 40, 32, 16
 WINDOW = 100  # steps between two comparisons
 LARGEST_DRIFT = 1e-5  # of a tensor's norm, in a window
 LARGEST_GROWTH = 8.0  # MiB of the process, after the first tenth
+LARGEST_SLOWDOWN = 1.3  # of a step, in steps of torch's SGD, from the second tenth to the last
 
 
 class Run:
     """One optimizer with parameters of its own. The model is x @ matrix * scale + shift."""
 
-    def __init__(self, dtype: torch.dtype, implementation: dict[str, Any]) -> None:
+    def __init__(self, dtype: torch.dtype, make: Callable[[list[Parameter]], torch.optim.Optimizer]) -> None:
         generator = torch.Generator().manual_seed(0)
         shapes = [(INPUTS, HIDDEN), (HIDDEN,), (HIDDEN,)]
         self.params = [Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
@@ -53,7 +56,7 @@ class Run:
         truth = torch.randn(INPUTS, HIDDEN, generator=generator)
         noise = torch.randn(BATCHES, ROWS, HIDDEN, generator=generator)
         self.inputs, self.targets = data.to(dtype), (data @ truth + noise).to(dtype)
-        self.optimizer = LARS(self.params, **OPTIONS, **implementation)
+        self.optimizer = make(self.params)
         self.microseconds: list[float] = []
 
     @torch.no_grad()
@@ -66,9 +69,10 @@ class Run:
         for shift in shifts:
             shift.grad = error.sum(0)
         self.optimizer.param_groups[0]["lr"] = lr
-        start = time.perf_counter()
+        # processor time: this program need not have the machine for itself
+        start = time.thread_time()
         self.optimizer.step()
-        self.microseconds.append((time.perf_counter() - start) * 1e6)
+        self.microseconds.append((time.thread_time() - start) * 1e6)
 
     @torch.no_grad()
     def loss(self) -> float:
@@ -107,9 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--steps must be >= 1000, got {options.steps}")
     torch.set_num_threads(1)  # small tensors: threads would wait for each other, for milliseconds on a busy machine
     screen = Console()
-    truth = Run(torch.float64, {"foreach": False})
-    runs = {name: Run(torch.float32, implementation) for name, implementation in IMPLEMENTATIONS.items()}
-    blocks = block_by_block(truth, runs, options.steps, screen)
+    blocks = block_by_block(options.steps, screen)
     options.out.mkdir(parents=True, exist_ok=True)
     with (options.out / "long_run.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, blocks[0], lineterminator="\n")
@@ -123,7 +125,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if faults else 0
 
 
-def block_by_block(truth: Run, runs: dict[str, Run], steps: int, screen: Console) -> list[dict[str, Any]]:
+def block_by_block(steps: int, screen: Console) -> list[dict[str, Any]]:
+    truth = Run(torch.float64, lambda params: LARS(params, **OPTIONS, foreach=False))
+    runs = {
+        name: Run(torch.float32, partial(LARS, **OPTIONS, **implementation))
+        for name, implementation in IMPLEMENTATIONS.items()
+    }
+    yardstick = Run(torch.float32, partial(torch.optim.SGD, momentum=OPTIONS["momentum"], foreach=False))
     length = max(WINDOW, steps // 100 // WINDOW * WINDOW)
     blocks: list[dict[str, Any]] = []
     for block in track(range(steps // length), "steps", console=screen, disable=not screen.is_terminal):
@@ -132,6 +140,7 @@ def block_by_block(truth: Run, runs: dict[str, Run], steps: int, screen: Console
             lr = OPTIONS["lr"] * min(1.0, (number + 1) / (0.05 * steps)) * (1 - number / steps) ** 2
             for run in (truth, *runs.values()):
                 run.step(number, lr)
+            yardstick.step(number, lr / 100)  # of which SGD's steps are a good part of the way
             if (number + 1) % WINDOW == 0:
                 for name, run in runs.items():
                     drifts[name] = max(drifts[name], run.drift(truth))
@@ -141,7 +150,8 @@ def block_by_block(truth: Run, runs: dict[str, Run], steps: int, screen: Console
         row["objects"] = len(gc.get_objects())
         for name, run in runs.items():
             row |= {f"{name}_us": statistics.median(run.microseconds), f"{name}_drift": drifts[name]}
-        for run in (truth, *runs.values()):
+        row[f"{YARDSTICK}_us"] = statistics.median(yardstick.microseconds)
+        for run in (truth, *runs.values(), yardstick):
             run.microseconds.clear()
         blocks.append(row)
     return blocks
@@ -160,16 +170,21 @@ def summary(blocks: list[dict[str, Any]]) -> tuple[str, list[str]]:
         f"{blocks[-1]['step']:,} steps, one thread, torch {about['versions']['torch'].split('+')[0]},",
         f"load {about['load']} on {about['cores']} cores, {about['date']}.",
         "",
-        "| implementation | median step, second tenth | last tenth | largest drift in 100 steps, of a tensor's norm |",
-        "| --- | --- | --- | --- |",
+        "| implementation | processor time of a step, second tenth | last tenth | slowdown beside SGD | largest drift in 100 steps, of a tensor's norm |",
+        "| --- | --- | --- | --- | --- |",
     ]
+    yardstick = medians(f"{YARDSTICK}_us")
     faults: list[str] = []
     for name in IMPLEMENTATIONS:
         first, last = medians(f"{name}_us")
         drift = max(b[f"{name}_drift"] for b in blocks)
-        lines.append(f"| {name} | {first:.0f} us | {last:.0f} us | {drift:.1e} |")
+        slowdown = last / first / (yardstick[1] / yardstick[0])
+        lines.append(f"| {name} | {first:.0f} us | {last:.0f} us | {slowdown:.2f} | {drift:.1e} |")
         if not drift <= LARGEST_DRIFT:
             faults.append(f"{name} drifted by {drift:.1e} in {WINDOW} steps, more than {LARGEST_DRIFT:.0e}")
+        if not slowdown <= LARGEST_SLOWDOWN:
+            faults.append(f"{name} became slower, {slowdown:.2f} times what SGD did, more than {LARGEST_SLOWDOWN}")
+    lines.append(f"| {YARDSTICK} | {yardstick[0]:.0f} us | {yardstick[1]:.0f} us | | |")
     (first, last), objects = medians("resident_mib"), medians("objects")
     lines += [
         "",
