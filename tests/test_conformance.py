@@ -1,45 +1,35 @@
 """What torch's own suite asks of every optimizer (test/test_optim.py, class TestOptimRenewed), asked of LARS.
 
-INPUTS stands where torch has an OptimizerInfo: that class is private, its import takes seconds and needs packages that torch
-does not bring. Behaviours that another file holds to stricter standards are not repeated; the table in docs/reliability.md
-says which test holds which, and the last tests of this file check the table.
+Driven by torch's own description of an optimizer, an OptimizerInfo, which optimizer_info.py fills in. Behaviours that another
+file holds to stricter standards are not repeated; the table in docs/reliability.md says which test holds which, and the last
+tests of this file check the table.
 """
 
 import copy
-import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.optim import lr_scheduler as schedulers
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import pages
-from cases import BASE, OPTIONS, Options, tolerance
-from fastlars import LARS, functional
+from cases import BASE, Options, tolerance
+from fastlars import functional
 from fastlars.options import NAMES
 from harness import IMPLEMENTATIONS, buffers_of, ignore_nothing_adapted, implementations
+from optimizer_info import CANNOT, LARS, info
 
 pytestmark = ignore_nothing_adapted
 
-# as many kinds as torch has for SGD, and one for each option of LARS; lr where a step must be small to go right
-INPUTS: dict[str, Options] = {
-    **{name: OPTIONS[name] for name in ("base", "momentum", "dampening", "nesterov", "clip", "joint", "paper", "maximize")},
-    "skip_nonfinite": OPTIONS["skip_nonfinite"],
-    "not adapted": {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.05, "adapt": False},
-    "defaults": {"lr": 0.01},
-    "tensor lr": {**OPTIONS["momentum"], "lr": torch.tensor(0.5)},
-}  # fmt: skip
-SCHEDULERS: list[list[Callable[[LARS], Any]]] = [
-    [],
-    [lambda o: schedulers.StepLR(o, 10, gamma=0.9), lambda o: schedulers.LinearLR(o, 0.4, total_iters=4)],
-    [lambda o: schedulers.ConstantLR(o, 0.4, total_iters=4), lambda o: schedulers.ExponentialLR(o, 0.99)],
-    [lambda o: schedulers.StepLR(o, 10, gamma=0.99), schedulers.ReduceLROnPlateau],
-    [lambda o: schedulers.PolynomialLR(o, total_iters=40, power=0.9)],
-]
+INFO = info()
+INPUTS: dict[str, Options] = {each.desc: each.kwargs for each in INFO.optim_inputs_func(device="cpu")}
+ERRORS = {
+    each.optimizer_error_input.desc: each for each in INFO.optim_error_inputs_func(device="cpu", dtype=torch.float32)
+}
 on_cuda = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_cuda)])
 inputs = pytest.mark.parametrize("given", INPUTS.values(), ids=INPUTS)
@@ -84,7 +74,7 @@ def goes_right(optimizer: LARS, weight: Tensor, bias: Tensor, x: Tensor, schedul
     for _ in range(20):
         loss = optimizer.step(closure)
         for scheduler in schedule:
-            scheduler.step(*([loss.detach()] if isinstance(scheduler, schedulers.ReduceLROnPlateau) else []))
+            scheduler.step(*([loss.detach()] if isinstance(scheduler, ReduceLROnPlateau) else []))
     last = closure().item()
     return last > first if optimizer.param_groups[0]["maximize"] else last < first
 
@@ -95,7 +85,7 @@ def goes_right(optimizer: LARS, weight: Tensor, bias: Tensor, x: Tensor, schedul
 @pytest.mark.parametrize("contiguous", [True, False])
 def test_goes_in_the_right_direction_under_schedulers(contiguous: bool, given: Options, device: str) -> None:
     for options in everywhere(**given):
-        for schedule in SCHEDULERS:
+        for schedule in ([], *INFO.scheduler_inputs):
             weight, bias, x = weights(contiguous, device)
             optimizer = LARS([weight, bias], **copy.deepcopy(options))
             assert goes_right(optimizer, weight, bias, x, [make(optimizer) for make in schedule])
@@ -105,7 +95,7 @@ def test_goes_in_the_right_direction_under_schedulers(contiguous: bool, given: O
 def test_groups_have_their_own_lr_and_decay(given: Options) -> None:
     """With schedulers; an lr of nearly 0 leaves the other group where it is."""
     for options in everywhere(**given):
-        for schedule in SCHEDULERS:
+        for schedule in ([], *INFO.scheduler_inputs):
             weight, bias, x = weights()
             idle = Parameter(torch.ones(2))
             groups = [{"params": [weight], **options}, {"params": [bias], **options, "weight_decay": 0.0, "lr": 0.01}]
@@ -196,7 +186,7 @@ def test_a_complex_tensor_is_not_two_real_ones(implementation: Options) -> None:
 @inputs
 def test_foreach_is_the_default_on_cuda(given: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
-    name = "multi_tensor_lars" if given.get("adapt") is not False and given.get("weight_decay") else "sgd"
+    name = "multi_tensor_lars" if given.get("adapt", given.get("weight_decay")) else "sgd"
     original = getattr(functional, name)
     monkeypatch.setattr(
         functional, name, lambda *args, **kw: (called.append(kw.get("foreach", True)), original(*args, **kw))
@@ -340,21 +330,15 @@ def test_state_from_the_cpu_goes_on_on_cuda(given: Options) -> None:
 
 
 # ---------------------------------------------------------------- what every optimizer refuses
-def test_what_every_optimizer_refuses() -> None:
-    w, v = Parameter(torch.randn(1, 1)), Parameter(torch.randn(1, 1))
-    with pytest.raises(
-        TypeError, match="params argument given to the optimizer should be an iterable of Tensors or dicts"
-    ):
-        LARS(w, lr=0.1)
-    with pytest.warns(UserWarning, match="a parameter group with duplicate parameters"):
-        LARS([w, w], lr=0.1)
-    with pytest.raises(ValueError, match="some parameters appear in more than one parameter group"):
-        LARS([{"params": w}, {"params": w}], lr=0.1)
-    with pytest.raises(ValueError, match="a tensor lr must have 1 element"):
-        LARS([w], lr=torch.tensor([0.1, 0.1]))
-    for params in ([("weight", w), v], [w, ("weight", v)]):  # before torch 2.6, which knows no names, a TypeError
-        with pytest.raises((ValueError, TypeError), match=r"with/without names|can only optimize Tensors"):
-            LARS(params, lr=0.1)
+@pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
+def test_what_every_optimizer_refuses(error: Any) -> None:
+    """Whatever torch's table of errors has for all, in torch's words."""
+    expected = pytest.warns if issubclass(error.error_type, Warning) else pytest.raises
+    given = error.optimizer_error_input
+    with expected(error.error_type, match=error.error_regex):
+        optimizer = LARS(given.params, **given.kwargs)
+        assert error.error_on.name == "STEP_ERROR" or expected is pytest.warns, "it was made without an error"
+        optimizer.step()
 
 
 # ---------------------------------------------------------------- the table
@@ -399,5 +383,5 @@ def test_the_table_has_every_behaviour_and_its_test() -> None:
 
 def test_inputs_use_every_option() -> None:
     used = {name for options in INPUTS.values() for name in options}
-    assert used | {"trust_coefficient", "eps", "foreach", "fused", "differentiable"} == {*NAMES}
-    assert "differentiable" in inspect.signature(LARS).parameters  # test_differentiable.py
+    assert used | {"eps", *INFO.supported_impls} == {*NAMES}  # differentiable: test_differentiable.py
+    assert {name.removeprefix("test_") for name in CANNOT} <= {*TORCH}

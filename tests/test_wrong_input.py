@@ -74,7 +74,7 @@ def refuses(optimizer: LARS, error: type[Exception], message: str, action: Calla
 
 # ---------------------------------------------------------------- options, wherever they are given
 NUMBER = "must be a finite number >= 0, got"
-TENSOR = "a tensor lr must have 1 element of a floating dtype, got shape"
+TENSOR = "Tensor lr must be 1-element and of a floating dtype, got shape"
 PAIR = "needs momentum > 0 and dampening == 0, got"
 BOOLEANS = ("nesterov", "trust_clip", "lr_in_momentum", "skip_nonfinite", "maximize", "differentiable")
 OPTIONAL_BOOLEANS = ("adapt", "foreach", "fused")

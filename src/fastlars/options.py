@@ -89,7 +89,7 @@ def _check_lr(lr: Any, where: str) -> None:
         return
     if lr.numel() != 1 or not lr.is_floating_point():
         raise ValueError(
-            f"{where}: a tensor lr must have 1 element of a floating dtype, got shape {tuple(lr.shape)} and {lr.dtype}"
+            f"{where}: Tensor lr must be 1-element and of a floating dtype, got shape {tuple(lr.shape)} and {lr.dtype}"
         )
     # a value on an accelerator would have to be waited for; schedulers write it there anyway
     if lr.device.type == "cpu":
