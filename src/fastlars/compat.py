@@ -1,4 +1,4 @@
-"""Everything that depends on the torch version, and the private names of torch that fastlars uses."""
+"""Everything that depends on the torch version. tests/test_private_names.py lists what torch does not document."""
 
 from __future__ import annotations
 
