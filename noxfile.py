@@ -20,6 +20,7 @@ nox.options.default_venv_backend = "uv"
 nox.options.sessions = ["quick", "lint", "types"]
 
 NEWEST = "torch>=2.4"  # whatever the resolver finds for this Python and machine
+TO_COME = "torch>=2.4.dev0"  # pre-releases too
 ON_CPU = "not cuda and not mps"
 EVERYWHERE = ("cpu", "cuda", "mps")
 
@@ -63,6 +64,33 @@ def tests(session: nox.Session, torch: str, device: str) -> None:
         session.skip(f"this machine has no {device} device")
     install(session, f"torch=={torch}", "--group", "test")
     pytest(session, ON_CPU if device == "cpu" else device)
+
+
+@nox.session
+def nightly(session: nox.Session) -> None:
+    """The suite on a torch to come, from the index that the environment variable TORCH_NIGHTLY_INDEX names."""
+    index = os.environ.get("TORCH_NIGHTLY_INDEX")
+    if not index:
+        session.error(
+            "no index to take torch from: set TORCH_NIGHTLY_INDEX to the address that torch's page on installing gives "
+            "for its preview (nightly) builds"
+        )
+    session.install("--index", index, TO_COME)
+    install(session, TO_COME, "--group", "test")
+    session.run("python", "-c", "import torch; print('torch', torch.__version__)")
+    pytest(session, ON_CPU, "tests/test_private_names.py")  # what broke, before all that breaks because of it
+    pytest(session, ON_CPU)
+
+
+@nox.session
+def torch_suite(session: nox.Session) -> None:
+    """The tests that torch has for its optimizers, on LARS: `-- PATH` of test/test_optim.py in a checkout of torch."""
+    if not session.posargs:
+        session.error("which tests? `-- PATH`, of test/test_optim.py in a checkout of the newest released torch")
+    install(session, NEWEST, "--group", "torch-suite")
+    # without our settings: these are another project's tests
+    options = ["-c", os.devnull, "-p", "optimizer_info", "-k", "TestOptimRenewed"]
+    session.run("python", "-m", "pytest", *options, *session.posargs, env={"PYTHONPATH": "tests"})
 
 
 @nox.session
