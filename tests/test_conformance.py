@@ -375,10 +375,17 @@ def test_the_table_has_every_behaviour_and_its_test() -> None:
     for behaviour, held_by in rows().items():
         named = HELD_BY.findall(held_by)
         assert bool(named) == (behaviour not in EXCEPTIONS - {"complex_2d", "rosenbrock_sparse"}), behaviour
-        for module, test in named:
-            text = (pages.ROOT / "tests" / f"{module}.py").read_text(encoding="utf-8")
-            assert f"\ndef {test}(" in text, f"{behaviour}: {module}::{test} is not there"
         assert ("cannot" in held_by or "does not apply" in held_by) == (behaviour in EXCEPTIONS), behaviour
+
+
+def test_the_page_names_tests_that_are_there_and_one_for_every_fault() -> None:
+    page = (pages.ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    for module, test in HELD_BY.findall(page):
+        text = (pages.ROOT / "tests" / f"{module}.py").read_text(encoding="utf-8")
+        assert f"\ndef {test}(" in text, f"{module}::{test} is not there"
+    faults = re.findall(r"^\| .* \|$", page.partition("\n## Faults\n")[2].partition("\n## ")[0], re.MULTILINE)[2:]
+    assert len(faults) > 5
+    assert not [row for row in faults if not HELD_BY.search(row)]
 
 
 def test_inputs_use_every_option() -> None:
