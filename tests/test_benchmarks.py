@@ -16,7 +16,7 @@ for module in ("rich", "matplotlib"):
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # benchmarks/ is no part of the package; it is run from the repository root
 
-from benchmarks import compare, compile_time, distributed, models, passes, render, step_time, training_step
+from benchmarks import compare, compile_time, distributed, long_run, models, passes, render, step_time, training_step
 from benchmarks.counting import bytes_moved, peak_extra_bytes
 from benchmarks.measuring import measure
 from benchmarks.optimizers import CONTENDERS, LOOP, OURS, YARDSTICK, Contender
@@ -301,3 +301,23 @@ def test_the_page_of_several_processes_keeps_what_is_written_by_hand(tmp_path: P
     page.write_text("no such lines")
     with pytest.raises(SystemExit, match="must hold the lines"):
         render.main(["--results", str(tmp_path / "results"), "--docs", str(page.parent)])
+
+
+@pytest.mark.parametrize(
+    ("late", "fault"),
+    [
+        ({}, None),
+        ({"resident_mib": 109.0}, "memory grew by 9.0 MiB"),
+        ({"foreach_drift": 2e-5}, "foreach drifted by 2.0e-05"),
+        ({"single_us": 140.0}, "single became slower, 1.40 times"),
+        # the machine became slower
+        ({"single_us": 140.0, "foreach_us": 140.0, "fused_us": 140.0, "torch SGD_us": 70.0}, None),
+    ],
+)
+def test_a_long_run_fails_where_a_bound_breaks(late: dict[str, float], fault: str | None) -> None:
+    block: dict[str, Any] = {"step": 1000, "loss": 1.0, "resident_mib": 100.0, "objects": 1000, "torch SGD_us": 50.0}
+    for name in long_run.IMPLEMENTATIONS:
+        block |= {f"{name}_us": 100.0, f"{name}_drift": 1e-7}
+    text, faults = long_run.summary([block] * 18 + [block | late] * 2)
+    assert [fault in each for each in faults] == ([] if fault is None else [True])
+    assert text.count("\n| ") == 1 + len(long_run.IMPLEMENTATIONS) + 1 + 1
