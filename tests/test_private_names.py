@@ -83,7 +83,7 @@ PRIVATE: dict[str, tuple[str, Callable[[], bool]]] = {
         lambda: are(torch._foreach_add(ones(), ones(), alpha=2.0), 3.0),
     ),
     "torch._foreach_add_": (
-        'foreach step; norms with trust_denominator="joint"',
+        'foreach step; norms with `trust_denominator="joint"`',
         lambda: written(lambda x: torch._foreach_add_(x, ones(), alpha=-0.5), 0.5),
     ),
     "torch._foreach_addcmul": (
@@ -95,12 +95,12 @@ PRIVATE: dict[str, tuple[str, Callable[[], bool]]] = {
         lambda: written(lambda x: torch._foreach_addcmul_(x, x, scalars(-0.5)), 0.5),
     ),
     "torch._foreach_copy_": (
-        "foreach step of half types and with skip_nonfinite",
+        "foreach step of half types and with `skip_nonfinite`",
         lambda: written(lambda x: torch._foreach_copy_(x, [t.double() * 2 for t in ones()]), 2.0),
     ),
     "torch._fused_sgd_": ("fused step on CPU", lambda: written(fused_sgd, 0.375)),
     "torch.nn.modules.batchnorm._NormBase": (
-        "param_groups, which takes batch and instance norms by it",
+        "`param_groups`, which takes batch and instance norms by it",
         lambda: all(
             isinstance(norm(2), module("nn.modules.batchnorm")._NormBase)
             for norm in (torch.nn.BatchNorm2d, torch.nn.SyncBatchNorm, torch.nn.InstanceNorm1d)
@@ -118,7 +118,7 @@ PRIVATE: dict[str, tuple[str, Callable[[], bool]]] = {
             is False
         ),
     ),
-    "torch.optim.optimizer._use_grad_for_differentiable": ("differentiable=True", lambda: not grad_mode_of_a_step()),
+    "torch.optim.optimizer._use_grad_for_differentiable": ("`differentiable=True`", lambda: not grad_mode_of_a_step()),
     "torch.optim.optimizer.required": (
         "the error for a missing lr",
         lambda: type(module("optim.optimizer").required).__name__ == "_RequiredParameter",
@@ -140,7 +140,7 @@ PRIVATE: dict[str, tuple[str, Callable[[], bool]]] = {
         lambda: mentions("_dynamo/variables/optimizer.py", "_init_group"),
     ),
     "_step_supports_amp_scaling": (
-        "GradScaler with fused=True, which asks for it",
+        "GradScaler with `fused=True`, which asks for it",
         lambda: mentions("amp/grad_scaler.py", '"_step_supports_amp_scaling"'),
     ),
 }
