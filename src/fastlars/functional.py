@@ -14,7 +14,7 @@ from . import fused_cpu, fused_cuda, sharding
 from .coefficients import Number, coefficients, is_adapted, on_device, scalar_lr, sign
 from .compat import bump_versions, is_scripting, outside_graphs
 from .dispatch import Part, implementation, split
-from .norms import buckets, is_conjugate, is_half, joint_norms, norm_dtype, norms, real
+from .norms import buckets, cat, is_conjugate, is_half, joint_norms, norm_dtype, norms, real, unbind
 from .options import Options, check_can_be_skipped
 from .updates import multi_tensor_lars, scripted_multi_tensor_lars, single_tensor_lars
 
@@ -234,7 +234,7 @@ def measure(part: Part, options: Options, early: bool = False) -> Optional[Tenso
         rows.append(joint_norms(params, grads, sign(options), options.weight_decay, foreach))
     if options.skip_nonfinite or options.trust_denominator == "separate":
         rows.append(norms(grads, foreach))
-    return torch.stack(rows)
+    return cat(rows).view(len(rows), -1)
 
 
 def any_nonfinite(measured: List[Optional[Tensor]], found_inf: Optional[Tensor]) -> Tensor:
@@ -367,7 +367,7 @@ def _unbind(numbers: Union[float, Tensor], part: Part, like: Tensor) -> List[Ten
         numbers = numbers.to(dtype)
     else:
         numbers = torch.full((), numbers, dtype=dtype, device=like.device)
-    return list(numbers.expand(len(part.params)).unbind())
+    return unbind(numbers.expand(len(part.params)))
 
 
 def _copies(tensors: List[Tensor], dtype: torch.dtype, foreach: bool) -> List[Tensor]:

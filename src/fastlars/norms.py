@@ -59,9 +59,8 @@ def norms(tensors: List[Tensor], foreach: bool) -> Tensor:
     """L2 norms of real tensors of one device and dtype, shape (n,)."""
     if tensors[0].device.type == "cpu":
         if not is_scripting():  # noqa: SIM102  TorchScript would compile the second condition
-            if torch.compiler.is_compiling() and not torch.is_grad_enabled():
-                one_node: Tensor = _cpu_norms_in_graph(tensors)
-                return one_node
+            if _in_cpu_graph(tensors[0]):
+                return cat([_cpu_norms_in_graph(tensors[i : i + NODE]) for i in range(0, len(tensors), NODE)])
         return _cpu_norms(tensors)
     dtype = norm_dtype(tensors[0].dtype)
     if foreach:
@@ -69,12 +68,52 @@ def norms(tensors: List[Tensor], foreach: bool) -> Tensor:
     return torch.stack([vector_norm(tensor, dtype=dtype) for tensor in tensors])
 
 
+def cat(vectors: List[Tensor]) -> Tensor:
+    """Vectors end to end."""
+    if not is_scripting():  # noqa: SIM102  as above
+        if _in_cpu_graph(vectors[0]):
+            one_node: Tensor = _cat_in_graph(vectors)
+            return one_node
+    return torch.cat(vectors)
+
+
+def unbind(vector: Tensor) -> List[Tensor]:
+    """The numbers of a vector as 0-dim tensors."""
+    if not is_scripting():  # noqa: SIM102  as above
+        if _in_cpu_graph(vector):
+            one_node: List[Tensor] = _unbind_in_graph(vector)
+            return one_node
+    return list(vector.unbind())
+
+
 def _cpu_norms(tensors: List[Tensor]) -> Tensor:
     return torch.stack([_cpu_norm(tensor) for tensor in tensors])
 
 
-# One node of a compiled graph, where a dozen for each tensor would take the compiler longer than all the rest of a step.
+# What Inductor, torch.compile's backend, would make of these on CPU takes it longer than all the rest of a step: a dozen
+# operations for each norm, a loop for each part of a vector, and the formula anew in the loop over each tensor, for
+# each of whose numbers it looks for partners to fuse with among all that read the same vector. So each is one node.
+# Norms of at most NODE tensors: those that are written later all wait for the node, and would be such partners too.
+NODE = 16
+
+
+def _in_cpu_graph(tensor: Tensor) -> bool:
+    return tensor.is_cpu and torch.compiler.is_compiling() and not torch.is_grad_enabled()
+
+
+def _cat(vectors: List[Tensor]) -> Tensor:
+    return torch.cat(vectors)
+
+
+def _copies_of_numbers(vector: Tensor) -> List[Tensor]:
+    return [number.clone() for number in vector.unbind()]  # an operator may not return views of what it takes
+
+
 _cpu_norms_in_graph = torch.library.custom_op("fastlars::cpu_norms", _cpu_norms, mutates_args=())
+_cat_in_graph = torch.library.custom_op("fastlars::cat", _cat, mutates_args=())
+_unbind_in_graph = torch.library.custom_op("fastlars::unbind", _copies_of_numbers, mutates_args=())
+_cat_in_graph.register_fake(_cat)
+_unbind_in_graph.register_fake(_copies_of_numbers)
 
 
 @_cpu_norms_in_graph.register_fake
