@@ -19,13 +19,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .data import DataError, Dataset, idx_digits, scikit_learn_digits
 from .figure import draw
+from .progress import show
 from .report import Study, describe, terminal_table, write_csv, write_markdown
 from .search import search
-from .training import METHODS, Protocol, Result, Run
+from .training import METHODS, Protocol, Run
 from .workers import Workers
 
 QUICK = Protocol(epochs=3, warmup_epochs=1, first_trials=3, most_trials=3, search_seeds=(100,), test_seeds=(0, 1))
@@ -107,23 +107,6 @@ def study(dataset: Dataset, protocol: Protocol, options: argparse.Namespace, con
         markup=False,
         soft_wrap=True,
     )
-
-
-def show(phase: str, runs: list[Run], workers: Workers, console: Console) -> list[Result]:
-    """Train the runs under a progress bar; where there is no terminal, under a line when they are done."""
-    started = time.perf_counter()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(f"{phase}: {len(runs)} runs", total=len(runs))
-        results = workers.train(runs, finished=lambda: progress.advance(task))
-    console.print(f"{phase}: {len(runs)} runs in {time.perf_counter() - started:.0f} s", highlight=False)
-    return results
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ Labels = npt.NDArray[np.int64]
 
 SPLIT_SEED = 0
 DIGITS_TRAIN, DIGITS_VALIDATION = 1152, 323  # of 1797; the other 322 are the test split
-IDX_TRAIN, IDX_VALIDATION = 4096, 4096  # at most; one run of 20 epochs takes about two seconds
 
 # The first four bytes: two zeros, the element type (8 is unsigned byte), the number of dimensions.
 IMAGES_MAGIC, LABELS_MAGIC = 0x00000803, 0x00000801
@@ -28,6 +27,20 @@ FILES = {
     "test images": "t10k-images-idx3-ubyte",
     "test labels": "t10k-labels-idx1-ubyte",
 }
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is made of the train files: the training split, the validation split, and the batches."""
+
+    train: int  # images at most
+    validation: int  # images at most
+    share: float  # of the train files, at most, is the training split
+    parts: tuple[int, ...]  # into how many batches the training split falls, each dividing the first
+    pool: int = 1  # the images' sides are divided by this, by averaging
+
+
+DEMO_CUT = Cut(4096, 4096, 0.8, (32, 8, 2, 1))  # one run of 20 epochs takes about two seconds
 
 
 class DataError(Exception):
@@ -66,7 +79,7 @@ def scikit_learn_digits() -> Dataset:
     )
 
 
-def idx_digits(directory: Path) -> Dataset:
+def idx_digits(directory: Path, cut: Cut = DEMO_CUT) -> Dataset:
     """MNIST-format files: training and validation split from the train files, test from the t10k files."""
     images, labels = _read_pair(directory, "train")
     test_images, test_labels = _read_pair(directory, "test")
@@ -85,17 +98,17 @@ def idx_digits(directory: Path) -> Dataset:
         raise DataError(
             f"{directory}: train images must not all be blank, found only pixels of {images.min()}; copy the file again"
         )
-    train_size = min(IDX_TRAIN, len(labels) * 4 // 5) // 32 * 32
+    train_size = min(cut.train, int(len(labels) * cut.share)) // cut.parts[0] * cut.parts[0]
     train, rest = _stratified(labels, np.arange(len(labels)), train_size)
     validation = rest
-    if len(rest) - IDX_VALIDATION >= 10:  # else too few would be left over for a stratified cut
-        validation, _ = _stratified(labels, rest, IDX_VALIDATION)
+    if len(rest) - cut.validation >= 10:  # else too few would be left over for a stratified cut
+        validation, _ = _stratified(labels, rest, cut.validation)
     return _dataset(
         f"{directory.resolve().name} ({train_size} of {len(labels)} images)",
-        train=(images[train].astype(np.float32), labels[train]),
-        validation=(images[validation].astype(np.float32), labels[validation]),
-        test=(test_images.astype(np.float32), test_labels),
-        batches=tuple(train_size // part for part in (32, 8, 2, 1)),
+        train=(_pooled(images[train], cut.pool), labels[train]),
+        validation=(_pooled(images[validation], cut.pool), labels[validation]),
+        test=(_pooled(test_images, cut.pool), test_labels),
+        batches=tuple(train_size // part for part in cut.parts),
     )
 
 
@@ -182,6 +195,13 @@ def _stratified(labels: Labels, indices: npt.NDArray[np.intp], size: int) -> lis
         indices, train_size=size, stratify=labels[indices], random_state=SPLIT_SEED
     )
     return halves
+
+
+def _pooled(images: Bytes, size: int) -> Pixels:
+    """Means of size x size pixels; a row or column that is left over is dropped."""
+    height, width = (side // size for side in images.shape[1:])
+    whole = images[:, : height * size, : width * size].astype(np.float32)
+    return whole.reshape(len(images), height, size, width, size).mean((2, 4))
 
 
 def _dataset(

@@ -18,6 +18,7 @@ class Grid:
     """
 
     middle: float
+    neighbours: int = 1  # trials that the best must have on either side to lie inside
     trials: dict[int, list[Result]] = field(default_factory=dict)
 
     def lr(self, k: int) -> float:
@@ -41,7 +42,8 @@ class Grid:
 
     @property
     def is_inside(self) -> bool:
-        return min(self.trials) < self.best < max(self.trials)
+        below = sum(k < self.best for k in self.trials)
+        return min(below, len(self.trials) - 1 - below) >= self.neighbours
 
     @property
     def is_refined(self) -> bool:
@@ -83,7 +85,9 @@ def search(
     train: Callable[[list[Run]], list[Result]],
 ) -> dict[tuple[int, Method], Grid]:
     """Search all grids at once, round by round: the runs of a round do not wait for each other."""
-    grids = {(batch, method): Grid(method.first_lr) for batch in batches for method in methods}
+    grids = {
+        (batch, method): Grid(method.middle(batch), protocol.neighbours) for batch in batches for method in methods
+    }
     while True:
         wanted = [
             (batch, method, k)

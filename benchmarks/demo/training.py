@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,14 +23,29 @@ from .data import Dataset, Split
 class Method:
     """An optimizer and what it does with the bias tensors. The table and the figure have one row or line for each."""
 
-    optimizer: str  # "SGD" or "LARS"
+    optimizer: str  # one of OPTIMIZERS
     bias_lr: float | None  # peak lr of the bias tensors; None: the lr of the weights
     first_lr: float  # middle of the first grid; where it lies costs trials, it does not change the rule
+    options: tuple[tuple[str, Any], ...] = ()  # of the optimizer, beyond lr, momentum and weight decay
+    clip: float | None = None  # the gradient's norm, over all tensors, is not larger
+    adapt_all: bool = False  # biases and norms too
+    batch_norm: bool = False  # after each convolution of the network
+    first_lr_power: float = 0.0  # of the batch over 8192, for which first_lr stands if this is not 0
+
+    def middle(self, batch: int) -> float:
+        """Of the first grid at this batch, a whole number of octaves from first_lr."""
+        return float(self.first_lr * 2.0 ** round(self.first_lr_power * math.log2(batch / 8192)))
 
     @property
     def name(self) -> str:
         return f"{self.optimizer}, {'one lr for all' if self.bias_lr is None else f'bias lr {self.bias_lr:g}'}"
 
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "SGD": torch.optim.SGD,
+    "AdamW": torch.optim.AdamW,  # its betas[0], 0.9, is its momentum
+    "LARS": fastlars.LARS,
+}
 
 # Both optimizers get both treatments of the biases, so that this knob is not counted as a merit of LARS.
 BIAS_LR = 0.1
@@ -49,9 +66,12 @@ class Protocol:
     momentum: float = 0.9
     weight_decay: float = 5e-4  # of weights; biases have none
     first_trials: int = 5  # lrs in the first grid, factor 2 apart
+    neighbours: int = 1  # trials that the best lr must have on either side before it counts as inside
     most_trials: int = 15  # a grid that has grown to this many is not moved further, and the table says so
     search_seeds: tuple[int, ...] = (100, 101, 102, 103, 104)
     test_seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    first_stride: int | None = None  # of the first convolution; None: by the size of the images
+    ratios_an_epoch: int = 1  # how often a final run notes its trust ratios
 
 
 @dataclass(frozen=True)
@@ -69,17 +89,20 @@ class Result:
     accuracy: float  # percent of the images of the validation or, in a final run, the test split
     loss: float  # mean cross-entropy on them; inf after a divergence
     seconds: float
-    trust_ratios: dict[str, list[float]] = field(default_factory=dict)  # layer -> one number an epoch
+    trust_ratios: dict[str, list[float]] = field(default_factory=dict)  # layer -> ratios_an_epoch numbers an epoch
 
 
-def build_model(height: int, width: int) -> nn.Sequential:
-    """Two convolutions and two linear layers, no normalisation: 18 000 parameters for 8 x 8 pixels."""
-    first_stride = 2 if max(height, width) > 16 else 1
+def build_model(height: int, width: int, *, first_stride: int | None = None, batch_norm: bool = False) -> nn.Sequential:
+    """Two convolutions and two linear layers, 18 000 parameters for 8 x 8 pixels; without normalisation unless asked."""
+    if first_stride is None:
+        first_stride = 2 if max(height, width) > 16 else 1
     area = math.prod(math.ceil(math.ceil(side / first_stride) / 2) for side in (height, width))
     layers = OrderedDict[str, nn.Module](
         conv1=nn.Conv2d(1, 8, 3, stride=first_stride, padding=1),
+        **({"norm1": nn.BatchNorm2d(8)} if batch_norm else {}),
         relu1=nn.ReLU(),
         conv2=nn.Conv2d(8, 16, 3, stride=2, padding=1),
+        **({"norm2": nn.BatchNorm2d(16)} if batch_norm else {}),
         relu2=nn.ReLU(),
         flatten=nn.Flatten(),
         hidden=nn.Linear(16 * area, 64),
@@ -90,12 +113,16 @@ def build_model(height: int, width: int) -> nn.Sequential:
 
 
 def build_optimizer(model: nn.Module, run: Run, protocol: Protocol) -> torch.optim.Optimizer:
-    """The same two groups for both optimizers: weights, and biases (never decayed, in LARS never adapted)."""
-    unadapted = None if run.method.bias_lr is None else {"lr": run.method.bias_lr}
+    """The same two groups for every optimizer: weights, and the rest (never decayed, adapted only if all are to be)."""
+    method = run.method
+    unadapted = None if method.bias_lr is None else {"lr": method.bias_lr}
     groups = fastlars.param_groups(model, protocol.weight_decay, unadapted=unadapted)
-    if run.method.optimizer == "LARS":
-        return fastlars.LARS(groups, lr=run.lr, momentum=protocol.momentum)
-    return torch.optim.SGD(groups, lr=run.lr, momentum=protocol.momentum)
+    if method.adapt_all:
+        groups = [{**group, "adapt": True} for group in groups]
+    options = dict(method.options)
+    if method.optimizer != "AdamW":
+        options["momentum"] = protocol.momentum
+    return OPTIMIZERS[method.optimizer](groups, lr=run.lr, **options)
 
 
 def train(run: Run, protocol: Protocol, dataset: Dataset) -> Result:
@@ -107,10 +134,13 @@ def train(run: Run, protocol: Protocol, dataset: Dataset) -> Result:
     started = time.perf_counter()
     torch.manual_seed(run.seed)
     training = dataset.train
-    model = build_model(*training.images.shape[2:])
+    model = build_model(
+        *training.images.shape[2:], first_stride=protocol.first_stride, batch_norm=run.method.batch_norm
+    )
     optimizer = build_optimizer(model, run, protocol)
     steps = len(training.labels) // run.batch
     scheduler = warmup_polynomial(optimizer, protocol.warmup_epochs * steps, protocol.epochs * steps, power=2.0)
+    between_ratios = max(1, steps // protocol.ratios_an_epoch)
     trust_ratios: dict[str, list[float]] = {}
     for _ in range(protocol.epochs):
         for step, indices in enumerate(torch.randperm(len(training.labels)).split(run.batch)):
@@ -119,7 +149,9 @@ def train(run: Run, protocol: Protocol, dataset: Dataset) -> Result:
             if not math.isfinite(loss.item()):
                 break
             loss.backward()
-            if run.final and step == 0 and isinstance(optimizer, fastlars.LARS):
+            if run.method.clip is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), run.method.clip)
+            if run.final and step % between_ratios == 0 and isinstance(optimizer, fastlars.LARS):
                 for name, ratio in optimizer.trust_ratios().items():
                     trust_ratios.setdefault(name.removesuffix(".weight"), []).append(ratio)
             optimizer.step()
@@ -130,7 +162,7 @@ def train(run: Run, protocol: Protocol, dataset: Dataset) -> Result:
 
 @torch.no_grad()
 def _measure(model: nn.Module, split: Split) -> tuple[float, float]:
-    logits = model(split.images)
+    logits = model.eval()(split.images)
     accuracy = 100 * (logits.argmax(1) == split.labels).float().mean().item()
     loss = functional.cross_entropy(logits, split.labels).item()
     return accuracy, loss if math.isfinite(loss) else math.inf

@@ -56,12 +56,12 @@ class Workers:
                 process.terminate()
         self._pool.shutdown(cancel_futures=True)
 
-    def train(self, runs: Sequence[Run], finished: Callable[[], None]) -> list[Result]:
+    def train(self, runs: Sequence[Run], finished: Callable[[Result], None]) -> list[Result]:
         """Train every run, in any order, and return the results in the order of `runs`.
 
         Args:
             runs: What to train. Small batches take longest, so they start first.
-            finished: Called after each run.
+            finished: Called with each result, in the order in which they come.
         """
         order = sorted(range(len(runs)), key=lambda i: runs[i].batch)
         with _interrupt_ignored():
@@ -69,7 +69,7 @@ class Workers:
         results: dict[int, Result] = {}
         for future in as_completed(futures):
             results[futures[future]] = future.result()
-            finished()
+            finished(results[futures[future]])
         return [results[i] for i in range(len(runs))]
 
 
