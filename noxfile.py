@@ -132,6 +132,13 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session
+def study(session: nox.Session) -> None:
+    """The large-batch study: `-- --data FOLDER` trains what is not stored yet, on two cores within the hour."""
+    install(session, NEWEST, "--group", "demo")
+    session.run("python", "-m", "benchmarks.study", *session.posargs)
+
+
+@nox.session
 @nox.parametrize("framework", [nox.param(framework, id=framework) for framework in FRAMEWORKS])
 def frameworks(session: nox.Session, framework: str) -> None:
     """A page of docs/frameworks, run and tested with the real package; then its versions are recorded."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from .report import Study, mean_and_std
-from .training import Method
+from .training import Method, Result
 
 Array = npt.NDArray[np.float64]
 
@@ -89,18 +90,22 @@ def _accuracy_by_batch(axes: Axes, study: Study) -> None:
             accuracies = [result.accuracy for result in results]
             axes.plot([position] * len(results), accuracies, **{**style, "linestyle": ""}, markersize=5)
         axes.plot([], [], **style, label=method.name)  # for the legend: line and dot together
-    # most differences lie above 90 %, and one run that failed would squeeze them: the log of the error shows both
-    axes.set_yscale("function", functions=(_error_scale, _error_scale_inverse))
-    errors = [100 - result.accuracy for results in study.finals.values() for result in results]
-    axes.set_ylim(100 - 1.2 * max(errors), 100 - max(min(errors) / 1.2, SMALLEST_ERROR))
-    axes.yaxis.set_major_locator(FixedLocator([10, 50, 80, 90, 95, 98, 99, 99.5, 99.9]))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    error_scaled(axes, [result for results in study.finals.values() for result in results])
     axes.set_xticks(range(len(batches)), [*map(str, batches[:-1]), f"{batches[-1]} (all)"])
     axes.set(
         title="Test accuracy at the chosen lr\n(dot: one seed, line: mean)",
         xlabel="batch (images)",
         ylabel="test accuracy (%), log scale of error",
     )
+
+
+def error_scaled(axes: Axes, results: Sequence[Result]) -> None:
+    """Most differences lie above 90 %, and one run that failed would squeeze them: the log of the error shows both."""
+    axes.set_yscale("function", functions=(_error_scale, _error_scale_inverse))
+    errors = [100 - result.accuracy for result in results]
+    axes.set_ylim(100 - 1.2 * max(errors), 100 - max(min(errors) / 1.2, SMALLEST_ERROR))
+    axes.yaxis.set_major_locator(FixedLocator([10, 50, 80, 90, 95, 98, 99, 99.5, 99.9]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
 
 
 def _error_scale(accuracy: Array) -> Array:
@@ -122,12 +127,7 @@ def _accuracy_by_lr(axes: Axes, study: Study) -> None:
     axes.axvline(1, color="#888888", linewidth=1, zorder=0)
     axes.axhline(CHANCE, color="#888888", linewidth=1, linestyle=":", zorder=0)
     axes.annotate("chance", (1, CHANCE), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="#666666")
-    first, last = math.floor(math.log2(min(relative_lrs))), math.ceil(math.log2(max(relative_lrs)))
-    step = 1 if last - first < 8 else 2
-    axes.set_xscale("log", base=2)
-    axes.set_xticks([2.0**i for i in range(first, last + 1) if i % step == 0])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}" if x >= 1 else f"1/{1 / x:g}"))
+    octaves(axes, relative_lrs)
     axes.set(
         title=f"Sensitivity to the lr at batch {study.largest}\n(mean over the search seeds)",
         xlabel="lr / best lr of the same line",
@@ -135,22 +135,37 @@ def _accuracy_by_lr(axes: Axes, study: Study) -> None:
     )
 
 
+def octaves(axes: Axes, relative_lrs: Sequence[float], most: int = 8) -> None:
+    """An axis of powers of 2 that covers the lrs, with every second one named where there are `most` or more."""
+    first, last = math.floor(math.log2(min(relative_lrs))), math.ceil(math.log2(max(relative_lrs)))
+    step = 1 if last - first < most else 2
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([2.0**i for i in range(first, last + 1) if i % step == 0])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}" if x >= 1 else f"1/{1 / x:g}"))
+
+
 def _trust_ratios(axes: Axes, study: Study) -> None:
     method = next(m for m in reversed(study.methods) if m.optimizer == "LARS")
-    seeds = [result.trust_ratios for result in study.finals[study.largest, method]]
-    # a seed that diverged noted fewer epochs: the lines end where the first one ends
-    epochs = range(1, 1 + min(len(ratios) for seed in seeds for ratios in seed.values()))
-    for layer, (colour, linestyle) in zip(seeds[0], LAYER_STYLES, strict=True):
-        by_epoch = [[seed[layer][epoch - 1] for seed in seeds] for epoch in epochs]
-        medians = [statistics.median(ratios) for ratios in by_epoch]
-        lowest, highest = [min(ratios) for ratios in by_epoch], [max(ratios) for ratios in by_epoch]
-        axes.plot(epochs, medians, color=colour, linestyle=linestyle, linewidth=2, label=layer)
-        axes.fill_between(epochs, lowest, highest, color=colour, alpha=0.12, linewidth=0)
-    axes.set_yscale("log")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), title="weight of layer", handlelength=2.5)
+    ratios_by_layer(axes, study.finals[study.largest, method])
     axes.set(
         title=f"Trust ratios at batch {study.largest},\n{method.name} (median and range of seeds)",
         xlabel="epoch",
-        ylabel="trust ratio (factor on the lr)",
     )
+
+
+def ratios_by_layer(axes: Axes, results: Sequence[Result]) -> None:
+    """Lines of the seeds' medians in bands of their ranges, against the number of the note: epochs or steps."""
+    seeds = [result.trust_ratios for result in results]
+    # a seed that diverged has fewer notes: the lines end where the first one ends
+    notes = range(1, 1 + min(len(ratios) for seed in seeds for ratios in seed.values()))
+    for layer, (colour, linestyle) in zip(seeds[0], LAYER_STYLES, strict=True):
+        by_note = [[seed[layer][note - 1] for seed in seeds] for note in notes]
+        medians = [statistics.median(ratios) for ratios in by_note]
+        lowest, highest = [min(ratios) for ratios in by_note], [max(ratios) for ratios in by_note]
+        axes.plot(notes, medians, color=colour, linestyle=linestyle, linewidth=2, label=layer)
+        axes.fill_between(notes, lowest, highest, color=colour, alpha=0.12, linewidth=0)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), title="weight of layer", handlelength=2.5)
+    axes.set_ylabel("trust ratio (factor on the lr)")

@@ -23,7 +23,7 @@ from benchmarks.demo.training import Result, Run
 from benchmarks.demo.workers import Workers
 
 from . import page
-from .methods import CUT, PROTOCOLS
+from .methods import CUT, PROTOCOLS, batches
 from .outcome import study
 from .store import Store, StoreError
 
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     try:
         if options.render:
-            page.write(Store.recorded(COMMITTED), DOCS)
+            page.write(Store.recorded(COMMITTED), DOCS, page.CONCLUSION)
             return 0
         if options.data is None:
             return fail(WHERE.format(files="\n  ".join(FILES.values())), 2)
@@ -110,7 +110,7 @@ def train(dataset: Dataset, data_digest: str, options: argparse.Namespace, conso
                 show(what, missing, workers, console, finished=store.add)
             return store.results(runs)
 
-        study(protocol, dataset.batches, stored)
+        study(protocol, batches(protocol, len(dataset.train.labels)), stored)
     written = page.write(Store.recorded(store.path), options.out)
     console.print(f"{time.perf_counter() - started:.0f} s. Written: {written}", highlight=False, markup=False)
 

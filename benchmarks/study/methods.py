@@ -36,18 +36,24 @@ PROTOCOLS = {
     ),
 }
 
+BIAS_KNOB, CLIP_KNOB = "own lr of other tensors", "threshold"
 OWN_LR = {"SGD": 0.1, "LARS": 0.1, "AdamW": 0.001}  # customary ones, not searched: LARS's other tensors take SGD's step
 CLIP = 1.0  # the customary one, not searched
+
+
+def batches(protocol: Protocol, train_images: int) -> tuple[int, ...]:
+    """Smallest first; a quick run has the two largest."""
+    found = tuple(train_images // part for part in CUT.parts)
+    return found[-2:] if protocol is PROTOCOLS["quick"] else found
 
 
 @dataclass(frozen=True)
 class Row:
     """One row of a table."""
 
-    table: str  # "main", "family", "one lr" or "batch norm"
     name: str
     method: Method
-    knobs: str  # beyond the lr that is searched, and what all have: momentum, decay, schedule
+    knobs: tuple[str, ...]  # beyond the lr that is searched, and what all have: momentum, decay, schedule
 
 
 def _own(method: Method) -> Method:
@@ -67,17 +73,11 @@ BASE = {
     "LARS": Method("LARS", None, 128.0, first_lr_power=0.6),
 }
 MAIN = tuple(
-    Row("main", name, _own(method), "own lr of other tensors" + (", threshold" if method.clip else ""))
-    for name, method in BASE.items()
+    Row(name, _own(method), (BIAS_KNOB, CLIP_KNOB) if method.clip else (BIAS_KNOB,)) for name, method in BASE.items()
 )
 ONE_LR_FIRST = {"AdamW": 0.064, "LARS": 16.0}
 ONE_LR = tuple(
-    Row(
-        "one lr",
-        name,
-        replace(method, first_lr=ONE_LR_FIRST.get(name, method.first_lr)),
-        "threshold" if method.clip else "none",
-    )
+    Row(name, replace(method, first_lr=ONE_LR_FIRST.get(name, method.first_lr)), (CLIP_KNOB,) if method.clip else ())
     for name, method in BASE.items()
 )
 
@@ -92,17 +92,13 @@ def _dialect(name: str) -> Method:
 
 
 FAMILY = (
-    *(
-        Row("family", f"LARS, {' and '.join(SHARED.get(name, (name,)))}", _dialect(name), "own lr of other tensors")
-        for name in FAMILY_FIRST
-    ),
-    Row("family", "LARS, all tensors adapted", replace(BASE["LARS"], adapt_all=True, first_lr=64.0), "none"),
+    *(Row(f"LARS, {' and '.join(SHARED.get(name, (name,)))}", _dialect(name), (BIAS_KNOB,)) for name in FAMILY_FIRST),
+    Row("LARS, all tensors adapted", replace(BASE["LARS"], adapt_all=True, first_lr=64.0), ()),
 )
 NORM_FIRST = {"SGD, clipping": 0.8, "LARS": 32.0}
 BATCH_NORM = tuple(
     replace(
         row,
-        table="batch norm",
         method=replace(row.method, batch_norm=True, first_lr=NORM_FIRST.get(row.name, row.method.first_lr)),
     )
     for row in MAIN

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from benchmarks.demo.search import Grid, search
 from benchmarks.demo.training import Method, Protocol, Result, Run
 
-from .methods import AT_LARGEST, BATCH_NORM, MAIN, Row
+from .methods import AT_LARGEST, BATCH_NORM, CUT, MAIN, Row
 
 Train = Callable[[str, list[Run]], list[Result]]  # what for, in a word; which; their results in the same order
 
@@ -21,6 +21,14 @@ class Outcome:
     batches: tuple[int, ...]
     grids: dict[tuple[int, Method], Grid]
     finals: dict[tuple[int, Method], list[Result]]  # none for a row that failed
+
+    @property
+    def largest(self) -> int:
+        return self.batches[-1]
+
+    def steps(self, batch: int) -> int:
+        """The largest batch is a part of the training split, and the others are parts of it."""
+        return self.protocol.epochs * self.largest * CUT.parts[-1] // batch
 
     def failed(self, batch: int, row: Row) -> bool:
         """The best lr lies on the edge of the largest grid allowed: the row says nothing about the method."""

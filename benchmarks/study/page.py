@@ -2,58 +2,210 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from .methods import CLIP, CUT, FAMILY, MAIN, OWN_LR, PROTOCOLS, SHARED
+from . import figure
+from .methods import AT_LARGEST, BATCH_NORM, CLIP, CUT, FAMILY, MAIN, ONE_LR, OWN_LR, PROTOCOLS, SHARED, Row, batches
 from .outcome import Outcome, study
+from .report import LARS, LARS_NORM, LARS_ONE_LR, WITHIN, Difference, cells, comparisons, plateau_words, rival
 from .store import Store
 
 NAME = "study.md"
+PICTURES = "study"
+WIDER = 5.0  # points of the best
 HEAD = """\
 <!-- Written by `python -m benchmarks.study --render` from benchmarks/results/study.csv; edit benchmarks/study/page.py. -->
 
 # A large-batch study
 """
 QUESTION = """\
-At a fixed number of epochs, how does accuracy fall as the batch grows, and how narrow is the lr that works?
+At a fixed number of epochs, how does accuracy fall as the batch grows, and how narrow is the lr that works? Five methods, four
+batches, an equal search for each: [the protocol](#the-protocol) was fixed first.
+"""
+CONCLUSION = """\
+None of this says that only LARS can do it. Nado et al., *A Large Batch Optimizer Reality Check*
+([arXiv 2102.06356](https://arxiv.org/abs/2102.06356)), tuned Nesterov momentum on ResNet-50 and Adam on BERT, with all their knobs,
+at the batches for which LARS and LAMB were made, and matched both. Here each method has one searched knob and a small budget, the
+network is small and the data are digits, and the biases' lr of 0.1 is the one that this repository's demo had used on other digits.
+Longer warm-up, other betas or another threshold may close the gaps.
+
+**When LARS is worth it.** Where the epochs are given and the batch is so large that only tens of steps are left, and above all in a
+network without normalisation. At batch 256 nothing is gained; from there the gap to AdamW and to clipping grows, and with batch-norm
+it is smaller again. Plain SGD's ties at larger batches, with intervals of tens of points, are seeds of which some fail and some do
+not.
+
+**What it takes.** LARS's lr is not for the biases: with one lr for all tensors it falls behind AdamW and clipping. Give the tensors that
+are not adapted an lr of their own (`param_groups(..., unadapted={"lr": 0.1})`), or adapt them too, which here is as good and has no
+second knob. LARC gives up little, and hardly minds its lr; with timm's coefficient its clipping leaves steps that are too small for so
+few of them. With lr inside the momentum (`paper`, `simclr`) and this few steps, the default is better.
 """
 
 
-def text(outcome: Outcome | None, store: Store | None) -> str:
-    parts = [HEAD, QUESTION]
-    if outcome is None or store is None:
-        parts.append("Not run yet.\n")
-    parts.append(protocol())
-    return "\n".join(parts)
+def write(store: Store, folder: Path, conclusion: str = "") -> str:
+    """The page, and its pictures in a folder beside it; says what was written.
 
-
-def write(store: Store, folder: Path) -> str:
-    """The page and its pictures; says what was written."""
+    Args:
+        store: What it is made from.
+        folder: Where it goes.
+        conclusion: What a reader makes of it, without figures: of the committed store, CONCLUSION, which a test holds to it.
+    """
     outcome = recorded(store)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / NAME).write_text(text(outcome, store), encoding="utf-8")
-    return f"{folder / NAME}"
+    pictures = figure.draw(outcome, folder / PICTURES)
+    (folder / NAME).write_text(text(outcome, store, pictures, conclusion), encoding="utf-8")
+    return f"{folder / NAME}, and {', '.join(name for name, _ in pictures)} in {folder / PICTURES}"
+
+
+def text(outcome: Outcome, store: Store, pictures: Sequence[tuple[str, str]], conclusion: str) -> str:
+    parts = [HEAD, *_came_out(outcome), *([conclusion] if conclusion else []), *_pictures(pictures)]
+    return "\n".join([*parts, *_tables(outcome), *_protocol(), *_repeat(store)])
 
 
 def recorded(store: Store) -> Outcome:
     """What the store holds, searched again; StoreError if a run is missing or not of the study."""
-    train_images = int(store.origin["train_images"])
-    outcome = study(
-        store.protocol, tuple(train_images // part for part in CUT.parts), lambda _, runs: store.results(runs)
-    )
+    at = batches(store.protocol, int(store.origin["train_images"]))
+    outcome = study(store.protocol, at, lambda _, runs: store.results(runs))
     store.only(outcome.runs())
     return outcome
 
 
-def protocol() -> str:
-    """What was fixed before the first full run."""
-    return "\n".join(_protocol())
+def _came_out(outcome: Outcome) -> Iterator[str]:
+    quick = outcome.protocol is PROTOCOLS["quick"]
+    yield (
+        "**A quick run: it proves that the program works, and says nothing about the optimizers.**\n"
+        if quick
+        else QUESTION
+    )
+    yield "## What came out\n"
+    yield (
+        f"In brackets: LARS minus the other, in points of test accuracy, mean and 95 % interval of {_seeds(outcome)} paired seeds.\n"
+    )
+    largest = outcome.largest
+    met = [
+        (f"batch {batch}", other, gap)
+        for batch in outcome.batches
+        for other, gap in comparisons(outcome, LARS, _rivals(outcome, batch), batch)
+    ]
+    met += [("with batch-norm", *pair) for pair in comparisons(outcome, LARS_NORM, BATCH_NORM, largest)]
+    one_lr = [("", *pair) for pair in comparisons(outcome, LARS_ONE_LR, ONE_LR, largest)]
+    family = [("", *pair) for pair in comparisons(outcome, LARS, FAMILY, largest)]
+    yield _share("loses", "worse", met)
+    yield f"- **With one lr for all tensors**, batch {largest}, LARS is {_by_verdict(one_lr)}."
+    yield _share("ties", "tie", met)
+    yield f"- **In the family**, batch {largest}, LARS's default is {_by_verdict(family)}."
+    yield _share("wins", "better", met)
+    failed = [
+        f"{row.name} at batch {batch}{' with batch-norm' if row.method.batch_norm else ''}"
+        for batch in outcome.batches
+        for row in (*MAIN, *AT_LARGEST, *BATCH_NORM)
+        if (batch, row.method) in outcome.grids and outcome.failed(batch, row)
+    ]
+    yield f"- **Failed rows**, with a best lr on the edge of the largest grid: {'; '.join(failed) or 'none'}."
+    yield "- **The lr plateau**, as the factor between its ends:"
+    for batch in (outcome.batches[0], largest):
+        yield f"  - batch {batch}, within {WITHIN:g} point of the best: {_widths(outcome, batch, WITHIN)};"
+    yield (
+        f"  - batch {largest}, within {WIDER:g} points, which the protocol does not have, since seeds differ by more than one: "
+        f"{_widths(outcome, largest, WIDER)}."
+    )
+    yield ""
+
+
+def _share(title: str, verdict: str, met: Sequence[tuple[str, Row, Difference]]) -> str:
+    found = [m for m in met if m[2].verdict == verdict]
+    return f"- **LARS {title}** in {len(found)} of {len(met)} comparisons{_listed(found)}."
+
+
+def _widths(outcome: Outcome, batch: int, within: float) -> str:
+    return "; ".join(f"{row.name} {plateau_words(outcome.grids[batch, row.method], within)}" for row in MAIN)
+
+
+def _rivals(outcome: Outcome, batch: int) -> list[Row]:
+    found = [rival(outcome, batch, row) for row in MAIN if row is not LARS]
+    return [row for row in found if row is not None]
+
+
+def _seeds(outcome: Outcome) -> int:
+    return len(outcome.protocol.test_seeds)
+
+
+def _listed(met: Sequence[tuple[str, Row, Difference]]) -> str:
+    by_place: dict[str, list[str]] = {}
+    for place, other, gap in met:
+        variant = ", one lr for all" if other in ONE_LR else ""
+        by_place.setdefault(place, []).append(f"{other.name}{variant} ({gap})")
+    return "".join(f"; {place}: {', '.join(others)}" for place, others in by_place.items()).replace("; ", ": ", 1)
+
+
+def _by_verdict(met: Sequence[tuple[str, Row, Difference]]) -> str:
+    parts = []
+    for verdict, words in (("worse", "worse than"), ("tie", "tied with"), ("better", "better than")):
+        if found := [f"{other.name} ({gap})" for _, other, gap in met if gap.verdict == verdict]:
+            parts.append(f"{words} {', '.join(found)}")
+    return "; ".join(parts) or "not compared: it failed"
+
+
+def _pictures(pictures: Sequence[tuple[str, str]]) -> Iterator[str]:
+    yield from (f"![{words}]({PICTURES}/{name})\n" for name, words in pictures)
+
+
+COLUMNS = ("knobs", "trials", "lr", "plateau", "valid.", "test", "lowest to highest", "LARS minus it")
+
+
+def _tables(outcome: Outcome) -> Iterator[str]:
+    yield f"""\
+## The tables
+
+Accuracy in percent. knobs: how many beyond momentum, decay and schedule, the searched lr among them. plateau: the factor between the
+ends of the range of lrs within {WITHIN:g} point of the best. valid.: mean of the search seeds at the best lr. test: mean of
+{_seeds(outcome)} fresh seeds.
+
+Table 1: every batch, own lr for the biases.
+"""
+    yield from _table(
+        ["batch", "steps", "method", *COLUMNS],
+        [
+            [str(batch), str(outcome.steps(batch)), row.name, *cells(outcome, batch, row, LARS)]
+            for batch in outcome.batches
+            for row in MAIN
+        ],
+    )
+    batch = outcome.largest
+    yield f"Table 2: the rest of LARS's family at batch {batch}, and one lr for all tensors.\n"
+    rows = [("LARS, default (table 1)", LARS), *((row.name, row) for row in FAMILY)]
+    rows += [(f"{row.name}, one lr for all", row) for row in ONE_LR]
+    yield from _table(["method", *COLUMNS], [[name, *cells(outcome, batch, row, LARS)] for name, row in rows])
+    yield f"Table 3: batch {batch}, with batch-norm.\n"
+    rows = [(row.name, row) for row in BATCH_NORM]
+    yield from _table(["method", *COLUMNS], [[name, *cells(outcome, batch, row, LARS_NORM)] for name, row in rows])
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    yield "| " + " | ".join(header) + " |"
+    yield "| " + " | ".join("---" if name == "method" else "---:" for name in header) + " |"
+    yield from ("| " + " | ".join(row) + " |" for row in rows)
+    yield ""
+
+
+def _repeat(store: Store) -> Iterator[str]:
+    minutes = store.seconds / 2 / 60
+    yield f"""\
+## Repeat it
+
+    python -m nox -s study -- --data FOLDER    # train; stopped or killed, it goes on where it was
+    python -m benchmarks.study --render        # this page and its pictures, from benchmarks/results/study.csv
+
+Every run, with all settings, is a line of `benchmarks/results/study.csv`: {len(store)} runs, which took {minutes:.0f} minutes in two
+processes of one thread each, with torch {store.origin["torch"]}; data: {store.origin["data"]} (the start of the files' SHA-256). A test
+searches them again by the protocol's rules, and fails if a run is missing or too many, or if this page says
+anything else than they do.
+"""
 
 
 def _protocol() -> Iterator[str]:
+    """What was fixed before the first full run."""
     fixed = PROTOCOLS["1"]
-    batches = [CUT.train // part for part in CUT.parts]
+    at = batches(fixed, CUT.train)
     seeds = ", ".join(map(str, fixed.search_seeds)), ", ".join(map(str, fixed.test_seeds))
     yield f"""\
 ## The protocol
@@ -70,7 +222,7 @@ pixels are standardised with mean and deviation of those that train.
 normalisation layers, which leaves an optimizer less room for error; table 3 repeats the largest batch with batch-norm after each
 convolution.
 
-**Training.** {fixed.epochs} epochs at batches of {", ".join(map(str, batches))}: {_steps(batches, fixed.epochs)} steps.
+**Training.** {fixed.epochs} epochs at batches of {", ".join(map(str, at))}: {_steps(at, fixed.epochs)} steps.
 Linear warm-up over {fixed.warmup_epochs} epoch, then polynomial decay with power 2 to 0, of all lrs alike. Momentum
 {fixed.momentum:g} (AdamW: betas 0.9 and 0.999). Weight decay {fixed.weight_decay:g} on weights (AdamW: its own, decoupled one), none
 on biases and norms, which LARS does not adapt. A seed sets the initial weights and the order of the images, alike for all methods
@@ -83,7 +235,7 @@ have everyone's: {OWN_LR["SGD"]:g} for the SGDs and LARS, {OWN_LR["AdamW"]:g} fo
 Clipping has one knob more, its threshold: {CLIP:g} for the norm of all gradients, the customary value, not searched. LARS has
 `trust_coefficient`, which multiplies lr and stays at its default.
 
-**The other tables, at batch {batches[-1]}.** Table 2: {"; ".join(row.name for row in FAMILY)}; and the methods of table 1 with one
+**The other tables, at batch {at[-1]}.** Table 2: {"; ".join(row.name for row in FAMILY)}; and the methods of table 1 with one
 lr for all tensors. Dialects that differ in eps alone share a row ({_shared()}). Table 3: the methods of table 1 in the network
 with batch-norm.
 
@@ -99,14 +251,14 @@ they have ended.
 
 **What counts as what.** Two methods are compared seed by seed, which share weights and order: the mean of the
 {len(fixed.test_seeds)} differences and its 95 % interval (Student's t). *Better* or *worse* is an interval without 0, all else is a
-*tie*; with this many comparisons, one in twenty is chance. At batch {batches[-1]}, LARS meets each of the others in the variant, own
+*tie*; with this many comparisons, one in twenty is chance. At batch {at[-1]}, LARS meets each of the others in the variant, own
 lr for the biases or one lr for all, that is better on validation; LARS itself is that of table 1. The lr *plateau* is the range of tried lrs around the best whose mean
 validation accuracy is within 1 point of it, none left out; "at least" where it reaches the grid's edge.
 """
 
 
-def _steps(batches: list[int], epochs: int) -> str:
-    *first, last = [str(epochs * CUT.train // batch) for batch in batches]
+def _steps(at: Sequence[int], epochs: int) -> str:
+    *first, last = [str(epochs * CUT.train // batch) for batch in at]
     return f"{', '.join(first)} and {last}"
 
 

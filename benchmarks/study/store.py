@@ -66,6 +66,10 @@ class Store:
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def seconds(self) -> float:
+        return sum(float(row["seconds"]) for row in self._rows.values())
+
     def __contains__(self, run: Run) -> bool:
         return self._key(run) in self._rows
 
