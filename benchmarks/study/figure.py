@@ -25,8 +25,8 @@ from .report import LARS, plateau, plateau_words
 # Okabe and Ito's colours, distinct for colour-blind readers too; line and marker say the same once more.
 MARKS: dict[str, dict[str, Any]] = {
     "SGD": {"color": "#D55E00", "linestyle": "--", "marker": "s"},
-    "SGD, Nesterov": {"color": "#E69F00", "linestyle": ":", "marker": "D"},
-    "SGD, clipping": {"color": "#CC79A7", "linestyle": "-.", "marker": "^"},
+    "SGD with Nesterov": {"color": "#E69F00", "linestyle": ":", "marker": "D"},
+    "SGD with clipping": {"color": "#CC79A7", "linestyle": "-.", "marker": "^"},
     "AdamW": {"color": "#009E73", "linestyle": (0, (6, 2)), "marker": "v"},
     "LARS": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
 }

@@ -67,8 +67,8 @@ def _options(**options: Any) -> tuple[tuple[str, Any], ...]:
 # Where the first grid lies comes from a pilot of single runs, and costs trials at most.
 BASE = {
     "SGD": Method("SGD", None, 0.2),
-    "SGD, Nesterov": Method("SGD", None, 0.2, _options(nesterov=True)),
-    "SGD, clipping": Method("SGD", None, 1.6, clip=CLIP, first_lr_power=0.5),
+    "SGD with Nesterov": Method("SGD", None, 0.2, _options(nesterov=True)),
+    "SGD with clipping": Method("SGD", None, 1.6, clip=CLIP, first_lr_power=0.5),
     "AdamW": Method("AdamW", None, 0.032, first_lr_power=0.25),
     "LARS": Method("LARS", None, 128.0, first_lr_power=0.6),
 }
@@ -92,10 +92,10 @@ def _dialect(name: str) -> Method:
 
 
 FAMILY = (
-    *(Row(f"LARS, {' and '.join(SHARED.get(name, (name,)))}", _dialect(name), (BIAS_KNOB,)) for name in FAMILY_FIRST),
-    Row("LARS, all tensors adapted", replace(BASE["LARS"], adapt_all=True, first_lr=64.0), ()),
+    *(Row(f"dialect {' and '.join(SHARED.get(name, (name,)))}", _dialect(name), (BIAS_KNOB,)) for name in FAMILY_FIRST),
+    Row("all tensors adapted", replace(BASE["LARS"], adapt_all=True, first_lr=64.0), ()),
 )
-NORM_FIRST = {"SGD, clipping": 0.8, "LARS": 32.0}
+NORM_FIRST = {"SGD with clipping": 0.8, "LARS": 32.0}
 BATCH_NORM = tuple(
     replace(
         row,

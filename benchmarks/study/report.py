@@ -97,22 +97,18 @@ def comparisons(outcome: Outcome, lars: Row, rows: Sequence[Row], batch: int) ->
                 yield row, difference(ours, theirs)
 
 
-def cells(outcome: Outcome, batch: int, row: Row, lars: Row) -> list[str]:
-    """Of a table's row: knobs, trials, lr, plateau, validation, test, its range, what LARS has more."""
+def cells(outcome: Outcome, batch: int, row: Row) -> list[str]:
+    """Of a table's row: knobs, trials, lr, plateau, validation, test, its range."""
     grid = outcome.grids[batch, row.method]
     searched = [str(1 + len(row.knobs)), str(len(grid.trials)), f"{grid.best_lr:.3g}"]
     if outcome.failed(batch, row):
-        return [*searched, "failed: on the edge", *[""] * 4]
+        return [*searched, "failed: on the edge", *[""] * 3]
     finals = outcome.finals[batch, row.method]
     accuracies = [result.accuracy for result in finals]
-    against = ""
-    if row.method != lars.method:
-        against = next((f"{d} ({d.verdict})" for _, d in comparisons(outcome, lars, [row], batch)), "")
     return [
         *searched,
         plateau_words(grid),
         f"{grid.score(grid.best)[0]:.1f}",
         f"{mean_and_std(finals)[0]:.1f}",
         f"{min(accuracies):.1f} to {max(accuracies):.1f}",
-        against,
     ]
