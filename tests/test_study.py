@@ -325,7 +325,7 @@ def test_a_best_on_the_edge_of_the_largest_grid_is_a_failed_row() -> None:
 
 def graded(*accuracies: float) -> Grid:
     run = Run(PEAKED, 32, 1.0, 0)
-    return Grid(1.0, 2, {2 * k: [Result(run, accuracy, 0.0, 0.0)] for k, accuracy in enumerate(accuracies)})
+    return Grid(1.0, {2 * k: [Result(run, accuracy, 0.0, 0.0)] for k, accuracy in enumerate(accuracies)})
 
 
 @pytest.mark.parametrize(

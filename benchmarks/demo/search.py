@@ -18,8 +18,8 @@ class Grid:
     """
 
     middle: float
-    neighbours: int = 1  # trials that the best must have on either side to lie inside
     trials: dict[int, list[Result]] = field(default_factory=dict)
+    neighbours: int = 1  # trials that the best must have on either side to lie inside
 
     def lr(self, k: int) -> float:
         return float(self.middle * 2 ** (k / 2))
@@ -86,7 +86,9 @@ def search(
 ) -> dict[tuple[int, Method], Grid]:
     """Search all grids at once, round by round: the runs of a round do not wait for each other."""
     grids = {
-        (batch, method): Grid(method.middle(batch), protocol.neighbours) for batch in batches for method in methods
+        (batch, method): Grid(method.middle(batch), neighbours=protocol.neighbours)
+        for batch in batches
+        for method in methods
     }
     while True:
         wanted = [
