@@ -87,11 +87,10 @@ def _came_out(outcome: Outcome) -> Iterator[str]:
 
 In brackets and in the table: LARS minus the other, in points of test accuracy, mean and 95 % interval of {_seeds(outcome)} paired seeds.
 """
-    for title, verdict in (("loses", "worse"), ("ties", "tie")):
-        found = [m for m in met if m[2].verdict == verdict]
-        yield f"- **LARS {title}** in {len(found)} of {len(met)} comparisons{_listed(found)}."
     one_lr = dict(comparisons(outcome, LARS_ONE_LR, ONE_LR, largest))
+    yield _share("loses", "worse", met)
     yield f"- **With one lr for all tensors**, batch {largest}, LARS is {_by_verdict(one_lr)}."
+    yield _share("ties", "tie", met)
     family = dict(comparisons(outcome, LARS, FAMILY, largest))
     yield f"- **In its family**, batch {largest}, LARS's default is {_by_verdict(family)}."
     failed = [
@@ -110,12 +109,17 @@ In brackets and in the table: LARS minus the other, in points of test accuracy, 
     yield "**The lr plateau**, as the factor between its ends:\n"
     widths = [(outcome.batches[0], WITHIN, ""), (largest, WITHIN, ""), (largest, WIDER, " (added after the run)")]
     yield from _table(
-        ["method", *(f"batch {batch}, within {within:g}{points(within)}{note}" for batch, within, note in widths)],
+        ["method", *(f"batch {batch}, within {within:g}{_points(within)}{note}" for batch, within, note in widths)],
         [[row.name, *(plateau_words(outcome.grids[b, row.method], w) for b, w, _ in widths)] for row in MAIN],
     )
 
 
-def points(within: float) -> str:
+def _share(title: str, verdict: str, met: Sequence[tuple[str, Row, Difference]]) -> str:
+    found = [m for m in met if m[2].verdict == verdict]
+    return f"- **LARS {title}** in {len(found)} of {len(met)} comparisons{_listed(found)}."
+
+
+def _points(within: float) -> str:
     return " point" if within == 1 else " points"
 
 
