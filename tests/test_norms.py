@@ -167,13 +167,28 @@ def test_joint_norm_where_gradient_and_decay_cancel(dtype: torch.dtype, sign: fl
 
 
 def test_joint_norm_over_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on accelerators; what does it there runs on CPU too."""
     monkeypatch.setattr(norms.buckets, "__defaults__", (100,))
     params = [torch.rand(size) for size in (40, 40, 40, 300, 0, 100, 1)]
     grads = [torch.rand_like(w) for w in params]
     for foreach in (False, True):
-        actual = norms.joint_norms(params, grads, 1.0, 0.05, foreach)
+        actual = norms._joint_norms_by_buckets(params, grads, 1.0, 0.05, foreach)
         expected = [norm(to_array(g) + 0.05 * to_array(w)) for w, g in zip(params, grads, strict=True)]
         torch.testing.assert_close(actual, torch.tensor(expected), rtol=PROMISE, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
+@pytest.mark.parametrize("layout", ["plain", *LAYOUTS])
+def test_joint_norm_on_cpu_in_pieces(layout: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of parameter and gradient each in its own layout: the pieces of one must be those of the other."""
+    shape, view = LAYOUTS.get(layout, ((3, 70, 41), lambda x: x))
+    param = view(torch.rand(shape).to(dtype))
+    limit = 1000 if param.numel() < 1 << 17 else 1 << 17
+    monkeypatch.setattr(norms._cpu_joint_norms, "__defaults__", (limit,))
+    random = torch.rand(param.shape).to(dtype)
+    for w, g in ((param, random), (random, param)):
+        actual = norms.joint_norms([w], [g], -1.0, 0.5, foreach=False)
+        assert relative_error(actual, norm(0.5 * to_array(w) - to_array(g))) < PROMISE
 
 
 # ---------------------------------------------------------------- surroundings

@@ -14,6 +14,7 @@ from .compat import is_scripting
 
 ROW = 1024  # elements whose squares are added in float32: relative error of their norm up to 8e-7, of 4096 up to 3e-6
 COPY = 1 << 20  # elements that are converted at a time: a temporary of 4 MiB
+SUM = 1 << 18  # elements of two tensors that are added at a time: 1 MiB, which stays in cache
 
 # What a list of temporaries may hold in a foreach step, in elements: 64 MiB of float32.
 BUCKET = 1 << 24
@@ -122,10 +123,43 @@ def _(tensors: List[Tensor]) -> Tensor:
 
 
 def joint_norms(params: List[Tensor], grads: List[Tensor], sign: float, weight_decay: float, foreach: bool) -> Tensor:
-    """|sign * g + weight_decay * w| of each tensor, shape (n,), through temporaries of at most one bucket.
+    """|sign * g + weight_decay * w| of each tensor, shape (n,), through temporaries of 1 MiB on CPU, else of one bucket.
 
     Computed directly: from |g|, |w| and their dot product it cancels where g is near -weight_decay * w.
     """
+    if params[0].device.type == "cpu":
+        if not is_scripting():  # noqa: SIM102  as in `norms`
+            if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+                one_node: Tensor = _cpu_joint_norms_in_graph(params, grads, sign, weight_decay)
+                return one_node
+        return _cpu_joint_norms(params, grads, sign, weight_decay)
+    return _joint_norms_by_buckets(params, grads, sign, weight_decay, foreach)
+
+
+def _cpu_joint_norms(
+    params: List[Tensor], grads: List[Tensor], sign: float, weight_decay: float, limit: int = SUM
+) -> Tensor:
+    dtype = norm_dtype(params[0].dtype)
+    result: List[Tensor] = []
+    for param, grad in zip(params, grads):
+        pieces: List[Tensor] = []
+        for w, g in zip(_pieces(param, limit), _pieces(grad, limit)):
+            pieces.append(_cpu_norm((g.to(dtype) * sign).add_(w, alpha=weight_decay)))
+        result.append(pieces[0] if len(pieces) == 1 else _norm_of_norms(torch.stack(pieces), dtype))
+    return torch.stack(result)
+
+
+_cpu_joint_norms_in_graph = torch.library.custom_op("fastlars::cpu_joint_norms", _cpu_joint_norms, mutates_args=())
+
+
+@_cpu_joint_norms_in_graph.register_fake
+def _(params: List[Tensor], *_: object) -> Tensor:
+    return params[0].new_empty(len(params), dtype=norm_dtype(params[0].dtype))
+
+
+def _joint_norms_by_buckets(
+    params: List[Tensor], grads: List[Tensor], sign: float, weight_decay: float, foreach: bool
+) -> Tensor:
     dtype = norm_dtype(params[0].dtype)
     result: List[Tensor] = []
     for bucket in buckets(params):
@@ -140,7 +174,7 @@ def joint_norms(params: List[Tensor], grads: List[Tensor], sign: float, weight_d
     return torch.cat(result)
 
 
-def _cpu_norm(tensor: Tensor, row: int = ROW, copy: int = COPY) -> Tensor:
+def _cpu_norm(tensor: Tensor, row: int = ROW) -> Tensor:
     dtype = norm_dtype(tensor.dtype)
     # elements that are not beside each other are added one by one: 3e-5 off after 4096 equal ones, 4e-6 if they are
     if tensor.numel() <= row and tensor.is_contiguous():
@@ -153,17 +187,23 @@ def _cpu_norm(tensor: Tensor, row: int = ROW, copy: int = COPY) -> Tensor:
         ordered = ordered.view(-1)
         if tensor.dtype == dtype:
             return flat_norm(ordered)
+    pieces = [flat_norm(piece.contiguous().view(-1).to(dtype)) for piece in _pieces(ordered)]
+    return _norm_of_norms(torch.stack(pieces), dtype)
+
+
+def _pieces(tensor: Tensor, limit: int = COPY) -> List[Tensor]:
+    """Views of at most ``limit`` elements, the same ones of every tensor of a shape."""
     pieces: List[Tensor] = []
-    pending = [ordered]
+    pending = [tensor]
     while len(pending) > 0:
         piece = pending.pop()
-        if piece.numel() <= copy:
-            pieces.append(flat_norm(piece.contiguous().view(-1).to(dtype)))
+        if piece.numel() <= limit:
+            pieces.append(piece)
         elif piece.size(0) == 1:
             pending.append(piece.squeeze(0))
         else:
-            pending += torch.split(piece, max(1, copy * piece.size(0) // piece.numel()))
-    return _norm_of_norms(torch.stack(pieces), dtype)
+            pending += torch.split(piece, max(1, limit * piece.size(0) // piece.numel()))
+    return pieces
 
 
 def flat_norm(flat: Tensor, row: int = ROW) -> Tensor:
