@@ -35,6 +35,15 @@ class Rank:
     device: str  # "cpu" or "cuda"
 
 
+def context() -> Any:
+    """Processes are forked from one that has imported torch, which takes seconds, and nothing else."""
+    result = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
+    result.set_forkserver_preload(
+        ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch._dynamo", "numpy", "pytest"]
+    )
+    return result
+
+
 class Group:
     """A process group on this machine, over gloo and the loopback device, or over NCCL on as many GPUs."""
 
@@ -66,17 +75,13 @@ class Group:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        # forked from a process that has imported torch, which takes seconds, and nothing else
-        context = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
-        context.set_forkserver_preload(
-            ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch._dynamo", "numpy", "pytest"]
-        )
+        forks = context()
         # a file, not a port, which another process could take
         meeting = Path(tempfile.mkdtemp(prefix="ranks")) / "store"
         for rank in range(self.world):
-            ours, theirs = context.Pipe()
+            ours, theirs = forks.Pipe()
             arguments = (Rank(rank, self.world, self.device), str(meeting), theirs)
-            process = context.Process(target=_main, args=arguments, daemon=True)
+            process = forks.Process(target=_main, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)

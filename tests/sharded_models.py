@@ -183,7 +183,7 @@ def equals_whole(rank: Rank, way: str, options: dict[str, Any], compiled: bool =
     reference = ReferenceLARS(
         [{k: v for k, v in g.items() if k not in ("foreach", "fused")} for g in whole_optimizer.param_groups]
     )
-    step_function = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+    step_function = torch.compile(optimizer.step) if compiled else optimizer.step
     ratios: dict[str, float] = {}
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -266,6 +266,28 @@ def zero_redundancy(rank: Rank) -> None:
         for param, one in zip(model.parameters(), whole.parameters(), strict=True):
             torch.testing.assert_close(param, one, rtol=1e-4, atol=1e-5)
     assert 0 < len(optimizer.optim.state) < len(list(model.parameters()))
+
+
+def zero_redundancy_skips(rank: Rank) -> None:
+    """Decided rank by rank it would be half a step: refused wherever it is set. What the page says instead does it."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # noqa: PLC0415  as above
+
+    model = new_model(rank)
+    options = {**OPTIONS, "weight_decay": 0.05}
+    for groups in (model.parameters(), [{"params": model.parameters(), "skip_nonfinite": True}]):
+        asked = {"skip_nonfinite": True} if not isinstance(groups, list) else {}
+        with pytest.raises(ValueError, match="param group 0: skip_nonfinite=True under ZeroRedundancyOptimizer"):
+            ZeroRedundancyOptimizer(groups, optimizer_class=LARS, **options, **asked)
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=LARS, **options)
+    before = [p.detach().clone() for p in model.parameters()]
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.param_groups[0]["skip_nonfinite"] = True
+    with pytest.raises(ValueError, match="before step"):
+        optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    # its process group is no reason to refuse it elsewhere
+    LARS(model.parameters(), **options, skip_nonfinite=True).step()
 
 
 def refuses_flat_parameters(rank: Rank) -> None:

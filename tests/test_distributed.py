@@ -50,5 +50,9 @@ def test_zero_redundancy_equals_the_whole_model(ranks: Group) -> None:
     ranks.run(sharded_models.zero_redundancy)
 
 
+def test_skip_nonfinite_is_refused_under_zero_redundancy(ranks: Group) -> None:
+    ranks.run(sharded_models.zero_redundancy_skips)
+
+
 def test_flat_parameters_are_refused(ranks: Group) -> None:
     ranks.run(sharded_models.refuses_flat_parameters)

@@ -22,7 +22,6 @@ from typing import Any, Self
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.fsdp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
@@ -110,11 +109,11 @@ class Job:
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
     """Of this process alone."""
-    distributed.start()
+    device = distributed.start()
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        distributed.stop(device)
 
 
 def training() -> distributed.Training:
@@ -145,24 +144,24 @@ def dataset() -> Dataset:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
-    """Both modes as a user starts them, on two ranks: data-parallel on two nodes, which are one machine here."""
+def undisturbed(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
+    """Both modes on two ranks: data-parallel as a user starts it on two nodes, which are one machine here."""
     folder = tmp_path_factory.mktemp("undisturbed")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     node = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=test", "--local-addr=localhost"]
     node.append(f"--rdzv-endpoint=localhost:{port}")
-    ends = {}
-    for mode, arguments in MODES.items():
-        training = ["-m", "benchmarks.demo.distributed", *OPTIONS, "--checkpoint", str(folder / mode), *arguments]
-        nodes = [node, node] if mode == "data-parallel" else [["--standalone", "--nproc-per-node=2"]]
-        with contextlib.ExitStack() as stack:
-            jobs = [stack.enter_context(Job(*where, *training)) for where in nodes]
-            printed = "".join(job.output() for job in jobs)
-        assert re.fullmatch(rf"{mode} on 2 x cpu: test accuracy [0-9.]+ %, [0-9.]+ steps/s\n", printed)
-        ends[mode] = ended(folder / mode)
-    return ends
+    training = ["-m", "benchmarks.demo.distributed", *OPTIONS, "--checkpoint", str(folder / "data-parallel")]
+    with Job(*node, *training) as first, Job(*node, *training) as second:
+        printed = first.output() + second.output()
+    assert re.fullmatch(r"data-parallel on 2 x cpu: test accuracy [0-9.]+ %, [0-9.]+ steps/s\n", printed)
+    if "sharded" in MODES:
+        torch.save(dataset, folder / "dataset")
+        with ranks.group(2) as group:
+            arguments = [*OPTIONS, "--shard", "--checkpoint", str(folder / "sharded")]
+            group.run(torchrun_job.trains, str(folder), arguments)
+    return {mode: ended(folder / mode) for mode in MODES}
 
 
 def one_process(dataset: Dataset) -> dict[str, Tensor]:
@@ -202,10 +201,6 @@ def test_ends_where_one_process_ends(mode: str, undisturbed: dict[str, dict[str,
         assert (tensor - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
 
 
-@pytest.mark.skipif(
-    torch.__version__.startswith(("2.4.", "2.5.")),
-    reason="in one of three runs on torch 2.4.1 a restarted job hung after its checkpoint was loaded; cause not known",
-)
 def test_a_job_whose_processes_are_killed_ends_where_the_undisturbed_one_ends(
     undisturbed: dict[str, dict[str, Tensor]], tmp_path: Path
 ) -> None:
@@ -235,15 +230,32 @@ def test_a_job_whose_processes_are_killed_ends_where_the_undisturbed_one_ends(
             assert torch.equal(found[name], tensor), f"{mode}: {name}"
 
 
+@pytest.fixture(scope="module")
+def three_ranks() -> Iterator[ranks.Group]:
+    with ranks.group(3) as group:
+        yield group
+
+
 @modes
-def test_a_job_of_three_ranks_goes_on_with_the_same_bits(mode: str, dataset: Dataset, tmp_path: Path) -> None:
+def test_a_job_of_three_ranks_goes_on_with_the_same_bits(
+    mode: str, three_ranks: ranks.Group, dataset: Dataset, tmp_path: Path
+) -> None:
     """With two, every sum has one order; with more, DDP's buckets decide, which it makes anew after its first pass."""
     torch.save(dataset, tmp_path / "dataset")
-    with ranks.group(3) as group:
-        group.run(torchrun_job.stops_and_goes_on, str(tmp_path), [*OPTIONS, *MODES[mode]])
+    three_ranks.run(torchrun_job.stops_and_goes_on, str(tmp_path), [*OPTIONS, *MODES[mode]])
     stopped = ended(tmp_path / "stopped")
     for name, tensor in ended(tmp_path / "whole").items():
         assert torch.equal(stopped[name], tensor), name
+
+
+def test_a_process_leaves_its_job() -> None:
+    """Before 2.8, torch's own way hangs one time in ten or so."""
+    process = ranks.context().Process(target=torchrun_job.leaves_often, daemon=True)
+    process.start()
+    process.join(TIMEOUT)
+    process.kill()
+    process.join()
+    assert process.exitcode == 0
 
 
 def test_a_job_that_hangs_is_ended_with_all_its_processes(tmp_path: Path) -> None:
@@ -349,4 +361,11 @@ def test_the_snippets_of_the_page_make_optimizers_that_step(snippet: str) -> Non
         model(torch.ones(2, 6)).square().sum().backward()
         optimizer.step()
         assert not any(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+        if "step_if_finite" in names:
+            for value, steps in ((torch.nan, False), (1.0, True)):
+                before = [p.detach().clone() for p in model.parameters()]
+                next(model.parameters()).grad[-1] = value
+                names["step_if_finite"]()
+                same = [torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)]
+                assert not any(same) if steps else all(same)
     assert len(SNIPPETS) == 5

@@ -4,21 +4,24 @@ The argument is a JSON file: the data set's file, the command-line arguments of 
 a new attempt after each; an attempt goes through all modes, and those that have ended before end at once.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from benchmarks.demo import distributed
-from ranks import Rank
+
+if TYPE_CHECKING:
+    from ranks import Rank  # with pytest, which torchrun's processes need not import
 
 
 def arm(place: str, step: int) -> None:
@@ -65,6 +68,21 @@ def arm(place: str, step: int) -> None:
     Path.rename = rename_later
 
 
+def trains(_: Rank, folder: str, arguments: list[str]) -> None:
+    """One of the demo's trainings; in a process of `ranks`, which starts sooner than one of torchrun's."""
+    dataset = torch.load(Path(folder) / "dataset", weights_only=False)
+    distributed.train(dataset, distributed.parse(arguments), torch.device("cpu"))
+
+
+def leaves_often() -> None:
+    """Join a job of one process and leave it at once after an exchange, over and over."""
+    for _ in range(100):
+        device = distributed.start()
+        for _ in range(3):
+            torch.distributed.all_reduce(torch.ones((), device=device))
+        distributed.stop(device)
+
+
 class StoppedError(Exception):
     """On all ranks at once, which a killed rank is not."""
 
@@ -101,4 +119,4 @@ if __name__ == "__main__":
         if planned is not None and (planned["mode"], planned["rank"]) == (mode, rank):
             arm(planned["place"], planned["step"])
         distributed.train(dataset, distributed.parse(arguments), device)
-    dist.destroy_process_group()
+    distributed.stop(device)

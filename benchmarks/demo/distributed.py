@@ -4,8 +4,8 @@
     torchrun --standalone --nproc-per-node=2 -m benchmarks.demo.distributed --shard
     torchrun --standalone --nproc-per-node=2 --max-restarts=3 -m benchmarks.demo.distributed --checkpoint results/run
 
-It is made to be copied: put in your model, your data and your loss. Each thing that it shows is one function: `start`;
-`parallelize`, data-parallel or sharded; `train`, the same batch and gradient on any number of processes; `save` and
+It is made to be copied: put in your model, your data and your loss. Each thing that it shows is one function: `start` and
+`stop`; `parallelize`, data-parallel or sharded; `train`, the same batch and gradient on any number of processes; `save` and
 `resume`, a checkpoint that is there as a whole or not at all. LARS is built as on one process, after the sharding.
 """
 
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     device = start()
     train(dataset, options, device)
-    dist.destroy_process_group()
+    stop(device)
     return 0
 
 
@@ -93,6 +93,15 @@ def start() -> torch.device:
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device, **job)
     return device
+
+
+def stop(device: torch.device) -> None:
+    """Leave them again."""
+    # Before torch 2.8, destroying the group can wait for ever: for gloo's threads, one of which waits for the interpreter
+    # to free a tensor (pytorch/pytorch#154976). The backend, where it is the last to go, lets them have it.
+    backend = dist.distributed_c10d._get_default_group()._get_backend(device)
+    dist.destroy_process_group()
+    del backend
 
 
 def parallelize(model: nn.Module, shard: bool, device: torch.device) -> nn.Module:

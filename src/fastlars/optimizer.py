@@ -186,6 +186,8 @@ class LARS(Optimizer):
                     f"({where}); give lr to LARS or to the group"
                 )
             check_options({**self.defaults, **options}, where)
+            if {**self.defaults, **options}["skip_nonfinite"]:
+                sharding.check_not_divided(where)
             param_group = {**param_group, **_as_list(param_group["params"])}
             check_params(param_group["params"], where)
             sharding.check_not_flattened(param_group["params"], where)
@@ -355,6 +357,8 @@ class LARS(Optimizer):
         values[0] = 0.0 if isinstance(group["lr"], (float, Tensor)) else group["lr"]  # schedules may round it below 0
         if i not in self._checked or any(new is not old for new, old in zip(values, self._checked[i])):
             check_options(dict(zip(NAMES, values)), f"param group {i}")
+            if group["skip_nonfinite"]:
+                sharding.check_not_divided(f"param group {i}")
             self._checked[i] = values
 
     # As torch's own fused step leaves the graph, but once for all groups, whose gradients may decide together.

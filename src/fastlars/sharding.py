@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 # where DTensor lives: from torch 2.5 on, and in 2.4. A program that has loaded neither has no sharded tensors.
 _MODULES = ("torch.distributed.tensor", "torch.distributed._tensor")
+_ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
 
 
 def dtensor() -> Any:
@@ -66,6 +68,19 @@ def check_not_flattened(params: Iterable[Any], where: str) -> None:
                 "tensors: norms of whole tensors cannot be had from them; shard the model with fully_shard "
                 "(torch.distributed.fsdp, in torch 2.4 and 2.5 torch.distributed._composable.fsdp) instead"
             )
+
+
+def check_not_divided(where: str) -> None:
+    """Raise inside torch's ZeroRedundancyOptimizer, which gives each rank an optimizer of some of the tensors."""
+    frame: FrameType | None = sys._getframe(1) if _ZERO in sys.modules else None
+    while frame is not None:
+        if frame.f_globals.get("__name__") == _ZERO:
+            raise ValueError(
+                f"{where}: skip_nonfinite=True under ZeroRedundancyOptimizer would have each rank decide for its own "
+                "tensors, and make half a step; leave it out and test the gradients before step(), which DDP has made "
+                "equal on all ranks (the documentation shows how: Several processes, ZeRO)"
+            )
+        frame = frame.f_back
 
 
 def sharded(groups: Sequence[tuple[Sequence[Tensor], Options]]) -> Sharded | None:
