@@ -129,7 +129,7 @@ def joint_norms(params: List[Tensor], grads: List[Tensor], sign: float, weight_d
     """
     if params[0].device.type == "cpu":
         if not is_scripting():  # noqa: SIM102  as in `norms`
-            if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            if _in_cpu_graph(params[0]):
                 one_node: Tensor = _cpu_joint_norms_in_graph(params, grads, sign, weight_decay)
                 return one_node
         return _cpu_joint_norms(params, grads, sign, weight_decay)
