@@ -185,6 +185,17 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_results_and_trains_nothing
     assert quick(digits, tmp_path) == []
 
 
+def test_a_stored_result_comes_back_to_the_bit(tmp_path: Path) -> None:
+    origin = {"protocol": "quick", "data": "none", "train_images": "512", "torch": "2"}
+    run = Run(MAIN[-1].method, 128, 0.1 * 2**0.5, 100, final=True)
+    result = Result(run, 100 / 3, math.inf, 1.0, {"conv1": [0.5, 0.25]})
+    Store(tmp_path / "new" / "study.csv", QUICK, origin, (10, 20)).add(result)
+    again = Store.recorded(tmp_path / "new" / "study.csv")
+    assert again.result(run) == result
+    assert replace(run, lr=0.1414) not in again
+    assert replace(run, final=False) not in again
+
+
 def test_a_killed_study_leaves_whole_runs(digits: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.study", "--quick", "--data", str(digits), "--out", str(tmp_path)]
     store = tmp_path / "study.csv"

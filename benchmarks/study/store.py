@@ -61,7 +61,7 @@ class Store:
         origin = {name: rows[0][name] for name in ORIGIN}
         if origin["protocol"] not in PROTOCOLS:
             raise StoreError(f"{path}: holds runs of protocol {origin['protocol']}, which is not known here")
-        return cls(path, PROTOCOLS[origin["protocol"]], origin, (images["validation"], images.get("test", 0)))
+        return cls(path, PROTOCOLS[origin["protocol"]], origin, (images.get("validation", 0), images.get("test", 0)))
 
     def __len__(self) -> int:
         return len(self._rows)
