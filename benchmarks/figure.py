@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from .optimizers import OURS, YARDSTICK
-from .results import COPY, FLOOR, SERIES, TWO_PASSES, Results
+from .results import COPY, FLOOR, SERIES, TWO_PASSES, Results, fingerprint
 from .tables import title
 
 # Okabe and Ito's colours, distinct for colour-blind readers too; the markers say the same once more.
@@ -58,8 +59,14 @@ def draw(step_time: Results, scaling: Results | None, path: Path) -> None:
             _against_size(axes[0][1 + i], scaling, name)
         handles, labels = axes[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(6, 3 * panels))
-        figure.savefig(path, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)
+        metadata = {"Date": None, "Identifier": drawn_from(step_time, scaling)} if path.suffix == ".svg" else None
+        figure.savefig(path, bbox_inches="tight", metadata=metadata)
         plt.close(figure)
+
+
+def drawn_from(step_time: Results, scaling: Results | None) -> str:
+    """The fingerprint of the picture of these results."""
+    return fingerprint(*[asdict(row) for results in (step_time, scaling) if results for row in results.rows])
 
 
 def alt_text(step_time: Results, scaling: Results | None) -> str:

@@ -1,4 +1,8 @@
-"""Write docs/performance.md and its figures from benchmarks/results/*.json: no figure there is typed by hand."""
+"""Write what is measured into README and docs, from what is stored: no such figure is typed by hand.
+
+From benchmarks/results/*.json all of docs/performance.md, its pictures, and parts of README.md and docs/distributed.md; from
+docs/demo/runs.csv a part of README.md.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from . import figure
+from . import figure, readme
 from .commandline import FOLDER
+from .demo.report import read_csv
 from .distributed import COPIED, EXCHANGE, SHARDED
 from .machine import sentence
 from .optimizers import YARDSTICK
@@ -22,6 +27,7 @@ from .tables import (
     Column,
     filled,
     heading,
+    markdown,
     number,
     title,
 )
@@ -54,10 +60,8 @@ COMMANDS = """\
 One part, some models, some optimizers: `python -m benchmarks.step_time --help`. Cold compilation:
 `python -m benchmarks.compile_time`.
 """
-MEASURED = (
-    "<!-- measured: written by `python -m benchmarks.render` from benchmarks/results -->",
-    "<!-- end of what was measured -->",
-)
+# around each part of a page that is otherwise written by hand
+BEGIN, END = "<!-- measured: {}; written by `python -m benchmarks.render` -->", "<!-- end of what was measured: {} -->"
 DISTRIBUTED_NOTE = """\
 The optimizer's step alone, processes with gloo and one thread each, on {cores} cores: more ranks than cores share them, so that
 a step then takes longer for everyone, and says nothing of a machine that has a core or GPU for each. Copied: each rank steps the
@@ -84,22 +88,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"render: {error}", file=sys.stderr)
         return 2
     options.docs.mkdir(parents=True, exist_ok=True)
-    sections = ["\n".join(section(all_results, device, options.docs)) for device in DEVICES]
-    (options.docs / "performance.md").write_text("\n".join([INTRODUCTION, *sections, COMMANDS]), encoding="utf-8")
-    if (measured := find(all_results, "distributed", "cpu")) is not None:
-        _replace_measured(options.docs / "distributed.md", "\n".join(_ranks(measured)))
+    for path, text in pages(all_results, options.docs).items():
+        path.write_text(text, encoding="utf-8")
+    for device in DEVICES:
+        if (step_time := find(all_results, "step_time", device)) is not None:
+            figure.draw(step_time, find(all_results, "scaling", device), options.docs / _picture(device))
     return 0
 
 
-def _replace_measured(page: Path, text: str) -> None:
-    """What stands between two comments; the rest of the page is written by hand."""
-    if not page.exists():
-        return
-    head, begin, rest = page.read_text(encoding="utf-8").partition(MEASURED[0])
-    _, end, tail = rest.partition(MEASURED[1])
+def pages(all_results: list[Results], docs: Path) -> dict[Path, str]:
+    """The pages with measured parts, as they have to be; of those written by hand only what exists."""
+    sections = ["\n".join(section(all_results, device)) for device in DEVICES]
+    written = {docs / "performance.md": "\n".join([INTRODUCTION, *sections, COMMANDS])}
+    page, runs = docs.parent / "README.md", docs / "demo" / "runs.csv"
+    if page.exists():
+        text = _with_part(page, page.read_text(encoding="utf-8"), "speed", readme.speed(all_results))
+        written[page] = _with_part(page, text, "demo", readme.demo(read_csv(runs)))
+    page, measured = docs / "distributed.md", find(all_results, "distributed", "cpu")
+    if page.exists() and measured is not None:
+        written[page] = _with_part(page, page.read_text(encoding="utf-8"), "ranks", _ranks(measured))
+    return written
+
+
+def _with_part(page: Path, text: str, name: str, lines: Iterator[str]) -> str:
+    """The page with these lines between its two comments; the rest is written by hand."""
+    head, begin, rest = text.partition(BEGIN.format(name))
+    _, end, tail = rest.partition(END.format(name))
     if not begin or not end:
-        raise SystemExit(f"render: {page} must hold the lines {MEASURED[0]!r} and {MEASURED[1]!r}")
-    page.write_text(f"{head}{begin}\n\n{text}\n{end}{tail}", encoding="utf-8")
+        raise SystemExit(f"render: {page} must hold the lines {BEGIN.format(name)!r} and {END.format(name)!r}")
+    return "\n".join([f"{head}{begin}\n", *lines, f"{end}{tail}"])
+
+
+def _picture(device: str) -> str:
+    return f"performance-{device}.svg"
 
 
 def _ranks(results: Results) -> Iterator[str]:
@@ -114,10 +135,10 @@ def _ranks(results: Results) -> Iterator[str]:
         apart = ["none", "0"] if exchange is None else [f"{exchange.median:.2g}", f"{exchange.bytes_moved}"]
         rows.append([case, f"{copied.median:.3g}", f"{sharded.median:.3g}", *apart, str(len(copied.ms))])
     header = ["", "copied, ms", "sharded, ms", "of that the exchange, ms", "bytes exchanged", "rounds"]
-    yield from _markdown(header, rows, numbers={1, 2, 3, 4, 5})
+    yield from markdown(header, rows, numbers={1, 2, 3, 4, 5})
 
 
-def section(all_results: list[Results], device: str, docs: Path) -> Iterator[str]:
+def section(all_results: list[Results], device: str) -> Iterator[str]:
     """One device: the figure, then everything in numbers."""
     yield f"## {DEVICES[device]}\n"
     step_time, scaling, training, compiling = (
@@ -126,9 +147,7 @@ def section(all_results: list[Results], device: str, docs: Path) -> Iterator[str
     if step_time is None:
         yield f"Not measured. `{_command(device)}` measures it.\n"
         return
-    picture = docs / f"performance-{device}.svg"
-    figure.draw(step_time, scaling, picture)
-    yield f"![{figure.alt_text(step_time, scaling)}]({picture.name})\n"
+    yield f"![{figure.alt_text(step_time, scaling)}]({_picture(device)})\n"
     yield f"Measured on {sentence(step_time.machine)}\n"
     if device == "cpu":
         yield from _promises(step_time)
@@ -162,7 +181,7 @@ def _compile_table(results: Results) -> Iterator[str]:
             assert ratio is not None
             rows.append([case, title(row.contender), f"{row.median / 1e3:.3g}", f"{ratio:.2f}", str(len(row.ms))])
     header = ["", "", "seconds", "times torch's SGD, same implementation", "samples"]
-    yield from _markdown(header, rows, numbers={2, 3, 4})
+    yield from markdown(header, rows, numbers={2, 3, 4})
 
 
 def _command(device: str) -> str:
@@ -178,7 +197,7 @@ def _promises(results: Results) -> Iterator[str]:
     for promise, value in values:
         kept = "not measured" if value is None else "kept" if promise.kept(value) else "not kept"
         rows.append([promise.case, title(promise.against), promise.bound, number(value), kept])
-    yield from _markdown(["model", "against", "promised", "measured", ""], rows, numbers={3})
+    yield from markdown(["model", "against", "promised", "measured", ""], rows, numbers={3})
 
 
 def _skipped(results: Results) -> Iterator[str]:
@@ -190,7 +209,7 @@ def _case_table(results: Results, case: str, columns: tuple[Column, ...]) -> Ite
     texts = filled(results, results.of_case(case), columns)
     yield f"**{heading(results, case)}**\n"
     rows = [list(row) for row in zip(*(column for _, column in texts), strict=True)]
-    yield from _markdown([header for header, _ in texts], rows, numbers=set(range(1, len(texts))))
+    yield from markdown([header for header, _ in texts], rows, numbers=set(range(1, len(texts))))
 
 
 def _scaling_table(results: Results) -> Iterator[str]:
@@ -206,15 +225,7 @@ def _scaling_table(results: Results) -> Iterator[str]:
             cells.append(f"{found[contender].median:.3g}" + ("" if ratio is None else f" ({ratio:.2f})"))
         rows.append(cells)
     header = ["tensors", "parameters", *(title(contender) for contender in contenders)]
-    yield from _markdown(header, rows, numbers=set(range(len(header))))
-
-
-def _markdown(header: list[str], rows: list[list[str]], numbers: set[int]) -> Iterator[str]:
-    yield "| " + " | ".join(header) + " |"
-    yield "| " + " | ".join("---:" if i in numbers else "---" for i in range(len(header))) + " |"
-    for row in rows:
-        yield "| " + " | ".join(cell.replace("*", r"\*") for cell in row) + " |"
-    yield ""
+    yield from markdown(header, rows, numbers=set(range(len(header))))
 
 
 if __name__ == "__main__":

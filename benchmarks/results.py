@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 from collections.abc import Iterable
@@ -78,6 +79,11 @@ class Results:
         if copy is None or copy.gb_s is None or row.gb_s is None:
             return None
         return row.gb_s / copy.gb_s
+
+
+def fingerprint(*numbers: object) -> str:
+    """What a picture says of the numbers that it was drawn from, so that a test can tell an old one."""
+    return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()[:16]
 
 
 def save(results: Results, path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from rich import box
@@ -84,6 +84,15 @@ def heading(results: Results, case: str) -> str:
     copy = results.find(case, COPY)
     bandwidth = "" if copy is None else f", copy {number(copy.gb_s, '.1f')} GB/s"
     return f"{case}: {row.tensors:,} tensors, {row.elements / 1e6:,.1f} M parameters{bandwidth}, {len(row.ms)} rounds"
+
+
+def markdown(header: list[str], rows: list[list[str]], numbers: set[int]) -> Iterator[str]:
+    """Lines of a table of a page; ``numbers`` are the columns that stand at the right."""
+    yield "| " + " | ".join(header) + " |"
+    yield "| " + " | ".join("---:" if i in numbers else "---" for i in range(len(header))) + " |"
+    for row in rows:
+        yield "| " + " | ".join(cell.replace("*", r"\*") for cell in row) + " |"
+    yield ""
 
 
 def terminal_table(results: Results, case: str, columns: tuple[Column, ...] = STEP_COLUMNS) -> Table:

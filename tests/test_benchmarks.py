@@ -291,7 +291,7 @@ def test_the_page_of_several_processes_keeps_what_is_written_by_hand(tmp_path: P
     save(results("distributed", samples), tmp_path / "results" / "distributed-cpu.json")
     page = tmp_path / "docs" / "distributed.md"
     page.parent.mkdir()
-    page.write_text("\n".join(["above", render.MEASURED[0], "| old |", render.MEASURED[1], "below"]))
+    page.write_text("\n".join(["above", render.BEGIN.format("ranks"), "| old |", render.END.format("ranks"), "below"]))
     for _ in range(2):
         assert render.main(["--results", str(tmp_path / "results"), "--docs", str(page.parent)]) == 0
         text = page.read_text()

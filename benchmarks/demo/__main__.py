@@ -23,7 +23,7 @@ from rich.console import Console
 from .data import DataError, Dataset, idx_digits, scikit_learn_digits
 from .figure import draw
 from .progress import show
-from .report import Study, describe, terminal_table, write_csv, write_markdown
+from .report import Study, describe, drawn_from, read_csv, terminal_table, write_csv, write_markdown
 from .search import search
 from .training import METHODS, Protocol, Run
 from .workers import Workers
@@ -98,8 +98,8 @@ def study(dataset: Dataset, protocol: Protocol, options: argparse.Namespace, con
 
     outcome = Study(dataset, protocol, METHODS, grids, finals, options.quick)
     console.print(terminal_table(outcome))
-    draw(outcome, options.out / "demo.png")
     write_csv(outcome, options.out / "runs.csv")
+    draw(outcome, options.out / "demo.png", drawn_from(read_csv(options.out / "runs.csv")))
     write_markdown(outcome, options.out / "table.md", time.perf_counter() - started)
     console.print(
         f"{time.perf_counter() - started:.0f} s. Written: demo.png, runs.csv, table.md in {options.out}",

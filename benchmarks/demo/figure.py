@@ -40,8 +40,8 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def draw(study: Study, path: Path) -> None:
-    """Write the three panels as one PNG of 1600 x 560 pixels."""
+def draw(study: Study, path: Path, drawn_from: str) -> None:
+    """Write the three panels as one PNG of 1600 x 560 pixels, in which ``drawn_from`` says of what runs."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 3, figsize=(16, 5.6), dpi=100, layout="constrained")
         _accuracy_by_batch(axes[0], study)
@@ -50,7 +50,7 @@ def draw(study: Study, path: Path) -> None:
         figure.suptitle(_headline(study), fontsize=14, parse_math=False)  # a directory's name may hold a dollar sign
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(study.methods), fontsize=12)
-        figure.savefig(path)
+        figure.savefig(path, metadata={"Source": drawn_from})
         plt.close(figure)
 
 

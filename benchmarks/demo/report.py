@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 import fastlars
+from benchmarks.results import fingerprint
 
 from .data import Dataset
 from .search import Grid
@@ -156,6 +157,17 @@ def write_csv(study: Study, path: Path) -> None:
                     *(f"{result.accuracy:.4f}", f"{result.loss:.6g}", f"{result.seconds:.3f}"),
                 )
             )
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """What `write_csv` wrote: a run a row."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def drawn_from(runs: list[dict[str, str]]) -> str:
+    """The fingerprint of the picture of these runs; how long they took is no part of it."""
+    return fingerprint(*[{key: value for key, value in run.items() if key != "seconds"} for run in runs])
 
 
 def _all_runs(study: Study) -> Iterator[tuple[str, str, Result]]:
