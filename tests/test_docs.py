@@ -3,6 +3,7 @@
 import csv
 import doctest
 import importlib
+import inspect
 import pkgutil
 import pydoc
 import re
@@ -10,6 +11,7 @@ import runpy
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,31 +36,62 @@ def examples(module: str) -> list[doctest.DocTest]:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_docstrings(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_docstrings(
+    module: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if module == "fastlars.plots":
+        pytest.importorskip("matplotlib", reason="an extra")
+    monkeypatch.chdir(tmp_path)  # pictures are saved
+    monkeypatch.setenv("MPLBACKEND", "Agg")
     runner = doctest.DocTestRunner()
     for test in examples(module):
         runner.run(test)
     assert runner.failures == 0, capsys.readouterr().out
 
 
-def test_every_public_function_and_class_has_an_example() -> None:
+def public_names() -> dict[str, Any]:
+    """What `fastlars` and its public modules export, and what LARS adds to torch's Optimizer."""
+    found: dict[str, Any] = {}
+    for name in fastlars.__all__:
+        value = getattr(fastlars, name)
+        inside = value.__all__ if inspect.ismodule(value) else []
+        found |= {f"{name}.{inner}": getattr(value, inner) for inner in inside} or {name: value}
+    methods = {name: value for name, value in vars(fastlars.LARS).items() if callable(value)}
+    return found | {f"LARS.{name}": value for name, value in methods.items() if not name.startswith("_")}
+
+
+PUBLIC = public_names()
+
+
+@pytest.mark.parametrize("name", list(PUBLIC))
+def test_a_public_name_is_documented(name: str) -> None:
+    """With every argument, what it returns and raises, and an example, which runs above; and the reference shows it."""
+    value = PUBLIC[name]
+    reference = (pages.ROOT / "docs" / "reference.md").read_text("utf-8")
+    assert re.search(rf"\b{name.removeprefix('LARS.')}\b", reference)
+    if isinstance(value, dict):  # data, described in a comment that Sphinx reads; its module's example shows it
+        source = (Path(fastlars.__file__).parent / f"{name.lower()}.py").read_text("utf-8")
+        assert re.search(rf"^#: .*\n(#: .*\n)*{name}\b", source, re.MULTILINE)
+        assert any(name in example.source for test in examples(f"fastlars.{name.lower()}") for example in test.examples)
+        return
+    described = inspect.getdoc(value) or ""
+    sections = re.split(r"^(Args|Returns|Raises|Example|Source):", described, flags=re.MULTILINE)
+    contents = dict(zip(sections[1::2], sections[2::2], strict=True))
+    assert len(sections[0]) > 30 and {"Raises", "Example"} <= contents.keys()
+    signature = inspect.signature(value)
+    # lars says that its options are those of LARS
+    left_out = {"self", *(NAMES[1:] if name == "lars" else ())}
+    for argument in signature.parameters.keys() - left_out:
+        assert f"\n    {argument}: " in contents["Args"], argument
+    assert ("Returns" in contents) == (signature.return_annotation not in ("None", None)) or inspect.isclass(value)
+    shown = [test for test in examples(value.__module__) if test.name == f"{value.__module__}.{value.__qualname__}"]
+    assert shown and not any(doctest.SKIP in example.options for test in shown for example in test.examples)
+
+
+def test_public_names_are_found() -> None:
     """A way of looking for them that finds none would pass every one."""
-    shown = {
-        test.name
-        for module in ("functional", "groups", "optimizer", "plots", "schedules")
-        for test in examples(f"fastlars.{module}")
-    }
-    assert shown >= {
-        "fastlars.functional.lars",
-        "fastlars.groups.param_groups",
-        "fastlars.optimizer.LARS",
-        "fastlars.optimizer.LARS.trust_ratios",
-        "fastlars.plots.trust_ratios",
-        "fastlars.schedules.linear_scaling",
-        "fastlars.schedules.sqrt_scaling",
-        "fastlars.schedules.warmup_cosine",
-        "fastlars.schedules.warmup_polynomial",
-    }
+    assert PUBLIC.keys() >= {"LARS", "LARS.step", "LARS.load_state_dict", "lars", "DIALECTS", "schedules.warmup_cosine"}
+    assert len(PUBLIC) >= 14 and "LARS.zero_grad" not in PUBLIC  # torch's
 
 
 def test_help_teaches() -> None:
@@ -111,6 +144,37 @@ def test_links_lead_to_files() -> None:
     ]
     assert len(links) > 50
     assert not [(text.name, link) for text, link in links if not (text.parent / link).exists()]
+
+
+def test_pictures_have_text_alternatives() -> None:
+    texts = [pages.ROOT / "README.md", *sorted((pages.ROOT / "docs").rglob("*.md"))]
+    shown = [
+        (text.parent / picture, alternative)
+        for text in texts
+        for alternative, picture in re.findall(r"!\[([^]]*)\]\(([^)]+)\)", text.read_text("utf-8"))
+    ]
+    drawn = [text.parent / file for text in texts for file in re.findall(r":file: (\S+\.svg)", text.read_text("utf-8"))]
+    shown += [
+        (
+            file,
+            "".join(
+                re.findall(
+                    r'<svg role="img" aria-labelledby="([^"]+)".*?<title id="\1">([^<]+)</title>',
+                    file.read_text("utf-8"),
+                    re.DOTALL,
+                )[0][1:]
+            ),
+        )
+        for file in drawn
+    ]
+    assert not [(file.name, alternative) for file, alternative in shown if len(alternative) < 60]
+    pictures = {
+        file.resolve()
+        for suffix in ("png", "svg")
+        for file in (pages.ROOT / "docs").rglob(f"*.{suffix}")
+        if "_build" not in file.parts
+    }
+    assert {file.resolve() for file, _ in shown} == pictures
 
 
 def test_contributing_shows_every_session() -> None:

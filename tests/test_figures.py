@@ -270,4 +270,6 @@ def written_by_hand(page: Path) -> str:
     for begin, end in ((render.BEGIN, render.END), ("```{}", "```")):
         first, last = (re.escape(line).replace(r"\{\}", r"[^\n]*") for line in (begin, end))
         text = re.sub(f"^{first}$.*?^{last}$", "", text, flags=re.DOTALL | re.MULTILINE)
-    return " ".join(line for line in text.splitlines() if not (page.name == "CONTRIBUTING.md" and line.startswith("    ")))
+    return " ".join(
+        line for line in text.splitlines() if not (page.name == "CONTRIBUTING.md" and line.startswith("    "))
+    )

@@ -1,4 +1,10 @@
-"""The dialects of LARS, as data: option values, and what the documentation's table says beside them."""
+"""The dialects of LARS, as data: option values, and what the documentation's table says beside them.
+
+Example:
+    >>> optimizer = fastlars.LARS([torch.nn.Parameter(torch.ones(3))], lr=0.3, **fastlars.DIALECTS["simclr"])
+    >>> optimizer.param_groups[0]["trust_denominator"], optimizer.param_groups[0]["lr_in_momentum"]
+    ('joint', True)
+"""
 
 from __future__ import annotations
 

@@ -176,6 +176,13 @@ class LARS(Optimizer):
 
         Raises:
             ValueError, TypeError: as at construction; the optimizer has not changed then.
+
+        Example:
+            >>> weight, bias = torch.nn.Parameter(torch.ones(4, 4)), torch.nn.Parameter(torch.zeros(4))
+            >>> optimizer = fastlars.LARS([weight], lr=8.0, momentum=0.9, adapt=True)
+            >>> optimizer.add_param_group({"params": [bias], "lr": 0.1, "adapt": False})
+            >>> [(group["lr"], group["momentum"], group["adapt"]) for group in optimizer.param_groups]
+            [(8.0, 0.9, True), (0.1, 0.9, False)]
         """
         where = f"param group {len(self.param_groups)}"
         if isinstance(param_group, dict) and "params" in param_group:
@@ -205,6 +212,14 @@ class LARS(Optimizer):
             ValueError, TypeError: for groups, options or buffers that do not fit, and for the state of other optimizers,
                 which :func:`fastlars.convert_state_dict` converts; the optimizer has not changed then.
             RuntimeError: for Lightning's wrapper of an optimizer, which would keep to itself what it loads.
+
+        Example:
+            >>> w = torch.nn.Parameter(torch.ones(3))
+            >>> saved = fastlars.LARS([w], lr=8.0, momentum=0.9, adapt=True).state_dict()
+            >>> optimizer = fastlars.LARS([w], lr=1.0)
+            >>> optimizer.load_state_dict(saved)
+            >>> optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["adapt"]
+            (8.0, True)
         """
         if "param_groups" not in self.__dict__:
             # torch would give what it loads to the wrapper, and leave the optimizer as it was
@@ -303,6 +318,20 @@ class LARS(Optimizer):
 
         Raises:
             RuntimeError: for sparse gradients; nothing has changed then.
+            ValueError, TypeError: for options that were written into a group and break their rule; nothing has changed then.
+
+        Example:
+            >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+            >>> optimizer = fastlars.LARS([w], lr=1.0, trust_coefficient=0.1, adapt=True)
+            >>> def closure():
+            ...     optimizer.zero_grad()
+            ...     loss = 2 * w[1]
+            ...     loss.backward()
+            ...     return loss
+            >>> optimizer.step(closure).item()  # the loss before the step
+            8.0
+            >>> w.tolist()  # moved by a tenth of its norm, 5, against the gradient
+            [3.0, 3.5]
         """
         loss = None
         if closure is not None:
@@ -378,6 +407,9 @@ class LARS(Optimizer):
             Name to ratio, in the optimizer's order; the names of named parameters, else "group.position" as in "0.3",
             which also follows a name that an earlier group has. Tensors without a gradient and groups that are not
             adapted are left out. A tensor that is zero, or has a zero gradient, has 1: it is not scaled.
+
+        Raises:
+            RuntimeError: for sparse gradients.
 
         Example:
             >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))

@@ -42,8 +42,8 @@ def trust_ratios(
 
     Example:
         >>> history = {0: {"0.weight": 2e-3, "2.weight": 1e-4}, 10: {"0.weight": 5e-4, "2.weight": 3e-4}}
-        >>> ax = fastlars.plots.trust_ratios(history)  # doctest: +SKIP
-        >>> ax.figure.savefig("ratios.png")  # doctest: +SKIP
+        >>> ax = fastlars.plots.trust_ratios(history)
+        >>> ax.figure.savefig("ratios.png")
     """
     steps = list(history)
     if any(later <= earlier for earlier, later in itertools.pairwise(steps)):

@@ -24,6 +24,9 @@ def linear_scaling(lr: float, batch_size: int, base_batch_size: int = 256) -> fl
         batch_size: images (or whatever the loss averages over) a step, over all devices and accumulated batches.
         base_batch_size: what published lrs refer to is 256 in SimCLR, BYOL, Barlow Twins, VICReg, MoCo v3 and MAE.
 
+    Returns:
+        The lr for batches of ``batch_size``.
+
     Raises:
         ValueError: unless both batch sizes are > 0.
 
@@ -43,6 +46,9 @@ def sqrt_scaling(lr: float, batch_size: int, base_batch_size: int = 256) -> floa
         lr: the lr for batches of ``base_batch_size``.
         batch_size: images a step, over all devices and accumulated batches.
         base_batch_size: SimCLR's lr of 0.075 * sqrt(batch) has 1 here.
+
+    Returns:
+        The lr for batches of ``batch_size``.
 
     Raises:
         ValueError: unless both batch sizes are > 0.
