@@ -35,7 +35,8 @@ def zero_norm(o: Options) -> str:
 
 
 def momentum(o: Options) -> str:
-    return "v = m v + lr d, w -= v" if o.lr_in_momentum else "v = m v + d, w -= lr v"
+    buffer, param = ("v = m v + lr d", "w -= v") if o.lr_in_momentum else ("v = m v + d", "w -= lr v")
+    return f"`{buffer}`<br>`{param}`"
 
 
 def written(options: dict[str, Any]) -> str:
@@ -50,7 +51,7 @@ def tables() -> str:
     )
     what = rows(
         ("row", "trust ratio", "d at a zero norm", "momentum and step", "adapted, if the group does not say"),
-        ((f"`{name}`", f"`{ratio(o)}`", f"`{zero_norm(o)}`", f"`{momentum(o)}`", adapted(o)) for name, o in of.items()),
+        ((f"`{name}`", f"`{ratio(o)}`", f"`{zero_norm(o)}`", momentum(o), adapted(o)) for name, o in of.items()),
     )
     sources = "\n".join(
         line

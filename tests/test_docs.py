@@ -4,6 +4,7 @@ import csv
 import doctest
 import importlib
 import inspect
+import json
 import pkgutil
 import pydoc
 import re
@@ -175,6 +176,60 @@ def test_pictures_have_text_alternatives() -> None:
         if "_build" not in file.parts
     }
     assert {file.resolve() for file, _ in shown} == pictures
+
+
+# Whose paper it is: a wrong digit leads to another one.
+PAPERS = {
+    "1404.5997": "Krizhevsky",
+    "1706.02677": "Goyal",
+    "1708.03888": "LARS|You|paper",
+    "1910.01500": "Mattson",
+    "2002.05709": "Chen",
+    "2006.07733": "Grill",
+    "2102.06356": "Nado",
+    "2103.03230": "Zbontar",
+    "2105.04906": "Bardes",
+    "2111.06377": "He et al",
+}
+
+
+def test_links_to_elsewhere_say_where_they_lead() -> None:
+    """Nothing is fetched: of papers the authors stand beside the number, of issues the number is the link's."""
+    files = [
+        pages.ROOT / "README.md",
+        *(pages.ROOT / "docs").rglob("*.md"),
+        *Path(fastlars.__file__).parent.glob("*.py"),
+    ]
+    found = set()
+    for file in files:
+        text = file.read_text("utf-8")
+        for paper in re.finditer(r"(?:arXiv[: ]|arxiv\.org/abs/)([0-9.]+[0-9])", text):
+            found.add(paper[1])
+            assert re.search(PAPERS[paper[1]], text[max(0, paper.start() - 200) : paper.end()]), (file.name, paper[1])
+        for label, link in re.findall(r"\[([^]]+)\]\((http[^)]*)\)", text):
+            assert re.fullmatch(r"https://[a-z0-9.-]+\.[a-z]+(/[\w./-]*)?", link), (file.name, link)
+            if issue := re.search(r"/([\w-]+)/(?:issues|pull)/(\d+)$", link):
+                assert label == f"{issue[1]}#{issue[2]}", (file.name, link)
+    assert found == PAPERS.keys()
+
+
+def test_versions_and_counts_on_the_pages() -> None:
+    def read(*path: str) -> str:
+        return pages.ROOT.joinpath(*path).read_text("utf-8")
+
+    cells = re.findall(r'^    \("(3\.\d+)", "([\d.]+)", ', read("noxfile.py"), re.MULTILINE)
+    pythons, torches = ({tuple(map(int, cell[i].split("."))) for cell in cells} for i in (0, 1))
+    first, *others = sorted(torches)
+    names = [".".join(map(str, first)), *(f"{major}.{minor}" for major, minor, _ in others)]
+    support = read("docs", "support.md")
+    assert f"| {', '.join(names[:-1])} and {names[-1]};" in support
+    assert f"| {'.'.join(map(str, min(pythons)))} to {'.'.join(map(str, max(pythons)))} |" in support
+    assert {tuple(map(int, name.split(".")))[:2] for name in names} == {torch[:2] for torch in torches}
+
+    reliability = read("docs", "reliability.md")
+    (cases,) = re.findall(r"^CASES = (\d+)$", read("tests", "test_fuzz_state_dicts.py"), re.MULTILINE)
+    assert f"The suite runs {cases} cases" in reliability
+    assert f"three steps for {len(json.loads(read('tests', 'golden.json'))['cases'])} sets of options" in reliability
 
 
 def test_contributing_shows_every_session() -> None:
