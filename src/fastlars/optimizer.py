@@ -338,20 +338,19 @@ class LARS(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
+        params_and_options = self._params_and_options()
         # With dampening a first step differs, and torch.compile, which guards the state of some tensors only, takes its
         # graph for later steps of others.
         if any(
-            group["dampening"] != 0
-            or sharding.any_sharded(group["params"])
-            or implementation(group["params"], _options(group)) == "fused"
-            for group in self.param_groups
+            options.dampening != 0 or sharding.any_sharded(params) or implementation(params, options) == "fused"
+            for params, options in params_and_options
         ):
-            self._step_groups_outside_graphs()
+            self._step_groups_outside_graphs(params_and_options)
         else:
-            self._step_groups()
+            self._step_groups(params_and_options)
         return loss
 
-    def _step_groups(self) -> None:
+    def _step_groups(self, params_and_options: list[tuple[list[Tensor], Options]]) -> None:
         # GradScaler's, which is told to set them by _step_supports_amp_scaling
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for i, group in enumerate(self.param_groups):  # all before the first state is made
@@ -363,16 +362,16 @@ class LARS(Optimizer):
                 grad = p.grad
                 if grad is not None and grad.layout is not torch.strided:
                     check_grad(grad)
-        shards = self._sharded()
+        shards = sharding.sharded(params_and_options)
 
         groups: list[Group] = []
-        for group in self.param_groups:
+        for group, (_, options) in zip(self.param_groups, params_and_options):
             params: list[Tensor] = []
             grads: list[Tensor] = []
             momentum_buffers: list[Tensor | None] = []
             self._init_group(group, params, grads, momentum_buffers)
             if params:
-                groups.append((params, grads, momentum_buffers, _options(group)))
+                groups.append((params, grads, momentum_buffers, options))
 
         step_groups(groups, grad_scale, found_inf, self._tables, shards)
         for params, _, momentum_buffers, options in groups:
@@ -393,8 +392,8 @@ class LARS(Optimizer):
     # As torch's own fused step leaves the graph, but once for all groups, whose gradients may decide together.
     _step_groups_outside_graphs = outside_graphs(_step_groups)
 
-    def _sharded(self) -> sharding.Sharded | None:
-        return sharding.sharded([(group["params"], _options(group)) for group in self.param_groups])
+    def _params_and_options(self) -> list[tuple[list[Tensor], Options]]:
+        return [(group["params"], _options(group)) for group in self.param_groups]
 
     @torch.no_grad()
     def trust_ratios(self) -> dict[str, float]:
@@ -420,14 +419,15 @@ class LARS(Optimizer):
 
         :func:`fastlars.plots.trust_ratios` draws what several steps have given.
         """
-        shards = self._sharded()
+        params_and_options = self._params_and_options()
+        shards = sharding.sharded(params_and_options)
         known: list[tuple[Part, Options, Tensor | None]] = []
         names_of: list[list[str]] = []  # of the tensors of each part
         ratios: dict[str, float] = {}
-        for i, group in enumerate(self.param_groups):
+        for i, (group, (_, of_step)) in enumerate(zip(self.param_groups, params_and_options)):
             positions = [j for j, p in enumerate(group["params"]) if p.grad is not None]
             params = [group["params"][j] for j in positions]
-            if not params or not is_adapted(_options(group)):
+            if not params or not is_adapted(of_step):
                 continue
             for p in params:
                 check_grad(p.grad)
@@ -438,7 +438,7 @@ class LARS(Optimizer):
             ]
             ratios.update(dict.fromkeys((names[j] for j in positions), 1.0))  # in the order in which they are asked
             # not fused, which measures at the update only
-            options = _options(group)._replace(momentum=0.0, skip_nonfinite=False, fused=False)
+            options = of_step._replace(momentum=0.0, skip_nonfinite=False, fused=False)
             whole: Group = (params, [p.grad for p in params], [], options)
             for part in split(*(whole if shards is None else shards.local(whole))):
                 known.append((part, options, measure(part, options)))
