@@ -29,6 +29,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.reads: list[str] = []  # ops that bring a value from a device to the host
         self.arrivals: list[bool] = []  # copies from a device to the CPU: whether the host goes on before they are done
+        self.departures: list[bool] = []  # and copies from the CPU to a device, for which a copy that blocks waits too
         self.largest = 0  # elements of the largest tensor made, in units of float32
         self.peak = 0  # the same of all that was alive at one time
         self.names: set[str] = set()
@@ -47,6 +48,8 @@ class Recorder(TorchDispatchMode):
         for tensor in _tensors(result):
             if tensor.device.type == "cpu" and not on_host:
                 self.arrivals.append(bool(kwargs.get("non_blocking", False)))
+            if tensor.device.type != "cpu" and given and on_host:
+                self.departures.append(bool(kwargs.get("non_blocking", False)))
             storage = tensor.untyped_storage()
             if storage._cdata not in known:
                 known.add(storage._cdata)

@@ -143,6 +143,17 @@ def test_flipping_an_option_changes_the_result(feature: str, implementation: Opt
 
 
 @implementations
+@dtypes
+def test_joint_norm_of_zero_keeps_the_decay(dtype: torch.dtype, implementation: Options) -> None:
+    """Where the gradient is -weight_decay * w, decay and gradient cancel: the tensor stays where it is."""
+    params = [torch.nn.Parameter(torch.full((size,), 3.0, dtype=dtype)) for size in (2, 5000)]
+    optimizer = LARS(params, lr=1.0, weight_decay=0.5, trust_denominator="joint", **implementation)
+    set_grads(params, [-0.5 * p.detach() for p in params])
+    optimizer.step()
+    assert all(torch.equal(p, torch.full_like(p, 3.0)) for p in params)
+
+
+@implementations
 @pytest.mark.parametrize("option", ["trust_coefficient", "eps", "adapt"])
 def test_numbers_and_adapt_change_the_result(option: str, implementation: Options) -> None:
     results = []

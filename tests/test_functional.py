@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from cases import BASE, COMPLEX, OPTIONS, REAL, Options, make_grads, make_params
-from fastlars import LARS, lars
-from harness import buffers_of, ignore_nothing_adapted, implementations, set_grads
+from fastlars import LARS, dispatch, functional, lars
+from fastlars import options as fields
+from harness import IMPLEMENTATIONS, buffers_of, ignore_nothing_adapted, implementations, set_grads
 from reference import ReferenceLARS, to_array
 
 pytestmark = ignore_nothing_adapted
@@ -73,6 +74,29 @@ def test_a_first_step_is_known_tensor_by_tensor(adapt: bool, implementation: Opt
     buffers: list[Tensor | None] = [None, torch.zeros(3)]
     lars(params, [torch.ones(3)] * 2, buffers, **options, **implementation)
     torch.testing.assert_close(buffers[1], (1 - options["dampening"]) * buffers[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        ({}, 2),
+        ({"trust_denominator": "joint"}, 2),
+        ({"skip_nonfinite": True}, 2),
+        ({"trust_denominator": "joint", "skip_nonfinite": True}, 3),
+        ({"adapt": False}, 0),
+        ({"adapt": False, "skip_nonfinite": True}, 1),
+    ],
+    ids=str,
+)
+def test_no_norm_is_taken_that_no_update_needs(options: Options, rows: int) -> None:
+    for name, implementation in IMPLEMENTATIONS.items():
+        known = fields.Options(**{**BASE, **options, **implementation})
+        (part,) = dispatch.split([torch.ones(3)], [torch.ones(3)], [], known)
+        assert part.implementation == name
+        measured = functional.measure(part, known)
+        # the fused step takes those of an adapted tensor itself, while it is in cache
+        expected = int("skip_nonfinite" in options) if name == "fused" else rows
+        assert (0 if measured is None else len(measured)) == expected
 
 
 @implementations

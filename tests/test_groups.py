@@ -125,11 +125,10 @@ def test_every_parameter_stands_once_with_its_name(model: str) -> None:
     optimizer = LARS(groups, lr=0.1)
     kept = [(n, p) for g in optimizer.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)]
     assert [(name, id(param)) for name, param in kept] == [(name, id(param)) for name, param in pairs]
-    if model == "meta":
-        return
     for param in named.values():
         param.grad = torch.randn_like(param)
-    assert list(optimizer.trust_ratios()) == [name for name in named if name in adapted]
+    if model != "meta":  # which has no numbers
+        assert list(optimizer.trust_ratios()) == [name for name in named if name in adapted]
     optimizer.step()
 
 

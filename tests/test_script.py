@@ -139,6 +139,7 @@ def test_the_function_itself() -> None:
              foreach=foreach)  # fmt: skip
         torch.testing.assert_close(w, torch.tensor([3.0, 3.5]))
         torch.testing.assert_close(v, torch.tensor([0.0, 0.5]))
+    lars([], [], [], lr=1.0, skip_nonfinite=True)
     with pytest.raises(torch.jit.Error, match="fused=True cannot be scripted; leave fused=None or use foreach=True"):
         lars([w], [w], [v], lr=1.0, fused=True)
     with pytest.raises(torch.jit.Error, match="needs dampening == 0"):

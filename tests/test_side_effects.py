@@ -110,7 +110,24 @@ def test_no_host_read(name: str, implementation: Options) -> None:
                 for _ in range(2):
                     optimizer.step()
         assert not recorder.reads and not recorder.arrivals
+        assert all(recorder.departures)
         assert recorder.names
+
+
+@not_fused
+def test_foreach_is_one_operation_over_the_list(implementation: Options) -> None:
+    """For norms, updates and the copies of half types; single-tensor there is none of these operations."""
+    with fake_cuda():
+        params = [torch.nn.Parameter(torch.empty(3, 5, dtype=torch.bfloat16, device="cuda")) for _ in range(3)]
+        set_grads(params, [torch.empty_like(param) for param in params])
+        optimizer = LARS(params, **OPTIONS["momentum"], **implementation)
+        with Recorder() as recorder:
+            optimizer.step()
+    names = {"_foreach_norm", "_foreach_copy_", "_foreach_addcmul_"}
+    assert recorder.names & names == (names if implementation["foreach"] else set())
+    assert recorder.names & {"linalg_vector_norm", "copy_", "addcmul_"} == (
+        set() if implementation["foreach"] else {"linalg_vector_norm", "copy_", "addcmul_"}
+    )
 
 
 @not_fused
@@ -200,7 +217,13 @@ def test_no_temporary_of_parameter_size(name: str, device: str, implementation: 
 @not_fused
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["momentum", "joint", "nesterov-joint", "joint-maximize", *ROUTES, "everything"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("momentum", "joint", "nesterov-joint", "joint-maximize", "adapted"),
+        *("skip_nonfinite", "skip_nonfinite-unadapted", "everything"),  # "unadapted" alone is torch's own SGD
+    ],
+)
 def test_temporaries_fit_a_bucket(
     name: str, dtype: torch.dtype, device: str, implementation: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,8 +237,6 @@ def test_temporaries_fit_a_bucket(
         options.get("skip_nonfinite", False),
         bool(implementation.get("foreach")),
     )
-    if not is_adapted(options) and not skip:
-        return  # torch's own SGD
     copied = int(half or skip) * (1 + (options.get("momentum", 0) != 0)) + int(half and foreach)
     joint = in_bucket if options.get("trust_denominator") == "joint" else 0
     # one tensor more: a gradient while it is scaled, a value while it is chosen to be written or not
