@@ -241,7 +241,10 @@ def test_capture_leaves_eager_tables_alone(monkeypatch: pytest.MonkeyPatch) -> N
         tables.table(part)
     monkeypatch.setattr(fused_cuda, "_is_capturing", lambda _device: False)
     eager = tables.table(part)
+    flag = tables.flag(torch.device("cpu"))
+    assert tables.flag(torch.device("cpu")) is flag
     monkeypatch.setattr(fused_cuda, "_is_capturing", lambda _device: True)
+    assert tables.flag(torch.device("cpu")) is not flag
     moved = [part._replace(grads=[g.clone() for g in part.grads]) for _ in range(fused_cuda.CAPTURES)]
     captured = [tables.table(each) for each in moved]
     for table, each in zip(captured, moved, strict=True):
@@ -255,6 +258,13 @@ def test_capture_leaves_eager_tables_alone(monkeypatch: pytest.MonkeyPatch) -> N
         tables.table(part)
     monkeypatch.setattr(fused_cuda, "_is_capturing", lambda _device: False)
     assert tables.table(part) is eager and len(eager.spares) == fused_cuda.CAPTURES
+
+
+def test_a_tensor_lr_is_read_on_the_host_only_if_it_is_there_and_the_parameters_are_not() -> None:
+    lr, elsewhere = torch.tensor(0.5), torch.device("cuda")
+    assert fused_cuda._lr(lr, elsewhere) == fused_cuda._lr(0.5, elsewhere) == (None, 0.5)
+    on_device, _ = fused_cuda._lr(lr, lr.device)
+    assert on_device is not None and on_device.data_ptr() == lr.data_ptr()
 
 
 # ---------------------------------------------------------------- dispatch
@@ -292,6 +302,9 @@ NOT_SERVED: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {
     "subclass": (torch.ones(3), torch.ones(3).as_subclass(type("Other", (Tensor,), {})), None),
     "gradient elsewhere": (torch.ones(3), torch.ones(3, device="meta"), None),
     "buffer elsewhere": (torch.ones(3), torch.ones(3), torch.ones(3, device="meta")),
+    # would be read beyond their end
+    "smaller gradient": (torch.ones(4), torch.ones(3), None),
+    "smaller buffer": (torch.ones(4), torch.ones(4), torch.ones(3)),
 }
 
 

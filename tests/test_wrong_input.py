@@ -247,6 +247,15 @@ def test_params(params: Callable[[LARS], Any], error: type[Exception], message: 
     refuses(make(), error, message, lambda o: o.add_param_group({"params": params(o)}))
 
 
+@pytest.mark.parametrize(
+    ("group", "error", "message"),
+    [([Parameter(torch.ones(3))], TypeError, "param_group must be a dict"), ({"lr": 0.1}, KeyError, "params")],
+    ids=["list", "no params"],
+)
+def test_what_is_no_group(group: Any, error: type[Exception], message: str) -> None:
+    refuses(make(), error, message, lambda o: o.add_param_group(group))
+
+
 @implementations
 @pytest.mark.parametrize(
     "edit",
