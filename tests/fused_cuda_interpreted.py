@@ -17,6 +17,7 @@ import harness
 from cases import HISTORIES, OPTIONS, make_grads, make_params, neighbours, nonfinite
 from fastlars import LARS, dispatch, functional, fused_cuda
 from fastlars.dispatch import Part
+from fastlars.fused_cuda import Measured
 from fastlars.options import Options
 from harness import buffers_of, ignore_nothing_adapted, set_grads
 from properties import STEPS, UNSHUFFLED, Kind, assert_same_bits, bits_after, examples, kinds, options, shuffles
@@ -45,18 +46,23 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_cuda, "BLOCK", 2)
     monkeypatch.setattr(harness, "LARS", FusedLARS)
     monkeypatch.setattr(dispatch, "runs_for", runs_for)
+    monkeypatch.setattr(dispatch, "_is_one_part", lambda *_: False)  # of the fused CPU step
     # torch's CPU kernel is not what runs for groups that are not adapted on a GPU: ours must be right there too
     monkeypatch.setattr(functional, "_is_torch_sgd", lambda _options: False)
 
-    run_parts = functional.run
+    launch = fused_cuda.update
 
     def step(optimizer: FusedLARS, closure: None = None) -> None:
-        def run(steps: list[tuple[Part, Options]], *rest: Any) -> None:
-            optimizer.served = sum(len(part.params) for part, _ in steps if part.implementation == "triton")
-            run_parts(steps, *rest)
+        def update(measured: Measured, found_inf: Tensor | None) -> None:
+            optimizer.served += len(measured.part.params)
+            launch(measured, found_inf)
 
-        monkeypatch.setattr(functional, "run", run)
+        optimizer.served = 0
+        monkeypatch.setattr(fused_cuda, "update", update)
         LARS.step(optimizer, closure)
+        # counted where they are launched: whatever else ran would be right, too
+        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        assert optimizer.served == sum(fused_cuda.serves(p, p.grad, None) for p in params)
 
     monkeypatch.setattr(FusedLARS, "step", step)
 
