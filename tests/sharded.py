@@ -355,6 +355,17 @@ def wrong_input(rank: Rank) -> None:
     partial = DTensor.from_local(whole, mesh, (Partial(),), run_check=False)
     refused(RuntimeError, "redistribute it first", partial, partial)
     refused(RuntimeError, "differentiable=True", distributed, distributed, differentiable=True)
+    # what torch refuses as a .grad comes to the functional
+    plain = "the gradient or momentum_buffer of a plain parameter of shape \\(8, 3\\) is a DTensor"
+    for grads, buffers, error, message in (
+        ([distributed, distributed], [None, None], TypeError, plain),
+        ([distributed, whole], [None, distributed], TypeError, plain),
+        ([whole, whole], [None, None], RuntimeError, "must be a DTensor on its mesh.*got Tensor"),
+    ):
+        params = [distributed.clone(), whole.clone()]
+        with pytest.raises(error, match=message):
+            fastlars.lars(params, grads, buffers, **options)
+        assert torch.equal(local_of(params[0]), local_of(distributed)) and torch.equal(params[1], whole)
 
 
 def functional(rank: Rank) -> None:

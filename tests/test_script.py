@@ -130,6 +130,15 @@ def test_scale_and_gate_equal_eager(name: str, implementation: str, found: bool,
     assert changed != found
 
 
+@pytest.mark.parametrize("implementation", SCRIPTED)
+def test_only_skip_nonfinite_skips(implementation: str, scripted: Any) -> None:
+    for skip in (False, True):
+        options = Options(0.1, weight_decay=0.1, skip_nonfinite=skip, **IMPLEMENTATIONS[implementation])
+        params = [torch.ones(3), torch.ones(2)]
+        scripted(params, [torch.tensor([1.0, torch.inf, 1.0]), torch.ones(2)], [], options, None, None)
+        assert torch.equal(params[1], torch.ones(2)) == torch.equal(params[0], torch.ones(3)) == skip
+
+
 def test_the_function_itself() -> None:
     w, v = torch.tensor([3.0, 4.0]), torch.zeros(2)
     lars = script(fastlars.lars)
@@ -139,6 +148,9 @@ def test_the_function_itself() -> None:
              foreach=foreach)  # fmt: skip
         torch.testing.assert_close(w, torch.tensor([3.0, 3.5]))
         torch.testing.assert_close(v, torch.tensor([0.0, 0.5]))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        lars([w], [w], [v], lr=0.0, foreach=True)
+    assert any("_foreach_" in event.key for event in profile.key_averages())
     lars([], [], [], lr=1.0, skip_nonfinite=True)
     with pytest.raises(torch.jit.Error, match="fused=True cannot be scripted; leave fused=None or use foreach=True"):
         lars([w], [w], [v], lr=1.0, fused=True)

@@ -250,7 +250,7 @@ def any_nonfinite(measured: List[Optional[Tensor]], found_inf: Optional[Tensor])
 
 def update(part: Part, measured: Optional[Tensor], options: Options, found_inf: Optional[Tensor]) -> None:
     """Update parameters and momentum buffers of a part from what `measure` returned for it."""
-    if not is_scripting() and part.implementation == "fused":
+    if part.implementation == "fused":
         # on the CPU, as all tensors of the part: reading it waits for nothing
         if found_inf is not None and found_inf.any():
             return
