@@ -104,6 +104,7 @@ WRONG: list[tuple[Options, type[Exception], str]] = [
     ({"trust_denominator": None}, ValueError, "trust_denominator must be 'separate' or 'joint', got None"),
     *[({name: 2}, TypeError, f"{name} must be True or False, got 2") for name in BOOLEANS],
     *[({name: None}, TypeError, f"{name} must be True or False, got None") for name in BOOLEANS],
+    ({"nesterov": 0.0}, TypeError, "nesterov must be True or False, got 0.0"),
     *[({name: 2}, TypeError, f"{name} must be None, True or False, got 2") for name in OPTIONAL_BOOLEANS],
     ({"nesterov": True, "momentum": 0.0}, ValueError, f"nesterov=True {PAIR} momentum=0.0 and dampening=0.0"),
     (
@@ -123,7 +124,7 @@ WRONG: list[tuple[Options, type[Exception], str]] = [
         ({name: 0.1}, ValueError, f"{name!r} is not an option of LARS; did you mean {meant!r}?")
         for name, meant in {
             "trust_coeff": "trust_coefficient", "weight_deacy": "weight_decay", "momentun": "momentum", "LR": "lr",
-            "Nesterov": "nesterov", "adapted": "adapt",
+            "Nesterov": "nesterov", "adapted": "adapt", "lrinmomentum": "lr_in_momentum",
         }.items()
     ],
 ]  # fmt: skip
@@ -431,6 +432,25 @@ def test_complex_buffers_of_another_precision_are_cast(adapt: bool, implementati
     assert {state["momentum_buffer"].dtype for state in optimizer.state.values()} == {torch.complex64}
     assert values(optimizer) == values(twin)
     assert saved["state"][0]["momentum_buffer"].dtype == torch.complex128
+
+
+def test_a_buffer_shares_no_memory_between_elements() -> None:
+    """Where there is one element along a dimension, its stride means nothing."""
+    optimizer = LARS([Parameter(torch.ones(2, 1))], lr=0.5, momentum=0.9, weight_decay=0.1)
+    saved = optimizer.state_dict()
+    shared, own = torch.ones(1, 1).expand(2, 1), torch.ones(2).as_strided((2, 1), (1, 0))
+    with pytest.raises(ValueError, match="must have memory of its own for every element"):
+        optimizer.load_state_dict({**saved, "state": {0: {"momentum_buffer": shared}}})
+    optimizer.load_state_dict({**saved, "state": {0: {"momentum_buffer": own}}})
+    assert torch.equal(optimizer.state[optimizer.param_groups[0]["params"][0]]["momentum_buffer"], own)
+
+
+def test_state_of_no_parameter_is_kept() -> None:
+    optimizer = make()
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"] |= {"a hook's count": 5, "a hook's dict": {"seen": 7}}
+    optimizer.load_state_dict(saved)
+    assert optimizer.state["a hook's count"] == 5 and optimizer.state["a hook's dict"] == {"seen": 7}
 
 
 def test_real_buffers_of_complex_parameters() -> None:
