@@ -85,6 +85,7 @@ def test_a_first_step_is_known_tensor_by_tensor(adapt: bool, implementation: Opt
         ({"trust_denominator": "joint", "skip_nonfinite": True}, 3),
         ({"adapt": False}, 0),
         ({"adapt": False, "skip_nonfinite": True}, 1),
+        ({"adapt": False, "skip_nonfinite": True, "trust_denominator": "joint"}, 1),
     ],
     ids=str,
 )

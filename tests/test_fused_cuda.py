@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from cases import OPTIONS
-from fastlars import LARS, dispatch, fused_cuda
+from fastlars import LARS, dispatch, functional, fused_cuda
 from fastlars.compat import NAMED_PARAMETERS
 from fastlars.dispatch import Part
 from fastlars.options import Options
@@ -265,6 +265,26 @@ def test_a_tensor_lr_is_read_on_the_host_only_if_it_is_there_and_the_parameters_
     assert fused_cuda._lr(lr, elsewhere) == fused_cuda._lr(0.5, elsewhere) == (None, 0.5)
     on_device, _ = fused_cuda._lr(lr, lr.device)
     assert on_device is not None and on_device.data_ptr() == lr.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("options", "ours"),
+    [
+        ({"adapt": False}, False),
+        ({"adapt": True}, True),
+        ({"adapt": False, "lr_in_momentum": True}, True),
+        ({"adapt": False, "skip_nonfinite": True}, True),
+    ],
+    ids=str,
+)
+def test_groups_that_are_not_adapted_take_torch_sgd_where_it_can(options: dict[str, Any], ours: bool) -> None:
+    known, one = Options(0.1, **options), torch.ones(())
+    part = Part("triton", [0], [torch.ones(3)], [torch.ones(3)], [])
+    assert functional._is_triton(part, known, None, None) == ours
+    # it has no gate, writes the gradients that it unscales, and takes none of another dtype
+    assert functional._is_triton(part, known, one, None) and functional._is_triton(part, known, None, one)
+    assert functional._is_triton(part._replace(grads=[torch.ones(3).half()]), known, None, None)
+    assert not functional._is_triton(part._replace(implementation="foreach"), known, one, one)
 
 
 # ---------------------------------------------------------------- dispatch
