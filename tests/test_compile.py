@@ -198,7 +198,8 @@ def test_the_functional_is_one_graph(foreach: bool, options: Options) -> None:
 
 # ---------------------------------------------------------------- what it costs
 @pytest.mark.parametrize("foreach", [False, True])
-def test_norms_and_coefficients_are_a_few_nodes_however_many_tensors(foreach: bool) -> None:
+@pytest.mark.parametrize("denominator", ["separate", "joint"])
+def test_norms_and_coefficients_are_a_few_nodes_however_many_tensors(foreach: bool, denominator: str) -> None:
     """Inductor would trace a dozen operations for each norm, and repeat the formula in the loop over each tensor."""
     graphs: list[torch.fx.GraphModule] = []
 
@@ -209,14 +210,16 @@ def test_norms_and_coefficients_are_a_few_nodes_however_many_tensors(foreach: bo
     params = [torch.nn.Parameter(torch.ones(3)) for _ in range(40)]
     for param in params:
         param.grad = torch.ones(3)
-    optimizer = LARS(params, lr=0.5, momentum=0.9, weight_decay=0.1, foreach=foreach)
+    optimizer = LARS(params, lr=0.5, momentum=0.9, weight_decay=0.1, trust_denominator=denominator, foreach=foreach)
     torch.compile(optimizer.step, backend=keep)()
     nodes = Counter(str(node.target) for graph in graphs for node in graph.graph.nodes)
     pieces = -(-40 // fastlars.norms.NODE)  # so that no node has more than NODE tensors waiting for it
-    assert nodes["fastlars.cpu_norms.default"] == 2 * pieces > 2
+    norms = "cpu_norms" if denominator == "separate" else "cpu_joint_norms"
+    assert nodes["fastlars.cpu_norms.default"] + nodes["fastlars.cpu_joint_norms.default"] == 2 * pieces > 2
+    assert nodes[f"fastlars.{norms}.default"] >= pieces
     assert nodes["fastlars.cat.default"] == 3  # of params, of grads, of both
     assert nodes["fastlars.unbind.default"] == 2  # b and c
-    assert not any("norm" in target for target in nodes if target != "fastlars.cpu_norms.default")
+    assert not any("norm" in target for target in nodes if not target.startswith("fastlars."))
 
 
 class Counted:

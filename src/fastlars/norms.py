@@ -130,8 +130,8 @@ def joint_norms(params: List[Tensor], grads: List[Tensor], sign: float, weight_d
     if params[0].device.type == "cpu":
         if not is_scripting():  # noqa: SIM102  as in `norms`
             if _in_cpu_graph(params[0]):
-                one_node: Tensor = _cpu_joint_norms_in_graph(params, grads, sign, weight_decay)
-                return one_node
+                slices = [slice(i, i + NODE) for i in range(0, len(params), NODE)]
+                return cat([_cpu_joint_norms_in_graph(params[s], grads[s], sign, weight_decay) for s in slices])
         return _cpu_joint_norms(params, grads, sign, weight_decay)
     return _joint_norms_by_buckets(params, grads, sign, weight_decay, foreach)
 
