@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -35,6 +35,7 @@ from benchmarks.demo.training import Method, Protocol, Result, Run
 from benchmarks.study import __main__ as program
 from benchmarks.study import page, report
 from benchmarks.study.methods import AT_LARGEST, BATCH_NORM, CUT, FAMILY, MAIN, ONE_LR, OWN_LR, PROTOCOLS
+from benchmarks.study.outcome import Outcome
 from benchmarks.study.store import Store, StoreError
 
 QUICK = PROTOCOLS["quick"]
@@ -376,27 +377,16 @@ def test_the_quantiles_leave_a_fortieth_on_either_side(freedom: int) -> None:
     assert inside == pytest.approx(0.475, abs=2e-5)
 
 
-def test_lars_meets_the_variant_that_is_better_on_validation(finished: Path) -> None:
-    outcome = page.recorded(Store.recorded(finished / "study.csv"))
-    for row in MAIN:
-        found = report.rival(outcome, outcome.largest, row)
-        means = {
-            setting: max(scores.values())
-            for setting, scores in trials(finished).items()
-            if setting[:3] == (row.method.optimizer, options_of(row.method), str(row.method.clip or ""))
-            and setting[4:] == ("0", "0", str(outcome.largest))
-        }
-        assert len(means) == 2  # own lr, and one lr for all
-        if found is not None and all(not outcome.failed(outcome.largest, r) for r in (row, *one_lr(row.name))):
-            assert str(found.method.bias_lr or "") == max(means, key=means.__getitem__)[3]
-
-
-def options_of(method: Method) -> str:
-    return "{" + ", ".join(f'"{name}": {str(value).lower()}' for name, value in method.options) + "}"
-
-
-def one_lr(name: str) -> Iterator[Any]:
-    return (row for row in AT_LARGEST if row.name == name)
+@pytest.mark.parametrize(
+    ("own", "one", "tested", "expected"),
+    [(70, 60, "both", "own"), (60, 70, "both", "one"), (60, 70, "own", "own"), (60, 70, "none", None)],
+)
+def test_lars_meets_the_variant_that_is_better_on_validation(own: int, one: int, tested: str, expected: str) -> None:
+    rows = {"own": MAIN[0], "one": next(row for row in ONE_LR if row.name == MAIN[0].name)}
+    grids = {(32, rows[which].method): graded(0, 0, best, 0, 0) for which, best in (("own", own), ("one", one))}
+    finals_of = {(32, row.method): finals(90) if tested in (which, "both") else [] for which, row in rows.items()}
+    found = report.rival(Outcome(QUICK, (32,), grids, finals_of), 32, MAIN[0])
+    assert found == (rows[expected] if expected else None)
 
 
 @pytest.fixture(scope="module")
