@@ -141,7 +141,8 @@ def run(
     on_triton = [step for step in steps if _is_triton(step[0], step[1], grad_scale, found_inf)]
     others = [step for step in steps if not _is_triton(step[0], step[1], grad_scale, found_inf)]
     firsts = [_is_first_step(part, options) for part, options in on_triton]
-    launched = fused_cuda.measure(on_triton, grad_scale, tables)
+    # tables count steps: in a graph that launches nothing, that would be one to guard
+    launched = fused_cuda.measure(on_triton, grad_scale, tables) if on_triton else []
     if grad_scale is not None:
         others = [(_unscaled(part, grad_scale), options) for part, options in others]
     measured = [measure(part, options, early=shards is not None) for part, options in others]
