@@ -186,29 +186,39 @@ class OtherHalf:
         self.norms = torch.stack([torch.stack([x.norm() for x in tensors]) for tensors in vectors])
         self.skips = torch.tensor(skips)
 
-    def exchange(self, measured: list[tuple[Part, Options, Tensor]], *_: object) -> tuple[list[Tensor], None, Tensor]:
-        return [rows[:2].hypot(self.norms) for _, _, rows in measured], None, self.skips
+    def exchange(
+        self, measured: list[tuple[Part, Options, Tensor]], _: None, nonfinite: Tensor | None
+    ) -> tuple[list[Tensor], None, Tensor]:
+        self.nonfinite = nonfinite  # what the other ranks are told
+        skips = self.skips if nonfinite is None else self.skips | nonfinite
+        return [rows[:2].hypot(self.norms) for _, _, rows in measured], None, skips
 
 
+@pytest.mark.parametrize("scale", [None, 8.0])
 @pytest.mark.parametrize("name", ["dampening", "nesterov-joint", "clip-paper", "skip_nonfinite"])
-def test_parts_of_sharded_tensors_take_the_norms_of_the_whole(name: str) -> None:
+def test_parts_of_sharded_tensors_take_the_norms_of_the_whole(name: str, scale: float | None) -> None:
     options = Options(**OPTIONS[name])
+    grad_scale = None if scale is None else torch.tensor(scale)
     wholes = [torch.randn(2100, generator=torch.Generator().manual_seed(i)) for i in range(4)]
     reference = ReferenceLARS([{"params": wholes[:2]}], **OPTIONS[name])
     buffers: list[Tensor | None] = [None, None]
     mine, others = zip(*(w.chunk(2) for w in wholes), strict=True)
     params = [w.clone() for w in mine[:2]]
-    part = Part("triton", [0, 1], params, list(mine[2:]), buffers if options.momentum != 0 else [])
-    for skips in (False, True):
-        shards = OtherHalf(list(others[:2]), list(others[2:]), options, skips)
+    grads = [g * (scale or 1.0) for g in mine[2:]]
+    part = Part("triton", [0, 1], params, grads, buffers if options.momentum != 0 else [])
+    for reason in ("none", "there", "here") if options.skip_nonfinite else ("none",):
+        shards = OtherHalf(list(others[:2]), list(others[2:]), options, reason == "there")
+        if reason == "here":
+            grads[1][-1] = float("nan")
         before = [p.clone() for p in params]
-        functional.run([(part, options)], None, None, fused_cuda.Tables(), shards)
-        if not skips:
+        functional.run([(part, options)], grad_scale, None, fused_cuda.Tables(), shards)
+        assert (shards.nonfinite is not None and bool(shards.nonfinite)) == (reason == "here")
+        if reason == "none":
             reference.step(wholes[2:])
             for param, whole in zip(params, reference.params, strict=True):
                 torch.testing.assert_close(param.double(), torch.as_tensor(whole)[:1050], rtol=1e-5, atol=1e-6)
-        elif options.skip_nonfinite:
-            assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True))
+        else:
+            assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True)), reason
 
 
 @pytest.mark.parametrize("name", ["skip_nonfinite", "everything", "everything_but_joint"])
@@ -217,25 +227,32 @@ def test_skip_nonfinite_leaves_its_groups_alone(name: str) -> None:
         {"params": make_params(torch.float32, layouts=["matrix", "empty", "conv"], seed=1)},
         {"params": make_params(torch.bfloat16, layouts=["scalar"], seed=2), "adapt": False, "lr_in_momentum": False},
         {"params": make_params(torch.float32, layouts=["matrix", "scalar"], seed=3), "skip_nonfinite": False},
+        # of no kernel of ours: what is found here stops them, and the other way round
+        {"params": make_params(torch.float64, layouts=["matrix"], seed=4)},
     ]
     options = {"momentum": 0.9, **OPTIONS[name], "skip_nonfinite": True}
     optimizer = harness.run(groups, options, lambda ps, step: [nonfinite(p, step, i) for i, p in enumerate(ps)], {})
-    params = optimizer.param_groups[0]["params"] + optimizer.param_groups[1]["params"]
+    params = [p for i in (0, 1, 3) for p in optimizer.param_groups[i]["params"]]
     before = [p.detach().clone() for p in params]
-    # the flag of one group stops the other, whichever comes first
+    # the flag of one group stops the others, whichever comes first
     for bad in range(len(params)):
         everything = [p for group in optimizer.param_groups for p in group["params"]]
         grads = [torch.ones_like(p) for p in everything]
         if not params[bad].numel():
             continue
-        grads[bad].view(-1)[-1] = float("nan")
+        next(g for g, p in zip(grads, everything, strict=True) if p is params[bad]).view(-1)[-1] = float("nan")
         set_grads(everything, grads)
         optimizer.step()
         for param, old in zip(params, before, strict=True):
             assert torch.equal(param, old)
-    set_grads(everything, [torch.ones_like(p) for p in everything])
+    # what a group holds that does not ask stops nobody
+    grads = [torch.ones_like(p) for p in everything]
+    next(g for g, p in zip(grads, everything, strict=True) if p is optimizer.param_groups[2]["params"][0]).fill_(
+        torch.nan
+    )
+    set_grads(everything, grads)
     optimizer.step()
-    assert not torch.equal(params[0], before[0])
+    assert not any(torch.equal(p, old) for p, old in zip(params, before, strict=True) if p.numel())
 
 
 @pytest.mark.parametrize("name", ["momentum", "nesterov-joint", "unadapted", "clip-paper", "maximize"])

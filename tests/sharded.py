@@ -368,19 +368,24 @@ def wrong_input(rank: Rank) -> None:
         assert torch.equal(local_of(params[0]), local_of(distributed)) and torch.equal(params[1], whole)
 
 
-def functional(rank: Rank) -> None:
+def functional(rank: Rank, implementation: Options) -> None:
     """The functional takes sharded tensors too, and makes sharded buffers."""
     layouts = [Layout((5, 3), "all", (Shard(0),)), Layout((4, 2))]
-    options = {**OPTIONS["dampening"], "momentum": 0.9}
+    options = {**OPTIONS["dampening"], "momentum": 0.9, **implementation}
     s = setup(rank, layouts, 1, torch.float32, options)
     params = [p.detach() for p in s.params]
     buffers: list[Tensor | None] = [None, None]
     for step in range(2):
         grads = [g for g in make_grads("dense", s.wholes, step) if g is not None]
         s.reference.step(grads)
-        fastlars.lars(
-            params, [place(g, layout, rank) for g, layout in zip(grads, layouts, strict=True)], buffers, **options
+        kept = list(buffers)
+        laid_out = [place(g, layout, rank) for g, layout in zip(grads, layouts, strict=True)]
+        with Collectives() as collectives:
+            fastlars.lars(params, laid_out, buffers, **options)
+        assert [name for name, _ in collectives.calls] == ["allreduce_"], (
+            "not what each operation on DTensors would send"
         )
+        assert step == 0 or all(new is old for new, old in zip(buffers, kept, strict=True))
         for param, buffer in zip(s.params, buffers, strict=True):
             s.optimizer.state[param]["momentum_buffer"] = buffer
         s.check(rank, f"functional, step {step}", 2 * (step + 1))

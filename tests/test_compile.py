@@ -196,6 +196,25 @@ def test_the_functional_is_one_graph(foreach: bool, options: Options) -> None:
         torch.testing.assert_close(actual, expected)
 
 
+def test_the_fused_functional_is_in_no_graph() -> None:
+    computed: set[Any] = set()
+
+    def backend(graph: Any, _inputs: Any) -> Any:
+        computed.update(node.target for node in graph.graph.nodes if node.op in ("call_function", "call_method"))
+        return graph.forward
+
+    def step(params: list[Tensor], grads: list[Tensor]) -> None:
+        fastlars.lars(params, grads, [], 1.0, weight_decay=0.1)
+
+    results = []
+    for function in (step, torch.compile(step, backend=backend)):
+        params, grads = [torch.ones(5, 3), torch.ones(4)], [torch.ones(5, 3), torch.ones(4)]
+        function(params, grads)
+        results.append(params)
+    assert computed <= {getattr}, "nothing but where the tensors are"
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
 # ---------------------------------------------------------------- what it costs
 @pytest.mark.parametrize("foreach", [False, True])
 @pytest.mark.parametrize("denominator", ["separate", "joint"])

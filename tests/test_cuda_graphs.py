@@ -113,8 +113,21 @@ def test_scheduled_steps_read_nothing(name: str, implementation: str, scheduler:
     if implementation == "fused":
         measured = ["partial_sums"] if name != "unadapted" else []  # nothing to measure
         assert seen[0][1] == [*measured, "coefficients", "update"]
+        assert "stack" not in seen[0][0], "flags are collected, where one on the device decides"
         for kernel, arguments in kernels.launches:
             given = [argument for argument in arguments if isinstance(argument, Tensor) and argument.dim() == 0]
             assert kernel == "partial_sums" or given, f"{kernel} reads lr on the device"
     else:
         assert seen[0][0] and not kernels.launches
+
+
+@pytest.mark.parametrize(("devices", "given"), [(("cuda:0", "cuda:0"), False), (("cuda:0", "cuda:1"), True)], ids=str)
+def test_a_gradient_on_one_gpu_stops_the_other(devices: tuple[str, str], given: bool, kernels: _Kernels) -> None:
+    """Kernels of one device share a flag; those of two are given what was found on both."""
+    with fake_cuda():
+        groups = [{"params": [torch.nn.Parameter(torch.ones(3, device=device))]} for device in devices]
+        for group in groups:
+            set_grads(group["params"], [torch.ones(3, device=group["params"][0].device)])
+        LARS(groups, **OPTIONS["skip_nonfinite"], fused=True).step()
+    found = [arguments[5] for kernel, arguments in kernels.launches if kernel == "update"]
+    assert [each is not None for each in found] == [given] * 2

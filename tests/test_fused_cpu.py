@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from cases import OPTIONS, Options, make_grads, tolerance
-from fastlars import LARS, fused_cpu, lars
+from fastlars import LARS, dispatch, fused_cpu, lars
+from fastlars.options import Options as AllOptions
 from harness import ignore_nothing_adapted, run, set_grads
 from reference import ReferenceLARS
 
@@ -233,3 +234,32 @@ def test_a_group_over_several_devices_is_not_fused_by_default() -> None:
     """Its accelerator tensors would take kernels that nobody asked for."""
     params = [torch.nn.Parameter(torch.ones(4, device=device)) for device in ("cpu", "meta")]
     assert "adapted, single" in repr(LARS(params, lr=1.0, weight_decay=0.1))
+
+
+def test_a_list_that_is_one_part_is_not_sorted() -> None:
+    """Sorting takes as long as the step of small tensors."""
+    params, others = [[torch.ones(4), torch.ones(2, 3)] for _ in range(2)]
+    for momentum, buffers in (
+        (0.9, [None, None]),
+        (0.9, others),
+        (0.0, [None, None]),
+        (0.0, []),
+        (0.0, [others[1], None]),
+    ):
+        (part,) = dispatch.split(params, params, list(buffers), AllOptions(1.0, momentum, weight_decay=0.1))
+        assert part.implementation == "fused" and part.params is params and part.indices == [0, 1]
+        assert part.momentum_buffers == (list(buffers) if momentum else [])
+    late = dispatch.split(params, params, [others[0], None], AllOptions(1.0, 0.9, weight_decay=0.1))
+    assert [(part.implementation, part.indices) for part in late] == [("fused", [0]), ("fused", [1])]
+
+
+def test_foreach_is_the_default_where_it_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "default_foreach", lambda params: params[0].device.type == "meta")
+    meta, cpu = [torch.ones(4, device="meta")], [torch.ones(4)]
+    for adapt in (True, False):
+        options = AllOptions(1.0, adapt=adapt)
+        assert dispatch.implementation(meta, options) == "foreach"
+        assert dispatch.implementation(cpu, options) == ("fused" if adapt else "single")
+        for chosen in ({"foreach": False}, {"fused": False}, {"differentiable": True}):
+            assert dispatch.implementation(meta, options._replace(**chosen)) == "single"
+        assert dispatch.implementation(cpu, options._replace(foreach=True)) == "foreach"

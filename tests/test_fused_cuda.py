@@ -287,6 +287,24 @@ def test_groups_that_are_not_adapted_take_torch_sgd_where_it_can(options: dict[s
     assert not functional._is_triton(part._replace(implementation="foreach"), known, one, one)
 
 
+def test_torch_sgd_is_fused_where_the_step_is_and_leaves_versions_to_us(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(functional, "sgd", lambda *_, **options: asked.append(options["fused"]))
+    for implementation, fused in (("triton", True), ("fused", True), ("foreach", False), ("single", False)):
+        param, buffer = torch.ones(3), torch.zeros(3)
+        for buffers in ([buffer], [None]):
+            part = Part(implementation, [0], [param], [torch.ones(3)], buffers)
+            functional.update(part, None, Options(0.1, 0.9, adapt=False), None)
+        assert asked == [fused] * 2
+        asked.clear()
+        assert (param._version, buffer._version) == ((2, 1) if fused else (0, 0))
+    # on the CPU a flag is looked at before
+    for found_inf in (0.0, 1.0):
+        part = Part("fused", [0], [torch.ones(3)], [torch.ones(3)], [])
+        functional.update(part, None, Options(0.1, adapt=False), torch.tensor(found_inf))
+        assert asked == [True]
+
+
 # ---------------------------------------------------------------- dispatch
 def like(param: Tensor) -> Tensor:
     return torch.zeros_like(param)

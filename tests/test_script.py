@@ -139,6 +139,23 @@ def test_only_skip_nonfinite_skips(implementation: str, scripted: Any) -> None:
         assert torch.equal(params[1], torch.ones(2)) == torch.equal(params[0], torch.ones(3)) == skip
 
 
+@pytest.mark.parametrize("implementation", SCRIPTED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_types_are_rounded_once(dtype: torch.dtype, implementation: str, scripted: Any) -> None:
+    """In eager mode torch's SGD steps what is not adapted, and rounds as often as it does."""
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(3000, generator=generator).to(dtype) for _ in range(3)]
+    for adapt in (False, True):
+        options = Options(0.3, 0.9, weight_decay=0.05, adapt=adapt, **IMPLEMENTATIONS[implementation])
+        w, g, v = ([x.float()] for x in given)
+        scripted_v = scripted(w, g, v, options, None, None)
+        expected = [w[0].to(dtype), scripted_v[0].to(dtype)]
+        for function in (scripted, step) if adapt else (scripted,):
+            w, g, v = ([x.clone()] for x in given)
+            (buffer,) = function(w, g, v, options, None, None)
+            assert torch.equal(w[0], expected[0]) and torch.equal(buffer, expected[1])
+
+
 def test_the_function_itself() -> None:
     w, v = torch.tensor([3.0, 4.0]), torch.zeros(2)
     lars = script(fastlars.lars)

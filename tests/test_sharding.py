@@ -93,8 +93,9 @@ def test_wrong_input_raises_before_anything_changes(ranks: Group) -> None:
     ranks.run(sharded.wrong_input)
 
 
-def test_the_functional(ranks: Group) -> None:
-    ranks.run(sharded.functional)
+@implementations
+def test_the_functional(ranks: Group, implementation: Options) -> None:
+    ranks.run(sharded.functional, implementation)
 
 
 def test_version_counters(ranks: Group) -> None:

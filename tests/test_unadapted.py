@@ -13,6 +13,7 @@ from torch import Tensor
 from cases import BASE, COMPLEX, HISTORIES, LAYOUTS, REAL, STEPS, Options, make_grads, make_params
 from fastlars import LARS
 from harness import IMPLEMENTATIONS, buffers_of, implementations, set_grads
+from recording import Recorder
 
 DTYPES = (*REAL, *COMPLEX)
 # torch's fused SGD ignores strides, and writes nonsense for half types in some versions: there LARS steps by itself
@@ -83,13 +84,13 @@ def test_torch_sgd_in_every_history(history: str, implementation: Options) -> No
 
 
 @pytest.mark.parametrize("name", ["single", "foreach"])
-@pytest.mark.parametrize("lr_dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("lr_dtype", "shape"), [(torch.float32, ()), (torch.float64, (1,))], ids=str)
 @pytest.mark.parametrize("options", all_sgd_options(), ids=lambda o: "-".join(str(v) for v in o.values()))
-def test_torch_sgd_with_a_tensor_lr(options: Options, lr_dtype: torch.dtype, name: str) -> None:
+def test_torch_sgd_with_a_tensor_lr(options: Options, lr_dtype: torch.dtype, shape: tuple[int, ...], name: str) -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.complex64):
         lars, sgd = make_pair(dtype, options, IMPLEMENTATIONS[name])
-        for optimizer in (lars, sgd):
-            optimizer.param_groups[0]["lr"] = torch.tensor(0.1, dtype=lr_dtype)
+        for optimizer, its_shape in ((lars, shape), (sgd, ())):  # some versions of torch's take no other
+            optimizer.param_groups[0]["lr"] = torch.full(its_shape, 0.1, dtype=lr_dtype)
         run_pair(lars, sgd, "dense", str(dtype))
 
 
@@ -121,6 +122,24 @@ def test_unadapted_groups_beside_adapted_ones(implementation: Options) -> None:
         for left, right in zip(params[0], params[2], strict=True):
             assert torch.equal(left, right)
             assert torch.equal(lars.state[left]["momentum_buffer"], sgd.state[right]["momentum_buffer"])
+
+
+@implementations
+@pytest.mark.parametrize("options", all_sgd_options(), ids=lambda o: "-".join(str(v) for v in o.values()))
+def test_gradients_are_copied_only_where_torch_sgd_writes_them(options: Options, implementation: Options) -> None:
+    params = [torch.nn.Parameter(torch.ones(1000)) for _ in range(2)]
+    lars = LARS(params[:1], lr=0.1, adapt=False, **options, **implementation)
+    sgd = torch.optim.SGD(params[1:], lr=0.1, **options, **implementation)
+    peaks, written = [], []
+    for optimizer, param in zip((lars, sgd), params, strict=True):
+        for _ in range(2):
+            param.grad = torch.ones(1000)
+            with Recorder() as recorder:
+                optimizer.step()
+        peaks.append(recorder.peak)
+        written.append(not torch.equal(param.grad, torch.ones(1000)))
+    assert not written[0]
+    assert peaks[0] <= peaks[1] + (1000 if written[1] else 0)
 
 
 # ---------------------------------------------------------------- the warning

@@ -25,7 +25,7 @@ def split(
     params: List[Tensor], grads: List[Tensor], momentum_buffers: List[Optional[Tensor]], options: Options
 ) -> List[Part]:
     """The tensors sorted into parts; torch's own helper does not sort while compiling."""
-    preferred = implementation(params, options) if len(params) > 0 else "single"
+    preferred = implementation(params, options)
     if not is_scripting():  # noqa: SIM102  TorchScript would compile the second condition
         if preferred == "fused" and _is_one_part(params, grads, momentum_buffers, options):
             buffers = momentum_buffers if options.momentum != 0 else []
