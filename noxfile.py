@@ -24,13 +24,13 @@ ON_CPU = "not cuda and not mps"
 EVERYWHERE = ("cpu", "cuda", "mps")
 
 # Floor, newest and one between run on every device. .ci/run insists on the cells tagged "gate": the cpu cells of the floor
-# and the one between, on different Pythons; the newest torch is in `quick`.
+# and the one between; the newest torch is in `quick`.
 VERSIONS = [
     ("3.11", "2.4.1", EVERYWHERE),
     ("3.12", "2.6.0", ("cpu",)),
     ("3.12", "2.8.0", ("cpu",)),
     ("3.12", "2.10.0", ("cpu",)),
-    ("3.13", "2.13.0", EVERYWHERE),
+    ("3.11", "2.13.0", EVERYWHERE),
     ("3.13", "2.15.0", EVERYWHERE),
     ("3.14", "2.15.0", ("cpu",)),
 ]

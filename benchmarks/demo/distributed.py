@@ -99,7 +99,8 @@ def stop(device: torch.device) -> None:
     """Leave them again."""
     # Before torch 2.8, destroying the group can wait for ever: for gloo's threads, one of which waits for the interpreter
     # to free a tensor (pytorch/pytorch#154976). The backend, where it is the last to go, lets them have it.
-    backend = dist.distributed_c10d._get_default_group()._get_backend(device)
+    waits = torch.__version__ < (2, 8)
+    backend = dist.distributed_c10d._get_default_group()._get_backend(device) if waits else None
     dist.destroy_process_group()
     del backend
 
