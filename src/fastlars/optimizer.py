@@ -253,9 +253,13 @@ class LARS(Optimizer):
             if group["fused"]:
                 check_fused(group["params"], f"param group {i}")
         if loading:
-            # torch casts the state of floating parameters only
             for param, entry in state["state"].items():
-                if isinstance(param, Tensor) and param.is_complex() and entry.get("momentum_buffer") is not None:
+                if not isinstance(param, Tensor):
+                    continue
+                if entry.get("momentum_buffer") is None:
+                    # of SGD without momentum: torch.compile would keep the None for a constant
+                    entry.pop("momentum_buffer", None)
+                elif param.is_complex():  # torch casts the state of floating parameters only
                     entry["momentum_buffer"] = entry["momentum_buffer"].to(param.dtype)
         super().__setstate__(state)
 
@@ -272,6 +276,14 @@ class LARS(Optimizer):
             for i, each in enumerate(self.param_groups):
                 # FSDP keeps the parameters that it finds, and makes flat pieces of them
                 sharding.check_not_flattened(each["params"], f"param group {i}")
+        if group is self.param_groups[0]:
+            # It guards the entries of the state that are there after the first call, so all have to be: with dampening the
+            # graph of a first step would serve later ones.
+            for each in self.param_groups:
+                if each["momentum"] != 0 and each["dampening"] != 0:
+                    for p in each["params"]:
+                        if p.grad is not None:
+                            self.state[p]
         for p in group["params"]:
             if p.grad is None:
                 continue
@@ -339,10 +351,8 @@ class LARS(Optimizer):
                 loss = closure()
 
         params_and_options = self._params_and_options()
-        # With dampening a first step differs, and torch.compile, which guards the state of some tensors only, takes its
-        # graph for later steps of others.
         if any(
-            options.dampening != 0 or sharding.any_sharded(params) or implementation(params, options) == "fused"
+            sharding.any_sharded(params) or implementation(params, options) == "fused"
             for params, options in params_and_options
         ):
             self._step_groups_outside_graphs(params_and_options)
