@@ -65,10 +65,24 @@ def test_serves_no_expanded_tensor_and_no_subclass() -> None:
     assert fused_cpu.serves([torch.nn.Parameter(p)], [p], [p])
 
 
+def test_serves_the_cpu_only() -> None:
+    assert not fused_cpu.serves([torch.empty(4, 6, device="meta")], [torch.empty(4, 6, device="meta")])
+
+
+def test_serves_no_view_with_a_sign_bit_even_of_one_element() -> None:
+    """That one is contiguous."""
+    p, negative = torch.randn(1), torch.tensor([1.0 + 2.0j]).conj().imag
+    assert negative.is_neg() and negative.is_contiguous()
+    assert not fused_cpu.serves([p], [negative]) and not fused_cpu.serves([p], [p], [negative])
+
+
 def test_dimensions_of_size_1_have_no_layout() -> None:
     p = torch.randn(8, 3, 1, 1)
     channels_last = p.clone(memory_format=torch.channels_last).as_strided(p.shape, (3, 1, 3, 3))
     assert fused_cpu.serves([p], [channels_last], [p])
+    transposed = [torch.randn(24).as_strided((4, 1, 6), (1, stride, 4)) for stride in (1, 4, 99)]
+    for one, other in itertools.permutations(transposed, 2):
+        assert fused_cpu.serves([one], [other], [one]) and not fused_cpu.serves([one], [other.contiguous()])
 
 
 @pytest.mark.parametrize("name", ["momentum", "joint", "nesterov", "base", "everything", "momentum-unadapted"])
@@ -116,6 +130,58 @@ def test_equals_reference_at_real_sizes(name: str) -> None:
     sizes = [fused_cpu.SMALL, fused_cpu.SMALL + 1, fused_cpu.STACK + 3, 5 * fused_cpu.STACK]
     params = [torch.nn.Parameter(torch.rand(size, generator=generator)) for size in sizes]
     run([{"params": params}], OPTIONS[name], lambda ps, step: make_grads("dense", ps, step), {"fused": True}, 2)
+
+
+@pytest.mark.parametrize("name", ["momentum", "nesterov-joint", "base"])
+@pytest.mark.parametrize("size", [40, 12000], ids=["stacked", "alone"])
+def test_parts_of_a_tensor_step_by_the_norms_of_the_whole(size: int, name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    whole, grad = (torch.randn(size, generator=generator) for _ in range(2))
+    options = OPTIONS[name]
+    reference = ReferenceLARS([{"params": [whole]}], **options)
+    reference.step([grad])
+    decay = options["weight_decay"] if options.get("trust_denominator") == "joint" else 0.0
+    lengths = [float(x.double().norm()) for x in (whole, grad.double() + decay * whole.double())]
+    parts, grads = (list(x.clone().split(size // 2)) for x in (whole, grad))
+    buffers: list[Tensor | None] = [None, None] if options.get("momentum") else []
+    fused_cpu.step(parts, grads, buffers, AllOptions(**options), torch.tensor([lengths] * 2).t())
+    expected = torch.as_tensor(reference.params[0]).float()
+    torch.testing.assert_close(torch.cat(parts), expected, **tolerance(torch.float32, reference.param_sizes[0]))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "option", "calls"),
+    [
+        ([(32, 32)] * 200 + [(64,)] * 50, {}, 1),
+        ([(64, 64)] * 64, {}, 1),  # a workspace that is full to the last element
+        ([(64, 64)] * 64, {"nesterov": True, "momentum": 0.9}, 1),
+        ([(64, 64)] * 65, {}, 2),
+        ([(32, 32)] * 300, {}, 2),
+        ([(64, 65)] * 5, {}, 5),
+        ([(1 << 20,)], {}, 1),
+        ([(1 << 20,)], {"momentum": 0.9}, 1),
+        ([(1 << 20,)], {"momentum": 0.9, "nesterov": True}, 4),
+        ([(5,), (0,), (1 << 13,)], {}, 3),
+        ([(1,), (), (1,)], {}, 1),
+    ],
+    ids=str,
+)
+def test_a_step_takes_few_calls(
+    shapes: list[tuple[int, ...]], option: Options, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small tensors together, up to what stays in cache; others by themselves, and in blocks only where they must."""
+    params = [torch.ones(shape) for shape in shapes]
+    kernel, sizes = torch._fused_sgd_, []
+
+    def counted(params: list[Tensor], *args: object, **kwargs: object) -> None:
+        sizes.append(sum(p.numel() for p in params))
+        kernel(params, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch, "_fused_sgd_", counted)
+    lars(
+        params, [torch.ones_like(p) for p in params], [None] * len(params), 0.5, weight_decay=0.1, fused=True, **option
+    )
+    assert len(sizes) == calls and sum(sizes) == sum(p.numel() for p in params)
 
 
 @pytest.mark.parametrize("scale", [1e-15, 1e-11, 1e-9, 1e-4, 1e6])
@@ -207,7 +273,9 @@ def test_no_temporary_above_4_mib() -> None:
         for size in allocated:
             live += size
             peak = max(peak, live)
-        assert allocated and peak <= 4 << 20, f"{name}: {peak / 2**20:.1f} MiB"
+        # two workspaces; the sum of a gradient and its decay
+        limit = 3.25 if name == "joint" else 2.25
+        assert allocated and peak <= limit * 2**20, f"{name}: {peak / 2**20:.2f} MiB"
 
 
 def test_is_the_default_on_cpu_and_only_there() -> None:

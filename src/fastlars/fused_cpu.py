@@ -97,10 +97,7 @@ def step(
             shape = param.shape
             numel = shape.numel()
             places = small.setdefault(shape, []) if 0 < numel <= SMALL else alone
-        if places is alone or param.is_contiguous():
-            places.append(i)
-        else:
-            alone.append(i)
+        (places if param.is_contiguous() else alone).append(i)
 
     fused = _Fused(options, first_step)
     for stacks in _workspaces_full(small):
@@ -232,7 +229,8 @@ class _Fused:
     def _views(self, start: int, shape: torch.Size, n: int) -> Tuple[Tensor, Tensor, List[Tensor]]:
         """A stretch of both workspaces as n stacked tensors, and those of the second one by one."""
         views = self.views.get((start, shape))
-        if views is None or len(views[2]) < n:  # making a view takes as long as copying a small tensor
+        # making one takes as long as copying a small tensor; a shape that comes again comes with no more tensors
+        if views is None:
             end = start + shape.numel() * n
             w, g = (workspace[start:end].view(n, *shape) for workspace in self._workspaces())
             views = self.views[start, shape] = (w, g, list(g.unbind()))
