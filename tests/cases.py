@@ -47,7 +47,8 @@ SPECIAL: dict[str, Options] = {
     "large_dampening": {"lr": 0.1, "momentum": 0.9, "dampening": 0.9, "weight_decay": 1e-4},
     "large_eps": {**BASE, "eps": 0.5},
     "large_eps_joint": {**BASE, "eps": 0.5, "trust_denominator": "joint"},
-    "large_decay": {**BASE, "weight_decay": 2.0},
+    # of exactly 1, which what asks whether there is decay may not take for none
+    "large_decay": {**BASE, "weight_decay": 1.0, "momentum": 0.9, "nesterov": True},
     "large_decay_joint_maximize": {**BASE, "weight_decay": 2.0, "trust_denominator": "joint", "maximize": True},
     "clip_at_one": {**BASE, "lr": 0.01, "trust_clip": True, "momentum": 0.9},
     "clip_at_one_joint": {**BASE, "lr": 0.01, "trust_clip": True, "trust_denominator": "joint"},

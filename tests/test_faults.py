@@ -201,6 +201,27 @@ def test_what_is_not_finite_stays_in_its_tensor(name: str, of: str, value: float
                 assert torch.equal(param, expected), i
 
 
+@implementations
+@pytest.mark.parametrize("size", [20, 5000])
+@pytest.mark.parametrize("momentum", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}], ids=str)
+def test_without_decay_no_weight_enters_the_step(momentum: Options, size: int, implementation: Options) -> None:
+    """0 * inf would be NaN: an inf stays one, and an infinite ratio moves by inf."""
+    generator = torch.Generator().manual_seed(0)
+    weight, grad = (torch.randn(size, generator=generator) for _ in range(2))
+    weight[0] = INF
+    options: Options = {"lr": 0.5, "lr_in_momentum": True, **momentum, **implementation}  # torch's SGD lacks the second
+    param = Parameter(weight.clone())
+    optimizer = LARS([param], **options, adapt=False)
+    set_grads([param], [grad])
+    optimizer.step()
+    torch.testing.assert_close(param.detach(), weight - 0.5 * grad * (1.9 if "nesterov" in momentum else 1.0))
+    param = Parameter(torch.full((size,), 1e30))
+    optimizer = LARS([param], **options, adapt=True, trust_denominator="joint")
+    set_grads([param], [grad])
+    optimizer.step()
+    assert torch.equal(param, -INF * grad.sign())
+
+
 @pytest.mark.parametrize("value", [NAN, INF, -1.0])
 @implementations
 def test_an_lr_that_is_none_is_refused_where_it_is_given(value: float, implementation: Options) -> None:
