@@ -18,6 +18,7 @@ import fastlars
 from cases import Options
 from fastlars import LARS
 from harness import IMPLEMENTATIONS, ignore_nothing_adapted, implementations
+from recording import Recorder
 
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
@@ -278,6 +279,62 @@ def test_norms_and_coefficients_are_a_few_nodes_however_many_tensors(foreach: bo
     assert nodes["fastlars.cat.default"] == 3  # of params, of grads, of both
     assert nodes["fastlars.unbind.default"] == 2  # b and c
     assert not any("norm" in target for target in nodes if not target.startswith("fastlars."))
+
+
+def nodes_of(step: Callable[..., Any], *args: Any) -> Counter[str]:
+    nodes: Counter[str] = Counter()
+
+    def count(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        nodes.update(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    torch.compile(step, backend=count, fullgraph=True)(*args)
+    return nodes
+
+
+@pytest.mark.parametrize("denominator", ["separate", "joint"])
+def test_nodes_are_for_compiled_steps_on_the_cpu(denominator: str) -> None:
+    def step(params: list[Tensor], grads: list[Tensor], lr: Tensor, differentiable: bool = False) -> None:
+        options: Options = {"weight_decay": 0.1, "trust_denominator": denominator, "differentiable": differentiable}
+        fastlars.lars(params, grads, [], lr, foreach=False, **options)
+
+    def ours(nodes: Any) -> list[str]:
+        return [str(name) for name in nodes if str(name).startswith(("fastlars.", "cpu_norms", "cpu_joint_norms"))]
+
+    def given(device: str = "cpu") -> tuple[list[Tensor], list[Tensor], Tensor]:
+        return [torch.ones(3, device=device)], [torch.ones(3, device=device)], torch.ones((), device=device)
+
+    with torch.no_grad():
+        assert ours(nodes_of(step, *given()))
+        assert not ours(nodes_of(step, *given("meta")))
+        with Recorder() as recorder:
+            step(*given())
+        assert "linalg_vector_norm" in recorder.names and not ours(recorder.names)
+
+    def moved(start: Tensor, grads: list[Tensor], lr: Tensor) -> Tensor:
+        new = start * 1.0
+        step([new], grads, lr, differentiable=True)
+        return new.square().sum()
+
+    # autograd does not see through a node
+    derivatives = []
+    for function in (moved, torch.compile(moved, backend="eager", fullgraph=True)):
+        start = torch.arange(1.0, 4.0, requires_grad=True)
+        derivatives.append(torch.autograd.grad(function(start, *given()[1:]), start)[0])
+    torch.testing.assert_close(*derivatives)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_torch_finds_no_fault_in_the_nodes(dtype: torch.dtype) -> None:
+    """What the compiler is told of their results, and that these share no memory with what is given."""
+    tensors, others = ([torch.rand(size, dtype=dtype) for size in (1, 5, 2000)] for _ in range(2))
+    for node, args in (
+        (fastlars.norms._cpu_norms_in_graph, (tensors,)),
+        (fastlars.norms._cpu_joint_norms_in_graph, (tensors, others, -1.0, 0.1)),
+        (fastlars.norms._cat_in_graph, (tensors,)),
+        (fastlars.norms._unbind_in_graph, (tensors[1],)),
+    ):
+        torch.library.opcheck(node, args)
 
 
 class Counted:

@@ -157,6 +157,7 @@ def test_parts_of_a_tensor_step_by_the_norms_of_the_whole(size: int, name: str) 
         ([(64, 64)] * 64, {"nesterov": True, "momentum": 0.9}, 1),
         ([(64, 64)] * 65, {}, 2),
         ([(32, 32)] * 300, {}, 2),
+        ([(64,)] + [(64, 64)] * 64, {}, 2),
         ([(64, 65)] * 5, {}, 5),
         ([(1 << 20,)], {}, 1),
         ([(1 << 20,)], {"momentum": 0.9}, 1),

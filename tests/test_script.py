@@ -140,6 +140,14 @@ def test_only_skip_nonfinite_skips(implementation: str, scripted: Any) -> None:
 
 
 @pytest.mark.parametrize("implementation", SCRIPTED)
+def test_without_decay_no_weight_enters_the_step(implementation: str, scripted: Any) -> None:
+    """0 * inf would be NaN."""
+    w = torch.tensor([torch.inf, 1.0])
+    scripted([w], [torch.ones(2)], [None], Options(0.5, 0.9, **IMPLEMENTATIONS[implementation]), None, None)
+    assert torch.equal(w, torch.tensor([torch.inf, 0.5]))
+
+
+@pytest.mark.parametrize("implementation", SCRIPTED)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_types_are_rounded_once(dtype: torch.dtype, implementation: str, scripted: Any) -> None:
     """In eager mode torch's SGD steps what is not adapted, and rounds as often as it does."""
