@@ -1,5 +1,6 @@
 """What test_sharding.py runs on every rank: tensors laid out by hand, beside the float64 reference of the whole ones."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import fastlars
 from cases import LR_FACTORS, OPTIONS, Options, make_grads, nonfinite, tolerance
 from fastlars import LARS
 from ranks import Rank
+from recording import Recorder
 from reference import Array, ReferenceLARS
 
 try:
@@ -302,6 +304,55 @@ def skips_alike(rank: Rank, joint: bool) -> None:
             assert changed == [step == 1] * 3 + [True], (bad, step, changed)
 
 
+def stops_alike(rank: Rank, asks: str, options: Options) -> None:
+    """One rank's reason not to step is that of all, also where no norm of a sharded tensor is asked for."""
+    layouts = [Layout((8, 3), "all", (Shard(0),)), Layout((4, 2))]
+    params = [place(torch.ones(layout.shape, device=rank.device), layout, rank) for layout in layouts]
+    buffers: list[Tensor | None] = [None, None]
+    for step in range(2):
+        grads = [place(torch.ones(layout.shape, device=rank.device), layout, rank) for layout in layouts]
+        stops = step == 0 and rank.rank == rank.world - 1
+        more: Options = {}
+        if asks == "found_inf":
+            more["found_inf"] = torch.tensor([float(stops)], device=rank.device)
+        else:
+            more["skip_nonfinite"] = True
+            if stops:
+                local_of(grads[0]).view(-1)[-1] = torch.inf
+        before = [local_of(p).clone() for p in params]
+        with Collectives() as collectives:
+            fastlars.lars(params, grads, buffers, **options, **more)
+        assert [name for name, _ in collectives.calls] == ["allreduce_"]
+        changed = [not torch.equal(local_of(p), old) for p, old in zip(params, before, strict=True)]
+        assert changed == [step == 1] * 2
+        assert all(bool(local_of(b).any()) == (step == 1) for b in buffers if b is not None)
+
+
+def plain_tensors_of_another_dtype(rank: Rank) -> None:
+    """The message is as wide as the norms of sharded tensors, whatever plain tensors beside them are."""
+    for dtype, other, size in ((torch.float32, torch.float64, 4), (torch.float64, torch.float32, 8)):
+        layout = Layout((8, 3), "all", (Shard(0),))
+        sharded = torch.nn.Parameter(place(torch.ones(8, 3, dtype=dtype, device=rank.device), layout, rank))
+        plain = torch.nn.Parameter(torch.ones(4, dtype=other, device=rank.device))
+        optimizer = LARS([sharded, plain], lr=0.5, weight_decay=0.1)
+        sharded.grad, plain.grad = torch.ones_like(sharded), torch.ones_like(plain)
+        with Collectives() as collectives:
+            optimizer.step()
+        assert collectives.calls == [("allreduce_", 2 * size + 2 * size)]
+
+
+def is_written_where_it_is(rank: Rank, options: Options, implementation: Options) -> None:
+    """No copies of tensors that nobody may skip."""
+    layout = Layout((400, 64), "all", (Shard(0),))
+    param = torch.nn.Parameter(place(torch.ones(400, 64, device=rank.device), layout, rank))
+    optimizer = LARS([param], **options, **implementation)
+    for step in range(2):
+        param.grad = torch.ones_like(param)
+        with Recorder() if step == 1 else contextlib.nullcontext() as recorder:
+            optimizer.step()
+    assert recorder is not None and recorder.peak < 400 * 64 / rank.world / 10
+
+
 def trust_ratios(rank: Rank, options: Options) -> dict[str, float]:
     """Those of the whole tensors, on every rank."""
     layouts = LAYOUTS["flat"] + (LAYOUTS["grid"] if rank.world == 4 else [])
@@ -345,6 +396,10 @@ def wrong_input(rank: Rank) -> None:
     refused(RuntimeError, "must be a DTensor of its placements.*state_dict", distributed, distributed, whole)
     replicated = place(whole, Layout((8, 3), "all", (Replicate(),)), rank)
     refused(RuntimeError, "must be a DTensor of its placements", distributed, distributed, replicated)
+    # the same placements on a mesh of the ranks in another order
+    turned = DeviceMesh(rank.device, list(reversed(range(rank.world))))
+    elsewhere = DTensor.from_local(local_of(distributed).clone(), turned, (Shard(0),), run_check=False)
+    refused(RuntimeError, "must be a DTensor of its placements", distributed, distributed, elsewhere)
     for param, buffer in ((whole, distributed), (distributed, whole)):
         optimizer = LARS([torch.nn.Parameter(param.clone())], **options)
         saved = optimizer.state_dict()
@@ -361,6 +416,7 @@ def wrong_input(rank: Rank) -> None:
         ([distributed, distributed], [None, None], TypeError, plain),
         ([distributed, whole], [None, distributed], TypeError, plain),
         ([whole, whole], [None, None], RuntimeError, "must be a DTensor on its mesh.*got Tensor"),
+        ([elsewhere, whole], [None, None], RuntimeError, "must be a DTensor on its mesh"),
     ):
         params = [distributed.clone(), whole.clone()]
         with pytest.raises(error, match=message):

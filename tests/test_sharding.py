@@ -83,6 +83,21 @@ def test_all_ranks_skip_alike(ranks: Group, joint: bool) -> None:
     ranks.run(sharded.skips_alike, joint)
 
 
+@pytest.mark.parametrize("asks", ["found_inf", "skip_nonfinite"])
+@pytest.mark.parametrize("adapt", [True, False])
+def test_one_rank_stops_all(ranks: Group, asks: str, adapt: bool) -> None:
+    ranks.run(sharded.stops_alike, asks, {**OPTIONS["momentum"], "adapt": adapt})
+
+
+def test_the_message_has_the_dtype_of_sharded_norms(ranks: Group) -> None:
+    ranks.run(sharded.plain_tensors_of_another_dtype)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_no_temporary_of_parameter_size(ranks: Group, foreach: bool) -> None:
+    ranks.run(sharded.is_written_where_it_is, OPTIONS["nesterov"], {"foreach": foreach})
+
+
 @pytest.mark.parametrize("name", ["momentum", "nesterov-joint", "clip"])
 def test_trust_ratios_are_those_of_the_whole_tensors(ranks: Group, name: str) -> None:
     ratios = ranks.run(sharded.trust_ratios, OPTIONS[name])

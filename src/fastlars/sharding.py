@@ -72,7 +72,7 @@ def check_not_flattened(params: Iterable[Any], where: str) -> None:
 
 def check_not_divided(where: str) -> None:
     """Raise inside torch's ZeroRedundancyOptimizer, which gives each rank an optimizer of some of the tensors."""
-    frame: FrameType | None = sys._getframe(1) if _ZERO in sys.modules else None
+    frame: FrameType | None = sys._getframe() if _ZERO in sys.modules else None
     while frame is not None:
         if frame.f_globals.get("__name__") == _ZERO:
             raise ValueError(
@@ -192,8 +192,9 @@ class Sharded:
             for i, param in enumerate(params):
                 if isinstance(param, self._kind):
                     written.append(param)
-                    if options.momentum != 0:
-                        buffers[i] = buffer = self._like(param, buffers[i])
+                    # a first step that was skipped may have made none
+                    if options.momentum != 0 and (buffer := buffers[i]) is not None:
+                        buffers[i] = buffer = self._like(param, buffer)
                         written.append(buffer)
         bump_versions(written)
 
@@ -218,7 +219,8 @@ class Sharded:
             nonfinite: the same, for a reason that counts for ``skip_nonfinite`` only; None where this rank has none.
 
         Returns:
-            The same with norms of whole tensors, shape (2, n) for adapted ones; the two flags, as 0-dim tensors.
+            The same with norms of whole tensors, shape (2, n) for adapted ones; the two flags, as 0-dim tensors;
+            the second counts for ``skip_nonfinite`` only.
         """
         if not self._joined or not (self._parts or self._skips or found_inf is not None):
             return [rows for _, _, rows in measured], found_inf, nonfinite
@@ -240,7 +242,7 @@ class Sharded:
         return (
             [self._whole(part, options, rows, whole) for part, options, rows in measured],
             None if found_inf is None else flags[0],
-            flags[1] if self._skips else None,
+            flags[1],
         )
 
     def _table(
@@ -254,7 +256,7 @@ class Sharded:
         # on all ranks alike, since all hold the same tensors
         wide = any(norm_dtype(part.dtype) == torch.float64 for part in self._parts)
         dtype = torch.float64 if wide else torch.float32
-        pieces = [torch.zeros(1, 2, dtype=dtype, device=device)]  # of what has no gradient, or nothing of which is here
+        pieces = [torch.zeros(1, 2, device=device)]  # of what has no gradient, or nothing of which is here
         count = 1
         place = [0] * len(self._parts)
         for part, options, rows in measured:
