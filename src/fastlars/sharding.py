@@ -193,8 +193,8 @@ class Sharded:
                 if isinstance(param, self._kind):
                     written.append(param)
                     # a first step that was skipped may have made none
-                    if options.momentum != 0 and (buffer := buffers[i]) is not None:
-                        buffers[i] = buffer = self._like(param, buffer)
+                    if options.momentum != 0 and buffers[i] is not None:
+                        buffers[i] = buffer = self._like(param, buffers[i])
                         written.append(buffer)
         bump_versions(written)
 
