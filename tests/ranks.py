@@ -22,6 +22,9 @@ from typing import Any
 import pytest
 import torch
 
+# torch 2.4 has no fully_shard to import, and up to 2.6 it works on accelerators only
+FULLY_SHARDS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
+
 TIMEOUT = 100  # seconds for one function on all ranks; a collective that waits longer hangs
 START = 120  # seconds for the start, on a machine that does other things too
 

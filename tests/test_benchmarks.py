@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.fsdp
 
 for module in ("rich", "matplotlib"):
     pytest.importorskip(module, reason="the benchmarks have their own dependencies: group bench")
@@ -16,6 +15,7 @@ for module in ("rich", "matplotlib"):
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # benchmarks/ is no part of the package; it is run from the repository root
 
+import ranks
 from benchmarks import compare, compile_time, distributed, long_run, models, passes, render, step_time, training_step
 from benchmarks.counting import bytes_moved, peak_extra_bytes
 from benchmarks.measuring import measure
@@ -269,8 +269,8 @@ def test_the_page_has_the_figures_of_the_results(tmp_path: Path) -> None:
 
 
 def test_the_step_against_ranks_is_one_exchange_of_eight_bytes_a_tensor(tmp_path: Path) -> None:
-    if not hasattr(torch.distributed.fsdp, "fully_shard"):
-        pytest.skip("fully_shard came with torch 2.6")
+    if not ranks.FULLY_SHARDS_ON_CPU:
+        pytest.skip("fully_shard works on CPU from torch 2.7 on")
     path = tmp_path / "results" / "distributed-cpu.json"
     assert distributed.main(["--model", "tiny", "--ranks", "1", "2", "--rounds", "5", "--out", str(path)]) == 0
     found = load(path)

@@ -14,12 +14,11 @@ pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed"),
 ]
 ranks = ranks_module.fixture(2, 4)
-TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
 @pytest.mark.parametrize("way", sharded_models.WAYS)
 def test_equals_the_whole_model(ranks: Group, way: str) -> None:
-    if way != "tensor_parallel" and TORCH < (2, 6) and ranks.device == "cpu":
+    if way != "tensor_parallel" and not ranks_module.FULLY_SHARDS_ON_CPU and ranks.device == "cpu":
         pytest.skip("fully_shard of this torch works on accelerators only")
     ratios = ranks.run(sharded_models.equals_whole, way, {})
     assert all(each == ratios[0] for each in ratios)
@@ -28,7 +27,7 @@ def test_equals_the_whole_model(ranks: Group, way: str) -> None:
 @implementations
 @pytest.mark.parametrize("name", ["nesterov-joint", "everything"])
 def test_every_implementation_equals_the_whole_model(ranks: Group, name: str, implementation: Options) -> None:
-    way = "fsdp" if TORCH >= (2, 6) or ranks.device == "cuda" else "tensor_parallel"
+    way = "fsdp" if ranks_module.FULLY_SHARDS_ON_CPU or ranks.device == "cuda" else "tensor_parallel"
     options = {**OPTIONS[name], **implementation}
     ranks.run(
         sharded_models.equals_whole, way, {key: options[key] for key in options.keys() - {"weight_decay", "adapt"}}
@@ -38,7 +37,7 @@ def test_every_implementation_equals_the_whole_model(ranks: Group, name: str, im
 def test_a_compiled_step_equals_the_whole_model(ranks: Group) -> None:
     if ranks.world > 2:
         pytest.skip("compiling takes long, and two ranks show what four would")
-    way = "fsdp" if TORCH >= (2, 6) or ranks.device == "cuda" else "tensor_parallel"
+    way = "fsdp" if ranks_module.FULLY_SHARDS_ON_CPU or ranks.device == "cuda" else "tensor_parallel"
     ranks.run(sharded_models.equals_whole, way, {}, True)
 
 

@@ -10,15 +10,13 @@ import torch
 import sharded_models
 from cases import Options
 from harness import ignore_nothing_adapted
-from ranks import Group, group
+from ranks import FULLY_SHARDS_ON_CPU, Group, group
 
 pytestmark = [
     ignore_nothing_adapted,
     pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed"),
 ]
-TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
-# fully_shard of torch 2.4 and 2.5 asks for an accelerator
-WAY = "fsdp" if TORCH >= (2, 6) else "tensor_parallel"
+WAY = "fsdp" if FULLY_SHARDS_ON_CPU else "tensor_parallel"
 NESTEROV: Options = {"nesterov": True, "lr_in_momentum": True}
 DAMPENING: Options = {"dampening": 0.25, "trust_denominator": "joint"}
 
@@ -59,7 +57,7 @@ def test_other_ranks_go_on_within_rounding(
     groups: Callable[[int], Group], tmp_path: Path, kind: str, options: Options
 ) -> None:
     # tensor parallelism of torch 2.4 is not for one rank
-    on_one = [(1, WAY), (1, "whole")] if TORCH >= (2, 6) else [(1, "whole")]
+    on_one = [(1, WAY), (1, "whole")] if FULLY_SHARDS_ON_CPU else [(1, "whole")]
     resume(groups, tmp_path / "4", 4, [(2, WAY), *on_one], WAY, kind, options)
     resume(groups, tmp_path / "2", 2, [(4, WAY)], WAY, kind, options)
     resume(groups, tmp_path / "1", 1, [(4, WAY)], on_one[0][1], kind, options)

@@ -47,7 +47,7 @@ from benchmarks.demo.training import build_model
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 TIMEOUT = 240  # seconds; the longest job takes 20 on two quiet cores
 MODES = {"data-parallel": [], "sharded": ["--shard"]}
-if not hasattr(torch.distributed.fsdp, "fully_shard"):  # it came with torch 2.6
+if not ranks.FULLY_SHARDS_ON_CPU:
     del MODES["sharded"]
 modes = pytest.mark.parametrize("mode", MODES)
 
@@ -349,7 +349,7 @@ SNIPPETS = re.findall(r"```py\n(.*?)```", (ROOT / "docs" / "distributed.md").rea
 def test_the_snippets_of_the_page_make_optimizers_that_step(snippet: str) -> None:
     """Each on a mesh of one process; what they do on several is tested elsewhere."""
     if "fully_shard" in snippet and "sharded" not in MODES:
-        pytest.skip("fully_shard came with torch 2.6")
+        pytest.skip("fully_shard works on CPU from torch 2.7 on")
     if "parallelize_module" in snippet and "sharded" not in MODES:
         pytest.skip("torch 2.4's own forward pass fails on a mesh of one process; test_distributed.py has more")
     with process_group():

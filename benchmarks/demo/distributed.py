@@ -70,8 +70,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.epochs <= Protocol.warmup_epochs:
         parser.error(f"--epochs must be > {Protocol.warmup_epochs}, the epochs of warm-up, got {options.epochs}")
-    if options.shard and not hasattr(torch.distributed.fsdp, "fully_shard"):
-        parser.error(f"--shard needs torch 2.6 or later, got {torch.__version__}; leave it out, or update torch")
+    # fully_shard came to be imported from there with torch 2.6, and to CPUs with the events of their streams in 2.7
+    works_on_cpu = hasattr(torch.cpu.Stream, "record_event")
+    if options.shard and not (
+        (torch.cuda.is_available() and hasattr(torch.distributed.fsdp, "fully_shard")) or works_on_cpu
+    ):
+        parser.error(
+            f"--shard needs torch 2.6 or later, on a CPU 2.7, got {torch.__version__}; leave it out, or update torch"
+        )
     return options
 
 
@@ -97,8 +103,11 @@ def start() -> torch.device:
 
 def stop(device: torch.device) -> None:
     """Leave them again."""
-    # Before torch 2.8, destroying the group can wait for ever: for gloo's threads, one of which waits for the interpreter
-    # to free a tensor (pytorch/pytorch#154976). The backend, where it is the last to go, lets them have it.
+    # gloo's threads free the tensors of the last exchange, for which they wait for the interpreter. It is theirs now: one
+    # that still waits when Python ends aborts the process (pytorch/pytorch#179291).
+    time.sleep(0.2)
+    # Before torch 2.8, destroying the group can wait for ever on such a thread (pytorch/pytorch#154976). The backend, where
+    # it is the last to go, lets it have the interpreter.
     waits = torch.__version__ < (2, 8)
     backend = dist.distributed_c10d._get_default_group()._get_backend(device) if waits else None
     dist.destroy_process_group()
