@@ -62,7 +62,7 @@ def tests(session: nox.Session, torch: str, device: str) -> None:
     if not present(device):
         session.skip(f"this machine has no {device} device")
     # the interpreters of their Tritons read nonsense with NumPy 2, or fail
-    numpy = ["numpy<2"] if torch in ("2.4.1", "2.6.0") else []
+    numpy = ["numpy<2"] if torch in ("2.4.1", "2.6.0", "2.8.0", "2.10.0") else []
     install(session, f"torch=={torch}", *numpy, "--group", "test")
     pytest(session, ON_CPU if device == "cpu" else device)
 

@@ -270,7 +270,7 @@ def test_the_page_has_the_figures_of_the_results(tmp_path: Path) -> None:
 
 def test_the_step_against_ranks_is_one_exchange_of_eight_bytes_a_tensor(tmp_path: Path) -> None:
     if not ranks.FULLY_SHARDS_ON_CPU:
-        pytest.skip("fully_shard works on CPU from torch 2.7 on")
+        pytest.skip("fully_shard works on CPU from torch 2.9 on")
     path = tmp_path / "results" / "distributed-cpu.json"
     assert distributed.main(["--model", "tiny", "--ranks", "1", "2", "--rounds", "5", "--out", str(path)]) == 0
     found = load(path)

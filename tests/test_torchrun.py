@@ -103,7 +103,8 @@ class Job:
     def output(self, timeout: float = TIMEOUT) -> str:
         out, err = self.process.communicate(timeout=timeout)
         assert self.process.returncode == 0, f"{out}\n{err}"
-        return out
+        # torch 2.8 to 2.10 announce who is connected
+        return "".join(line for line in out.splitlines(keepends=True) if not line.startswith("[Gloo]"))
 
 
 @contextlib.contextmanager
@@ -349,9 +350,10 @@ SNIPPETS = re.findall(r"```py\n(.*?)```", (ROOT / "docs" / "distributed.md").rea
 def test_the_snippets_of_the_page_make_optimizers_that_step(snippet: str) -> None:
     """Each on a mesh of one process; what they do on several is tested elsewhere."""
     if "fully_shard" in snippet and "sharded" not in MODES:
-        pytest.skip("fully_shard works on CPU from torch 2.7 on")
+        pytest.skip("fully_shard works on CPU from torch 2.9 on")
     if "parallelize_module" in snippet and "sharded" not in MODES:
         pytest.skip("torch 2.4's own forward pass fails on a mesh of one process; test_distributed.py has more")
+    torch.manual_seed(0)  # one where not all that goes through ReLU is negative
     with process_group():
         mesh = init_device_mesh("cpu", (1, 1, 1), mesh_dim_names=("replicate", "shard", "tensor"))
         names: dict[str, Any] = {"torch": torch, "fastlars": fastlars, "model": Model(), "mesh": mesh}

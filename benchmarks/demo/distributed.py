@@ -70,13 +70,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.epochs <= Protocol.warmup_epochs:
         parser.error(f"--epochs must be > {Protocol.warmup_epochs}, the epochs of warm-up, got {options.epochs}")
-    # fully_shard came to be imported from there with torch 2.6, and to CPUs with the events of their streams in 2.7
-    works_on_cpu = hasattr(torch.cpu.Stream, "record_event")
-    if options.shard and not (
-        (torch.cuda.is_available() and hasattr(torch.distributed.fsdp, "fully_shard")) or works_on_cpu
-    ):
+    # up to 2.6 fully_shard does not run on CPUs, and up to 2.8 it adds there the gradients that it should average
+    needed = (2, 6) if torch.cuda.is_available() else (2, 9)
+    if options.shard and torch.__version__ < needed:
         parser.error(
-            f"--shard needs torch 2.6 or later, on a CPU 2.7, got {torch.__version__}; leave it out, or update torch"
+            f"--shard needs torch 2.6 or later, on a CPU 2.9, got {torch.__version__}; leave it out, or update torch"
         )
     return options
 
