@@ -364,8 +364,8 @@ def train_with_checkpoint(
                     _groups["async"] = torch.distributed.new_group(backend="gloo")
                 state = _state(model, optimizer, flat)
                 future = checkpoint.async_save(state, checkpoint_id=folder, process_group=_groups["async"])
-                if TORCH < (2, 6):
-                    future.result()  # torch 2.4 writes CPU tensors from where they are, without a copy
+                if TORCH < (2, 8):
+                    future.result()  # torch 2.4 and 2.6 write CPU tensors from where they are, without a copy
             else:
                 checkpoint.save(_state(model, optimizer, flat), checkpoint_id=folder)
         optimizer.zero_grad()
