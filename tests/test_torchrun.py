@@ -271,9 +271,9 @@ def test_a_job_that_hangs_is_ended_with_all_its_processes(tmp_path: Path) -> Non
     job = Job("--standalone", "--nproc-per-node=2", str(program))
     with job:
         deadline = time.monotonic() + TIMEOUT
-        while len(job.children()) < 3 and time.monotonic() < deadline:
+        while len(found := job.children()) < 3 and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert len(job.children()) == 3
+        assert len(found) == 3
         with pytest.raises(subprocess.TimeoutExpired):
             job.output(timeout=1)
     assert job.children() == []
