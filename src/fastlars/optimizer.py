@@ -277,8 +277,8 @@ class LARS(Optimizer):
                 # FSDP keeps the parameters that it finds, and makes flat pieces of them
                 sharding.check_not_flattened(each["params"], f"param group {i}")
         if group is self.param_groups[0]:
-            # It guards the entries of the state that are there after the first call, so all have to be: with dampening the
-            # graph of a first step would serve later ones.
+            # The compiler guards the entries of the state that are there after the first call, so all have to be: with
+            # dampening, the graph of a first step would serve later ones.
             for each in self.param_groups:
                 if each["momentum"] != 0 and each["dampening"] != 0:
                     for p in each["params"]:
