@@ -192,11 +192,36 @@ def with_state_that_comes_and_goes(how: Callable[..., Any], foreach: bool, dampe
 
 @pytest.mark.parametrize("dampening", [0.0, 0.25])
 @pytest.mark.parametrize("foreach", [False, True])
-def test_a_first_step_is_compiled_for_itself(foreach: bool, dampening: float) -> None:
+def test_a_graph_serves_first_steps_and_later_ones(foreach: bool, dampening: float) -> None:
     eager = with_state_that_comes_and_goes(lambda step: step, foreach, dampening)
     with torch._dynamo.config.patch({RECOMPILE_LIMIT: 64}):  # each of these steps is compiled anew
         compiled = with_state_that_comes_and_goes(lambda step: torch.compile(step, backend="eager"), foreach, dampening)
     torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.parametrize("again", ["eager", "compiled"])
+@pytest.mark.parametrize("foreach", [False, True])
+def test_a_first_step_that_does_not_compile_comes_again(foreach: bool, again: str) -> None:
+    def fails(_graph: Any, _inputs: Any) -> Any:
+        raise ArithmeticError
+
+    results = []
+    for backend in ("no", fails):
+        torch.compiler.reset()
+        param = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+        param.grad = torch.tensor([0.0, 2.0])
+        options: Options = {"momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1, "foreach": foreach}
+        optimizer = LARS([param], lr=1.0, **options)
+        if backend is fails:
+            with pytest.raises(Exception, match="ArithmeticError"):
+                torch.compile(optimizer.step, backend=fails)()
+            torch.compiler.reset()
+        for _ in range(3):
+            step = torch.compile(optimizer.step, backend="eager") if again == "compiled" else optimizer.step
+            step()
+        results.append([param, optimizer.state[param]["momentum_buffer"]])
+    torch.testing.assert_close(*results)
+    assert not torch.equal(results[0][0], torch.tensor([3.0, 4.0]))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -390,16 +415,18 @@ def test_a_tensor_lr_compiles_once(implementation: Options, dampening: float) ->
     assert counted.compilations(3, scheduled=True) > 0
     assert counted.compilations(50, scheduled=True) == 0
     other = Counted(LARS, implementation, torch.tensor(0.5), dampening=dampening)
+    other.params[5].grad = None
     other.compilations(3)
     state = other.optimizer.state_dict()
 
     counted = Counted(LARS, implementation, torch.tensor(0.5), dampening=dampening)
-    counted.params[1].grad = None  # frozen
+    counted.params[1].grad = counted.params[5].grad = None  # frozen
     counted.compilations(3)
     counted.optimizer.load_state_dict(state)
     assert counted.compilations(5) <= 1
-    counted.params[1].grad = torch.ones_like(counted.params[1])
-    assert counted.compilations(5) <= 1
+    for i in (1, 5):  # unfrozen: with state, and before its first step
+        counted.params[i].grad = torch.ones_like(counted.params[i])
+        assert counted.compilations(5) <= 1
     assert counted.compilations(5, scheduled=True) == 0
 
 

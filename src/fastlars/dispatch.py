@@ -12,17 +12,24 @@ from .options import Options
 
 
 class Part(NamedTuple):
-    """Tensors of one device and dtype that are all at their first step or all past it."""
+    """Tensors of one device and dtype that are all at their first step or all past it, unless ``first_steps`` says."""
 
     implementation: str  # "single", "foreach", "fused" (on CPU) or "triton" (fused on CUDA)
     indices: List[int]  # their places in the lists of the caller
     params: List[Tensor]
     grads: List[Tensor]
     momentum_buffers: List[Optional[Tensor]]  # empty without momentum
+    # for each tensor a 0-dim bool tensor, in compiled steps with dampening: buffers are made before, and the graph must
+    # serve first steps and later ones
+    first_steps: Optional[List[Tensor]] = None
 
 
 def split(
-    params: List[Tensor], grads: List[Tensor], momentum_buffers: List[Optional[Tensor]], options: Options
+    params: List[Tensor],
+    grads: List[Tensor],
+    momentum_buffers: List[Optional[Tensor]],
+    options: Options,
+    first_steps: Optional[List[Tensor]] = None,
 ) -> List[Part]:
     """The tensors sorted into parts; torch's own helper does not sort while compiling."""
     preferred = implementation(params, options)
@@ -38,13 +45,16 @@ def split(
         key = _key(runs, param, grad, buffer)
         part = parts.get(key)
         if part is None:
-            part = Part(runs, [], [], [], [])
+            part = Part(runs, [], [], [], [], None if first_steps is None else [])
             parts[key] = part
         part.indices.append(i)
         part.params.append(param)
         part.grads.append(grad)
         if options.momentum != 0:
             part.momentum_buffers.append(buffer)
+        of_part = part.first_steps  # TorchScript narrows names only
+        if first_steps is not None and of_part is not None:
+            of_part.append(first_steps[i])
     return list(parts.values())
 
 

@@ -18,8 +18,9 @@ from .norms import buckets, cat, is_conjugate, is_half, joint_norms, norm_dtype,
 from .options import Options, check_can_be_skipped
 from .updates import multi_tensor_lars, scripted_multi_tensor_lars, single_tensor_lars
 
-# What one call, or one param group, steps: params, grads, momentum_buffers (None at a first step) and options.
-Group = Tuple[List[Tensor], List[Tensor], List[Optional[Tensor]], Options]
+# What one call, or one param group, steps: params, grads, momentum_buffers (None at a first step), options, and the
+# first_steps of `Part`.
+Group = Tuple[List[Tensor], List[Tensor], List[Optional[Tensor]], Options, Optional[List[Tensor]]]
 
 
 def lars(
@@ -94,7 +95,7 @@ def lars(
     if is_scripting():
         _scripted_step(params, grads, momentum_buffers, options, grad_scale, found_inf)
     else:
-        groups = [(params, grads, momentum_buffers, options)]
+        groups: List[Group] = [(params, grads, momentum_buffers, options, None)]
         if sharding.any_sharded(params) or implementation(params, options) == "fused":
             shards = sharding.sharded([(params, options)])
             _step_groups_outside_graphs(groups, grad_scale, found_inf, _TABLES, shards)
@@ -117,7 +118,7 @@ def step_groups(
     parts_of = [split(*(group if shards is None else shards.local(group))) for group in groups]
     steps = [(part, group[3]) for group, parts in zip(groups, parts_of) for part in parts]
     run(steps, grad_scale, found_inf, tables, shards)
-    for (_, _, momentum_buffers, _), parts in zip(groups, parts_of):
+    for (_, _, momentum_buffers, _, _), parts in zip(groups, parts_of):
         for part in parts:
             for i, buffer in zip(part.indices, part.momentum_buffers):
                 if momentum_buffers[i] is None:
@@ -206,7 +207,7 @@ def _unscaled(part: Part, grad_scale: Tensor) -> Part:
     dtype = torch.float32 if part.grads[0].dtype == torch.float16 else part.grads[0].dtype
     # the last: of two 0-dim tensors the product has the wider dtype
     grads = [(grad.to(dtype) * inverse).to(dtype) for grad in part.grads]
-    return Part(part.implementation, part.indices, part.params, grads, part.momentum_buffers)
+    return Part(part.implementation, part.indices, part.params, grads, part.momentum_buffers, part.first_steps)
 
 
 def measure(part: Part, options: Options, early: bool = False) -> Optional[Tensor]:
@@ -256,7 +257,7 @@ def update(part: Part, measured: Optional[Tensor], options: Options, found_inf: 
         if found_inf is not None and found_inf.any():
             return
         found_inf = None
-    if not is_scripting() and found_inf is None and _is_torch_sgd(options):
+    if not is_scripting() and found_inf is None and part.first_steps is None and _is_torch_sgd(options):
         _torch_sgd(part.params, part.grads, part.momentum_buffers, options, part.implementation)
     elif not is_scripting() and part.implementation == "fused":
         # one row are gradient norms: it takes the others itself
@@ -282,7 +283,7 @@ def _update_ours(part: Part, measured: Optional[Tensor], options: Options, found
 
     # On copies, a bucket at a time: half types are computed in float32 and rounded once, when they are written back; a
     # step that the device may skip is written back or not (a factor of 0 would not do: 0 * NaN is NaN).
-    torch_sgd = _is_torch_sgd(options)
+    torch_sgd = part.first_steps is None and _is_torch_sgd(options)
     wide = torch.float32 if is_half(dtype) and not torch_sgd else dtype
     skip = None if found_inf is None else on_device(found_inf, part.params[0]) != 0
     for bucket in buckets(part.params) if foreach else [[i] for i in range(len(part.params))]:
@@ -353,8 +354,15 @@ def _coefficient_lists(part: Part, measured: Optional[Tensor], options: Options)
 
 
 def _coefficients(part: Part, measured: Optional[Tensor], options: Options, first_step: bool) -> Tuple[Number, Number]:
+    like = real(part.params[0])
     norms = (measured[0], measured[1]) if is_adapted(options) and measured is not None else None
-    return coefficients(norms, scalar_lr(options.lr, real(part.params[0])), first_step, options)
+    first_steps = part.first_steps  # TorchScript narrows names only
+    b, c = coefficients(norms, scalar_lr(options.lr, like), first_step or first_steps is not None, options)
+    if first_steps is not None:
+        later = ~torch.stack(first_steps)  # k, as coefficients.py has it
+        k = torch.ones_like(later, dtype=norm_dtype(like.dtype)).masked_fill(later, 1 - options.dampening)
+        b, c = b * k, c * k
+    return b, c
 
 
 def _is_first_step(part: Part, options: Options) -> bool:

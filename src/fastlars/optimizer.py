@@ -164,6 +164,7 @@ class LARS(Optimizer):
             fused,
         )._asdict()
         self._tables = Tables()
+        self._first_steps: dict[Tensor, Tensor] = {}  # see _init_group
         self._checked: dict[int, list[Any]] = {}
         check_options({**defaults, "lr": 0.0} if _is_missing(lr) else defaults, "LARS")
         super().__init__(params, defaults)
@@ -242,6 +243,7 @@ class LARS(Optimizer):
         loading = "param_groups" in self.__dict__
         if not loading:
             self._tables = Tables()  # of addresses: not pickled
+            self._first_steps = {}
             self._checked = {}
         for i, group in enumerate(state["param_groups"]):
             # keys that SGD's, Bolts' and quadra's state dicts lack keep their values
@@ -269,6 +271,7 @@ class LARS(Optimizer):
         params: list[Tensor],
         grads: list[Tensor],
         momentum_buffers: list[Tensor | None],
+        first_steps: list[Tensor] | None = None,
     ) -> None:
         # torch.compile runs this method eagerly when it traces a step: state is made here, and here only
         if not self._looked_for_adapted:
@@ -276,14 +279,13 @@ class LARS(Optimizer):
             for i, each in enumerate(self.param_groups):
                 # FSDP keeps the parameters that it finds, and makes flat pieces of them
                 sharding.check_not_flattened(each["params"], f"param group {i}")
-        if group is self.param_groups[0]:
-            # The compiler guards the entries of the state that are there after the first call, so all have to be: with
-            # dampening, the graph of a first step would serve later ones.
+        if first_steps is not None and group is self.param_groups[0]:
+            # The compiler guards the entries of the state that are there after the first call, so all have to be: others
+            # make torch 2.4 fail when state is dropped or loaded in part.
             for each in self.param_groups:
-                if each["momentum"] != 0 and each["dampening"] != 0:
-                    for p in each["params"]:
-                        if p.grad is not None:
-                            self.state[p]
+                for p in each["params"] if each["momentum"] != 0 else []:
+                    if p.grad is not None:
+                        self.state[p]
         for p in group["params"]:
             if p.grad is None:
                 continue
@@ -291,8 +293,19 @@ class LARS(Optimizer):
             grads.append(p.grad)
             if group["momentum"] != 0:
                 buffer = self.state[p].get("momentum_buffer")
-                # With dampening the first step must be known as such: it stays None until the step has made it.
-                if buffer is None and group["dampening"] == 0:
+                # With dampening the first step must be known as such: the buffer stays None until the step has made it;
+                # in a graph, which is to serve later steps too, a tensor says so.
+                if first_steps is not None and group["dampening"] != 0:
+                    is_first = self._first_steps.setdefault(p, torch.zeros((), dtype=torch.bool, device=p.device))
+                    if buffer is None:
+                        is_first.fill_(True)
+                    first_steps.append(is_first)
+                elif group["dampening"] != 0 and p in self._first_steps and self._first_steps[p]:
+                    # made for a graph that never ran, because its backend failed
+                    self._first_steps[p].fill_(False)
+                    buffer = None
+                    del self.state[p]["momentum_buffer"]
+                if buffer is None and (group["dampening"] == 0 or first_steps is not None):
                     buffer = self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 momentum_buffers.append(buffer)
 
@@ -379,13 +392,20 @@ class LARS(Optimizer):
             params: list[Tensor] = []
             grads: list[Tensor] = []
             momentum_buffers: list[Tensor | None] = []
-            self._init_group(group, params, grads, momentum_buffers)
+            first_steps: list[Tensor] = []  # asked for in graphs only
+            if torch.compiler.is_compiling():
+                self._init_group(group, params, grads, momentum_buffers, first_steps)
+            else:
+                self._init_group(group, params, grads, momentum_buffers)
             if params:
-                groups.append((params, grads, momentum_buffers, options))
+                groups.append((params, grads, momentum_buffers, options, first_steps or None))
 
         step_groups(groups, grad_scale, found_inf, self._tables, shards)
-        for params, _, momentum_buffers, options in groups:
-            if options.momentum != 0 and options.dampening != 0:
+        for params, _, momentum_buffers, options, known_in_graph in groups:
+            if known_in_graph is not None:
+                for is_first in known_in_graph:
+                    is_first.fill_(False)
+            elif options.momentum != 0 and options.dampening != 0:
                 for param, buffer in zip(params, momentum_buffers, strict=True):
                     self.state[param]["momentum_buffer"] = buffer
 
@@ -449,7 +469,7 @@ class LARS(Optimizer):
             ratios.update(dict.fromkeys((names[j] for j in positions), 1.0))  # in the order in which they are asked
             # not fused, which measures at the update only
             options = of_step._replace(momentum=0.0, skip_nonfinite=False, fused=False)
-            whole: Group = (params, [p.grad for p in params], [], options)
+            whole: Group = (params, [p.grad for p in params], [], options, None)
             for part in split(*(whole if shards is None else shards.local(whole))):
                 known.append((part, options, measure(part, options)))
                 names_of.append([names[positions[index]] for index in part.indices])

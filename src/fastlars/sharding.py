@@ -148,7 +148,7 @@ class Sharded:
 
     def local(self, group: Group) -> Group:
         """A group with local parts in place of sharded tensors; gradients are laid out as their parameters first."""
-        params, grads, momentum_buffers, options = group
+        params, grads, momentum_buffers, options, first_steps = group
         buffers = momentum_buffers if options.momentum != 0 else [None] * len(params)
         for param, grad, buffer in zip(params, grads, buffers, strict=True):
             self._check(param, grad, buffer)
@@ -163,6 +163,7 @@ class Sharded:
             [local(grad) for grad in laid_out],
             [None if buffer is None else local(buffer) for buffer in buffers],
             options,
+            first_steps,
         )
 
     def _check(self, param: Any, grad: Any, buffer: Any) -> None:
@@ -188,7 +189,7 @@ class Sharded:
     def finish(self, groups: Sequence[Group]) -> None:
         """After the step: new buffers become DTensors like their parameters; what was written is marked as written."""
         written: list[Tensor] = []
-        for params, _, buffers, options in groups:
+        for params, _, buffers, options, _ in groups:
             for i, param in enumerate(params):
                 if isinstance(param, self._kind):
                     written.append(param)
