@@ -23,7 +23,7 @@ NAME = "torch.testing._internal.common_optimizers"
 CANNOT = {
     "test_complex_2d": "the norm of a complex tensor is not that of its real part, so there are two ratios, not one",
     "test_fused_error_on_params_on_meta": "fused=True is refused at construction, not at the first step",
-    "test_defaults_changed_to_foreach": "multi_tensor_lars stands in another module than the class",
+    "test_defaults_changed_to_foreach": "_multi_tensor_lars is in the module of `lars`, not of the class",
 }
 
 

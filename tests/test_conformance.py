@@ -186,7 +186,7 @@ def test_a_complex_tensor_is_not_two_real_ones(implementation: Options) -> None:
 @inputs
 def test_foreach_is_the_default_on_cuda(given: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
-    name = "multi_tensor_lars" if given.get("adapt", given.get("weight_decay")) else "sgd"
+    name = "_multi_tensor_lars" if given.get("adapt", given.get("weight_decay")) else "sgd"
     original = getattr(functional, name)
     monkeypatch.setattr(
         functional, name, lambda *args, **kw: (called.append(kw.get("foreach", True)), original(*args, **kw))

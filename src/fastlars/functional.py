@@ -16,7 +16,7 @@ from .compat import bump_versions, is_scripting, outside_graphs
 from .dispatch import Part, implementation, split
 from .norms import buckets, cat, is_conjugate, is_half, joint_norms, norm_dtype, norms, real, unbind
 from .options import Options, check_can_be_skipped
-from .updates import multi_tensor_lars, scripted_multi_tensor_lars, single_tensor_lars
+from .updates import _multi_tensor_lars, _scripted_multi_tensor_lars, _single_tensor_lars
 
 # What one call, or one param group, steps: params, grads, momentum_buffers (None at a first step), options, and the
 # first_steps of `Part`.
@@ -394,7 +394,7 @@ def _copies(tensors: List[Tensor], dtype: torch.dtype, foreach: bool) -> List[Te
 
 
 def _write_back(targets: List[Tensor], sources: List[Tensor], skip: Optional[Tensor], foreach: bool) -> None:
-    if not is_scripting() and foreach and skip is None:  # see scripted_multi_tensor_lars
+    if not is_scripting() and foreach and skip is None:  # see _scripted_multi_tensor_lars
         torch._foreach_copy_(targets, sources)
         return
     for target, source in zip(targets, sources):
@@ -418,8 +418,8 @@ def _step(
     if options.lr_in_momentum:
         step_size = scalar_lr(1.0, params[0])
     if not is_scripting() and foreach:
-        multi_tensor_lars(params, grads, momentum_buffers, b, c, step_size, options)
+        _multi_tensor_lars(params, grads, momentum_buffers, b, c, step_size, options)
     elif foreach:
-        scripted_multi_tensor_lars(params, grads, momentum_buffers, b, c, step_size, options)
+        _scripted_multi_tensor_lars(params, grads, momentum_buffers, b, c, step_size, options)
     else:
-        single_tensor_lars(params, grads, momentum_buffers, b, c, step_size, options)
+        _single_tensor_lars(params, grads, momentum_buffers, b, c, step_size, options)

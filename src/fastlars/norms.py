@@ -164,7 +164,7 @@ def _joint_norms_by_buckets(
     result: List[Tensor] = []
     for bucket in buckets(params):
         sums = [grads[i].to(dtype) * sign for i in bucket]
-        if not is_scripting() and foreach:  # see scripted_multi_tensor_lars
+        if not is_scripting() and foreach:  # see _scripted_multi_tensor_lars
             torch._foreach_add_(sums, [params[i] for i in bucket], alpha=weight_decay)
         else:
             for j, i in enumerate(bucket):

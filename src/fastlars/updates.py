@@ -13,7 +13,7 @@ from .coefficients import Number
 from .options import Options
 
 
-def single_tensor_lars(
+def _single_tensor_lars(
     params: List[Tensor],
     grads: List[Tensor],
     momentum_buffers: List[Tensor],
@@ -45,7 +45,7 @@ def single_tensor_lars(
                 param.add_(velocity, alpha=scale)
 
 
-def multi_tensor_lars(
+def _multi_tensor_lars(
     params: List[Tensor],
     grads: List[Tensor],
     momentum_buffers: List[Tensor],
@@ -73,7 +73,7 @@ def multi_tensor_lars(
             torch._foreach_add_(params, momentum_buffers, alpha=scale)
 
 
-def scripted_multi_tensor_lars(
+def _scripted_multi_tensor_lars(
     params: List[Tensor],
     grads: List[Tensor],
     momentum_buffers: List[Tensor],
