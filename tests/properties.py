@@ -53,7 +53,7 @@ def examples(number: int) -> Callable[[Callable[[], None]], Callable[[], None]]:
 
 # ---------------------------------------------------------------- tensors
 # around the widths of vector instructions, a row of norms, a stacked tensor, a chunk of the Triton kernels
-EDGES = [*range(10), 15, 16, 17, 31, 33, 63, 65, 1000, 1023, 1024, 1025, 2047, 2049, 4095, 4096, 4097, 5000]
+EDGES = [*range(10), 15, 16, 17, 31, 33, 63, 65, 1000, 1023, 1024, 1025, 2047, 2049, 4095, 4096, 4097, 5000, 12_289]
 KINDS = ("dense", "permuted", "every_second", "narrowed", "offset")
 GRADIENTS = (*["dense"] * 5, "missing", "zero", "sparse_in_value")
 HALF = (torch.bfloat16, torch.float16)
@@ -180,7 +180,7 @@ def shuffles(draw: st.DrawFn, n: int) -> dict[str, Any]:
         "cuts": sorted(draw(st.sets(st.integers(1, max(1, n - 1)), max_size=3))),
         "saved_after": draw(st.sets(st.integers(0, STEPS - 1))),
         "threads": draw(st.sampled_from([1, 1, 2, 3])),
-        "stack": draw(st.sampled_from([fused_cpu.STACK, 5000, 4096])),
+        "stack": draw(st.sampled_from([fused_cpu.STACK, 6000, 5000])),
     }
 
 
@@ -222,6 +222,7 @@ def bits_after(tensors: Sequence[Kind], chosen: Options, implementation: Options
 def limits(threads: int, stack: int) -> Iterator[None]:
     before = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused_cpu, "SMALL", 5000)  # at most a stack
         patch.setattr(fused_cpu, "STACK", stack)
         torch.set_num_threads(threads)
         try:

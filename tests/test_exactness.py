@@ -146,7 +146,7 @@ def test_flipping_an_option_changes_the_result(feature: str, implementation: Opt
 @dtypes
 def test_joint_norm_of_zero_keeps_the_decay(dtype: torch.dtype, implementation: Options) -> None:
     """Where the gradient is -weight_decay * w, decay and gradient cancel: the tensor stays where it is."""
-    params = [torch.nn.Parameter(torch.full((size,), 3.0, dtype=dtype)) for size in (2, 5000)]
+    params = [torch.nn.Parameter(torch.full((size,), 3.0, dtype=dtype)) for size in (2, 20_000)]
     optimizer = LARS(params, lr=1.0, weight_decay=0.5, trust_denominator="joint", **implementation)
     set_grads(params, [-0.5 * p.detach() for p in params])
     optimizer.step()

@@ -133,7 +133,7 @@ def test_equals_reference_at_real_sizes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["momentum", "nesterov-joint", "base"])
-@pytest.mark.parametrize("size", [40, 12000], ids=["stacked", "alone"])
+@pytest.mark.parametrize("size", [40, 40_000], ids=["stacked", "alone"])
 def test_parts_of_a_tensor_step_by_the_norms_of_the_whole(size: int, name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     whole, grad = (torch.randn(size, generator=generator) for _ in range(2))
@@ -158,11 +158,13 @@ def test_parts_of_a_tensor_step_by_the_norms_of_the_whole(size: int, name: str) 
         ([(64, 64)] * 65, {}, 2),
         ([(32, 32)] * 300, {}, 2),
         ([(64,)] + [(64, 64)] * 64, {}, 2),
-        ([(64, 65)] * 5, {}, 5),
+        ([(128, 97)] * 5, {}, 5),  # too large
+        ([(10_007,)] * 5, {}, 5),  # into no rows
+        ([(96, 128)] * 21, {}, 1),
         ([(1 << 20,)], {}, 1),
         ([(1 << 20,)], {"momentum": 0.9}, 1),
         ([(1 << 20,)], {"momentum": 0.9, "nesterov": True}, 4),
-        ([(5,), (0,), (1 << 13,)], {}, 3),
+        ([(5,), (0,), (1 << 14,)], {}, 3),
         ([(1,), (), (1,)], {}, 1),
     ],
     ids=str,
@@ -189,8 +191,8 @@ def test_a_step_takes_few_calls(
 def test_any_size_of_the_trust_ratio(scale: float) -> None:
     """dampening = 1 - b loses b where b is small."""
     generator = torch.Generator().manual_seed(0)
-    params = [torch.randn(size, generator=generator) for size in (5000, 20)]
-    grads = [torch.randn(size, generator=generator) for size in (5000, 20)]
+    params = [torch.randn(size, generator=generator) for size in (20_000, 20)]
+    grads = [torch.randn(size, generator=generator) for size in (20_000, 20)]
     options: Options = {"lr": 1.0, "momentum": 0.9, "weight_decay": 0.1, "trust_coefficient": scale}
     reference = ReferenceLARS([{"params": params}], **options)
     reference.step(grads)
@@ -204,7 +206,7 @@ def test_any_size_of_the_trust_ratio(scale: float) -> None:
 
 
 @pytest.mark.parametrize("trust_coefficient", [1e-2, 1e-5])
-@pytest.mark.parametrize("size", [20, 5000], ids=["stacked", "alone"])
+@pytest.mark.parametrize("size", [20, 20_000], ids=["stacked", "alone"])
 def test_a_power_of_two_on_a_gradient_changes_no_bit(size: int, trust_coefficient: float) -> None:
     """The kernel takes 1 - b in double precision: of a small b it kept the more digits the larger the ratio was."""
     for seed in range(50):
@@ -221,7 +223,7 @@ def test_a_power_of_two_on_a_gradient_changes_no_bit(size: int, trust_coefficien
 
 
 @pytest.mark.parametrize("name", ["momentum", "base", "nesterov", "joint", "momentum-unadapted"])
-@pytest.mark.parametrize("size", [10, 5000], ids=["stacked", "alone"])
+@pytest.mark.parametrize("size", [10, 20_000], ids=["stacked", "alone"])
 def test_version_counters_move(name: str, size: int) -> None:
     param = torch.nn.Parameter(torch.randn(size))
     optimizer = LARS([param], fused=True, **OPTIONS[name])
@@ -242,7 +244,7 @@ def test_version_counters_move(name: str, size: int) -> None:
 @pytest.mark.parametrize("name", ["momentum", "joint", "nesterov", "base", "clip-paper", "dampening"])
 def test_regrouping_and_permuting_changes_no_bit(name: str) -> None:
     """A small tensor is computed in a stack whether or not others have its shape, in any order."""
-    shapes = [(3, 5), (64,), (5000,), (3, 5), (10, 10, 10), (64,), (3, 5), (20000,)]
+    shapes = [(3, 5), (64,), (5000,), (12_289,), (3, 5), (10, 10, 10), (64,), (3, 5), (20000,)]
 
     def states(order: list[int], per_group: int) -> dict[int, Tensor]:
         generator = torch.Generator().manual_seed(0)
@@ -254,8 +256,8 @@ def test_regrouping_and_permuting_changes_no_bit(name: str) -> None:
             optimizer.step()
         return dict(enumerate(p.detach() for p in params))
 
-    expected = states(list(range(8)), 8)
-    for order, per_group in [([7, 3, 1, 0, 2, 6, 5, 4], 8), (list(range(8)), 1), ([6, 5, 4, 3, 2, 1, 0, 7], 3)]:
+    expected = states(list(range(9)), 9)
+    for order, per_group in [([7, 3, 1, 0, 8, 2, 6, 5, 4], 9), (list(range(9)), 1), ([6, 5, 4, 3, 2, 1, 0, 7, 8], 3)]:
         for i, param in states(order, per_group).items():
             assert torch.equal(param, expected[i]), (order, per_group, shapes[i])
 
@@ -293,7 +295,7 @@ def test_is_the_default_on_cpu_and_only_there() -> None:
 @pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
 def test_trust_ratios_whatever_runs(options: Options) -> None:
     """The fused step measures during the update: what is asked before it must be measured for the question."""
-    params = [torch.nn.Parameter(torch.tensor([3.0, 4.0])), torch.nn.Parameter(torch.ones(6000))]
+    params = [torch.nn.Parameter(torch.tensor([3.0, 4.0])), torch.nn.Parameter(torch.ones(20_000))]
     params[0].grad = torch.tensor([0.0, 2.0])
     optimizer = LARS([("a", params[0]), ("b", params[1])], lr=1.0, trust_coefficient=0.1, adapt=True, **options)
     assert optimizer.trust_ratios() == {"a": pytest.approx(0.25)}
