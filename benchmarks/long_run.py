@@ -38,7 +38,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
 }
 YARDSTICK = "torch SGD"
 OPTIONS: dict[str, Any] = {"lr": 2.0, "momentum": 0.9, "weight_decay": 1e-4}
-INPUTS, HIDDEN, ROWS, BATCHES = 128, 40, 32, 16
+INPUTS, HIDDEN, ROWS, BATCHES = 128, 100, 32, 16
 WINDOW = 100  # steps between two comparisons
 LARGEST_DRIFT = 1e-5  # of a tensor's norm, in a window
 LARGEST_GROWTH = 8.0  # MiB of the process, after the first tenth
