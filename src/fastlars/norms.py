@@ -180,9 +180,11 @@ def _cpu_norm(tensor: Tensor, row: int = ROW) -> Tensor:
     if tensor.numel() <= row and tensor.is_contiguous():
         norm: Tensor = vector_norm(tensor, dtype=dtype)
         return norm
-    # memory order, so that every dense tensor (channels_last, transposed) is one flat view
-    order = sorted([(-stride, i) for i, stride in enumerate(tensor.stride())])
-    ordered = tensor.permute([i for _, i in order])
+    ordered = tensor
+    if not tensor.is_contiguous():
+        # memory order, so that every dense tensor (channels_last, transposed) is one flat view
+        order = sorted([(-stride, i) for i, stride in enumerate(tensor.stride())])
+        ordered = tensor.permute([i for _, i in order])
     if ordered.is_contiguous():
         ordered = ordered.view(-1)
         if tensor.dtype == dtype:
