@@ -50,15 +50,15 @@ STYLE: dict[Any, Any] = {
 
 def draw(step_time: Results, scaling: Results | None, path: Path) -> None:
     series = [name for name in SERIES if scaling and any(row.case.startswith(f"{name}:") for row in scaling.rows)]
-    panels = 1 + len(series)
+    rows = [["step"] * max(1, len(series)), *([series] if series else [])]  # as wide as a page's text
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, panels, figsize=(2 + 4.8 * panels, 5.2), layout="constrained", squeeze=False)
-        _against_sgd(axes[0][0], step_time)
-        for i, name in enumerate(series):
+        figure, axes = plt.subplot_mosaic(rows, figsize=(9.6, 1.0 + 4.4 * len(rows)), layout="constrained")
+        _against_sgd(axes["step"], step_time)
+        for name in series:
             assert scaling is not None
-            _against_size(axes[0][1 + i], scaling, name)
-        handles, labels = axes[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(6, 3 * panels))
+            _against_size(axes[name], scaling, name)
+        handles, labels = axes["step"].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4)
         metadata = {"Date": None, "Identifier": drawn_from(step_time, scaling)} if path.suffix == ".svg" else None
         figure.savefig(path, bbox_inches="tight", metadata=metadata)
         plt.close(figure)
@@ -80,7 +80,9 @@ def alt_text(step_time: Results, scaling: Results | None) -> str:
     text = "Step time in units of torch's fused SGD, with lines at 1.0 (20 bytes a parameter) and 1.4 (28 bytes): "
     text += "; ".join(parts) + "."
     if scaling is not None:
-        text += " Beside it, milliseconds against the number of tensors and of parameters, with the time of 20 and 28 bytes."
+        text += (
+            " Below it, milliseconds against the number of tensors and of parameters, with the time of 20 and 28 bytes."
+        )
     return text
 
 
@@ -133,4 +135,4 @@ def _against_size(axes: Axes, results: Results, series: str) -> None:
     what = " and ".join(f"{value:,}" for value in sorted(fixed)) + (
         " parameters" if series == "tensors" else " tensors"
     )
-    axes.set_title(f"{what} in all\ngrey: 20 and 28 (dashed) bytes each at copy speed")
+    axes.set_title(f"{what} in all\ngrey: 20 and 28 (dashed) bytes at copy speed")
