@@ -72,6 +72,7 @@ def meshes(rank: Rank) -> dict[str, DeviceMesh]:
         if rank.world == 4:
             grid = _meshes["grid"] = init_device_mesh(rank.device, (2, 2), mesh_dim_names=("rows", "columns"))
             _meshes["rows"], _meshes["columns"] = grid["rows"], grid["columns"]
+            _meshes["first two"] = DeviceMesh(rank.device, [0, 1])
             # other process groups of the same ranks
             _meshes["again"] = init_device_mesh(rank.device, (2, 2), mesh_dim_names=("again", "and_again"))
     return _meshes
@@ -80,7 +81,8 @@ def meshes(rank: Rank) -> dict[str, DeviceMesh]:
 def part_of(whole: Tensor, mesh: DeviceMesh, placements: Sequence[Any]) -> Tensor:
     """This rank's part of a whole tensor, found without DTensor."""
     coordinate = mesh.get_coordinate()
-    assert coordinate is not None
+    if coordinate is None:
+        return whole.new_empty(0)
     for i, placement in enumerate(placements):
         if placement.is_shard():
             chunks = whole.chunk(mesh.size(i), placement.dim)
@@ -304,6 +306,38 @@ def skips_alike(rank: Rank, joint: bool) -> None:
             assert changed == [step == 1] * 3 + [True], (bad, step, changed)
 
 
+def on_some_ranks(rank: Rank, history: str, options: Options) -> None:
+    """Ranks outside a tensor's mesh hold nothing of it and have no part in its all-reduce; all step what they have."""
+    layouts = [Layout((6, 4), "first two", (Shard(0),)), Layout((8, 3), "all", (Shard(0),)), Layout((4, 2))]
+    s = setup(rank, layouts, 1, torch.float32, options)
+    for step in range(3):
+        grads = make_grads(history, s.wholes, step)
+        s.reference.step(grads)
+        s.set_grads(rank, grads)
+        with Collectives() as collectives:
+            s.optimizer.step()
+        assert sorted(collectives.calls) == [("allreduce_", 8 + 8)] * (2 if rank.rank < 2 else 1)
+        s.check(rank, f"{history}, step {step}", 2 * (step + 1))
+
+
+def on_some_ranks_and_not_alike(rank: Rank, adapt: bool) -> None:
+    """Ranks send the same where some hold no float64 tensor, or nothing adapted, and others do."""
+    layouts = [Layout((6, 4), "first two", (Shard(0),)), Layout((8, 3), "all", (Shard(0),))]
+    wide, narrow = (
+        torch.nn.Parameter(place(torch.ones(layout.shape, dtype=dtype, device=rank.device), layout, rank))
+        for layout, dtype in zip(layouts, (torch.float64, torch.float32), strict=True)
+    )
+    groups = [{"params": [wide]}, {"params": [narrow], "adapt": adapt}]
+    optimizer = LARS(groups, lr=0.5, weight_decay=0.1, trust_coefficient=0.1)
+    wide.grad, narrow.grad = torch.ones_like(wide), torch.ones_like(narrow)
+    with Collectives() as collectives:
+        optimizer.step()
+    assert collectives.calls == [("allreduce_", 16 + 16)] * ((rank.rank < 2) + adapt)
+    # lr times ratio times direction: 0.5 * (0.1 / 1.1) * 1.1, without the ratio 0.5 * 1.1
+    for param, expected in ((wide, 0.95), (narrow, 0.95 if adapt else 0.45)):
+        torch.testing.assert_close(local_of(param), torch.full_like(local_of(param), expected))
+
+
 def stops_alike(rank: Rank, asks: str, options: Options) -> None:
     """One rank's reason not to step is that of all, also where no norm of a sharded tensor is asked for."""
     layouts = [Layout((8, 3), "all", (Shard(0),)), Layout((4, 2))]
@@ -330,7 +364,11 @@ def stops_alike(rank: Rank, asks: str, options: Options) -> None:
 
 def plain_tensors_of_another_dtype(rank: Rank) -> None:
     """The message is as wide as the norms of sharded tensors, whatever plain tensors beside them are."""
-    for dtype, other, size in ((torch.float32, torch.float64, 4), (torch.float64, torch.float32, 8)):
+    for dtype, other, size in (
+        (torch.float32, torch.float64, 4),
+        (torch.float64, torch.float32, 8),
+        (torch.complex128, torch.float32, 8),
+    ):
         layout = Layout((8, 3), "all", (Shard(0),))
         sharded = torch.nn.Parameter(place(torch.ones(8, 3, dtype=dtype, device=rank.device), layout, rank))
         plain = torch.nn.Parameter(torch.ones(4, dtype=other, device=rank.device))

@@ -78,6 +78,19 @@ def test_gradients_on_some_ranks_only(ranks: Group, name: str) -> None:
         assert [len(step) for step in calls] == [1, 1]
 
 
+@pytest.mark.parametrize("history", ["dense", "missing"])
+def test_ranks_outside_a_mesh(ranks: Group, history: str) -> None:
+    if ranks.world == 4:
+        for name in ("momentum", "joint", "skip_nonfinite"):
+            ranks.run(sharded.on_some_ranks, history, OPTIONS[name])
+
+
+@pytest.mark.parametrize("adapt", [True, False])
+def test_ranks_outside_a_mesh_that_hold_other_tensors(ranks: Group, adapt: bool) -> None:
+    if ranks.world == 4:
+        ranks.run(sharded.on_some_ranks_and_not_alike, adapt)
+
+
 @pytest.mark.parametrize("joint", [False, True])
 def test_all_ranks_skip_alike(ranks: Group, joint: bool) -> None:
     ranks.run(sharded.skips_alike, joint)

@@ -104,6 +104,7 @@ class Sharded:
         self._row: dict[int, int] = {}  # by the id of a local part
         self._trained: list[bool] = []
         self._skips = any(options.skip_nonfinite for _, options in groups)
+        self._wide = False  # whether a message is of float64
         for params, options in groups:
             for param in params:
                 if isinstance(param, self._kind):
@@ -113,7 +114,11 @@ class Sharded:
         if options.differentiable:
             raise RuntimeError("differentiable=True needs whole tensors, got a DTensor; set it to False")
         dims = self._sharded_dims(param)
-        if not dims or not is_adapted(options):
+        if not is_adapted(options):
+            return
+        # on all ranks alike: ranks outside of this tensor's mesh know its dtype too
+        self._wide |= norm_dtype(param.dtype.to_real()) == torch.float64
+        if not dims:
             return
         # once: it is another view each time
         part = self._part_of[id(param)] = local(param)
@@ -228,6 +233,9 @@ class Sharded:
         table = self._table(measured, found_inf, nonfinite)
         for ranks, (group, device_type) in self._joined.items():
             rows = self._rows[ranks]
+            # asked for each dimension: ranks outside of a mesh have none of its rows, and join the others' dimensions
+            if not (rows or self._skips or found_inf is not None):
+                continue
             alone = len(rows) == len(self._parts)
             index = None if alone else _index((*rows, len(self._parts)), table.device)
             message = table if index is None else table[index]
@@ -254,9 +262,7 @@ class Sharded:
     ) -> Tensor:
         """Squares of what this rank has of the norms, a row a tensor; then the row of the flags."""
         device = self._device(measured)
-        # on all ranks alike, since all hold the same tensors
-        wide = any(norm_dtype(part.dtype) == torch.float64 for part in self._parts)
-        dtype = torch.float64 if wide else torch.float32
+        dtype = torch.float64 if self._wide else torch.float32
         pieces = [torch.zeros(1, 2, device=device)]  # of what has no gradient, or nothing of which is here
         count = 1
         place = [0] * len(self._parts)
