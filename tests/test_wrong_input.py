@@ -124,7 +124,7 @@ WRONG: list[tuple[Options, type[Exception], str]] = [
         ({name: 0.1}, ValueError, f"{name!r} is not an option of LARS; did you mean {meant!r}?")
         for name, meant in {
             "trust_coeff": "trust_coefficient", "weight_deacy": "weight_decay", "momentun": "momentum", "LR": "lr",
-            "Nesterov": "nesterov", "adapted": "adapt", "lrinmomentum": "lr_in_momentum",
+            "Nesterov": "nesterov", "adapted": "adapt", "lrs": "lr", "lrinmomentum": "lr_in_momentum",
         }.items()
     ],
 ]  # fmt: skip
@@ -236,6 +236,7 @@ INTEGERS = Parameter(torch.ones(3, dtype=torch.int64), requires_grad=False)
 PARAMS: list[tuple[Callable[[LARS], Any], type[Exception], str]] = [
     (lambda _: [torch.ones(3), INTEGERS], TypeError, f"param group 3: {REAL_OR_COMPLEX}"),
     (lambda _: [("a", torch.ones(3)), ("b", INTEGERS)], TypeError, f"param group 3: {REAL_OR_COMPLEX}"),
+    (lambda _: [("a", torch.ones(3)), ("b", INTEGERS, 5)], TypeError, f"param group 3: {REAL_OR_COMPLEX}"),
     (lambda _: ["weight"], TypeError, "optimizer can only optimize Tensors"),
     (lambda _: {Parameter(torch.ones(3))}, TypeError, "ordered collections"),
     (lambda _: [Parameter(torch.ones(3)) * 2], ValueError, "can't optimize a non-leaf Tensor"),
@@ -434,13 +435,15 @@ def test_complex_buffers_of_another_precision_are_cast(adapt: bool, implementati
     assert saved["state"][0]["momentum_buffer"].dtype == torch.complex128
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 def test_a_buffer_shares_no_memory_between_elements() -> None:
     """Where there is one element along a dimension, its stride means nothing."""
     optimizer = LARS([Parameter(torch.ones(2, 1))], lr=0.5, momentum=0.9, weight_decay=0.1)
     saved = optimizer.state_dict()
     shared, own = torch.ones(1, 1).expand(2, 1), torch.ones(2).as_strided((2, 1), (1, 0))
-    with pytest.raises(ValueError, match="must have memory of its own for every element"):
-        optimizer.load_state_dict({**saved, "state": {0: {"momentum_buffer": shared}}})
+    for bad in (shared, torch.ones(2, 1).to_sparse_csr()):  # which has no strides
+        with pytest.raises(ValueError, match="must have memory of its own for every element"):
+            optimizer.load_state_dict({**saved, "state": {0: {"momentum_buffer": bad}}})
     optimizer.load_state_dict({**saved, "state": {0: {"momentum_buffer": own}}})
     assert torch.equal(optimizer.state[optimizer.param_groups[0]["params"][0]]["momentum_buffer"], own)
 
@@ -468,7 +471,7 @@ def test_0_and_1_are_truth_values() -> None:
 
 
 @pytest.mark.parametrize(
-    "tag", ["steps", "name", "layer", "lr_scale", "tag", "depth", "index", "role", "mode", "scale"]
+    "tag", ["steps", "name", "layer", "lr_scale", "tag", "depth", "index", "role", "mode", "scale", "adapters"]
 )
 def test_tags_of_users_are_not_taken_for_misspelt_options(tag: str) -> None:
     LARS([{"params": torch.ones(2, requires_grad=True), tag: 1}], lr=1.0)

@@ -512,5 +512,5 @@ def _as_list(params: Any) -> dict[str, Any]:
         return {"params": [params] if isinstance(params, Tensor) else params}  # torch refuses sets, for their order
     params = list(params)
     if not NAMED_PARAMETERS and params and all(isinstance(p, tuple) for p in params):
-        return {"params": [p for _, p in params], "param_names": [name for name, _ in params]}
+        return {"params": [p[1] for p in params], "param_names": [p[0] for p in params]}
     return {"params": params}

@@ -114,7 +114,7 @@ def _check_number(name: str, value: Any, where: str, minimum: float = -math.inf)
 def check_params(params: Iterable[Any], where: str) -> None:
     """Raise for the first tensor, or named tensor, that LARS cannot update."""
     for i, item in enumerate(params):
-        param = item[1] if isinstance(item, tuple) and len(item) == 2 else item
+        param = item[1] if isinstance(item, tuple) else item
         if isinstance(param, Tensor) and not (param.is_floating_point() or param.is_complex()):
             raise TypeError(
                 f"{where}: parameters must be floating or complex tensors, got {param.dtype} at position {i}; "

@@ -61,7 +61,7 @@ def check_not_flattened(params: Iterable[Any], where: str) -> None:
     if "torch.distributed.fsdp" not in sys.modules:
         return
     for i, item in enumerate(params):
-        param = item[1] if isinstance(item, tuple) and len(item) == 2 else item
+        param = item[1] if isinstance(item, tuple) else item
         if getattr(param, "_fsdp_flattened", False):
             raise RuntimeError(
                 f"{where}: the parameter at position {i} belongs to FullyShardedDataParallel, which keeps flat pieces of "
