@@ -338,6 +338,20 @@ def on_some_ranks_and_not_alike(rank: Rank, adapt: bool) -> None:
         torch.testing.assert_close(local_of(param), torch.full_like(local_of(param), expected))
 
 
+def of_one_rank(rank: Rank, options: Options) -> None:
+    """Along a mesh dimension of one rank nothing is sent."""
+    mesh = init_device_mesh(rank.device, (rank.world, 1), mesh_dim_names=("many", "one"))
+    _meshes.setdefault("of one", mesh)
+    s = setup(rank, [Layout((6, 4), "of one", (Shard(0), Shard(1)))], 1, torch.float32, options)
+    grads = make_grads("dense", s.wholes, 0)
+    s.reference.step(grads)
+    s.set_grads(rank, grads)
+    with Collectives() as collectives:
+        s.optimizer.step()
+    assert collectives.calls == [("allreduce_", 8 + 8)]
+    s.check(rank, "of one rank", 2)
+
+
 def stops_alike(rank: Rank, asks: str, options: Options) -> None:
     """One rank's reason not to step is that of all, also where no norm of a sharded tensor is asked for."""
     layouts = [Layout((8, 3), "all", (Shard(0),)), Layout((4, 2))]

@@ -91,6 +91,10 @@ def test_ranks_outside_a_mesh_that_hold_other_tensors(ranks: Group, adapt: bool)
         ranks.run(sharded.on_some_ranks_and_not_alike, adapt)
 
 
+def test_a_mesh_dimension_of_one_rank_costs_nothing(ranks: Group) -> None:
+    ranks.run(sharded.of_one_rank, OPTIONS["momentum"])
+
+
 @pytest.mark.parametrize("joint", [False, True])
 def test_all_ranks_skip_alike(ranks: Group, joint: bool) -> None:
     ranks.run(sharded.skips_alike, joint)

@@ -228,14 +228,13 @@ class Sharded:
             The same with norms of whole tensors, shape (2, n) for adapted ones; the two flags, as 0-dim tensors;
             the second counts for ``skip_nonfinite`` only.
         """
-        if not self._joined or not (self._parts or self._skips or found_inf is not None):
+        # asked of each dimension alone, for which all its ranks answer alike: some may be outside of other meshes
+        asked = [ranks for ranks in self._joined if self._rows[ranks] or self._skips or found_inf is not None]
+        if not asked:
             return [rows for _, _, rows in measured], found_inf, nonfinite
         table = self._table(measured, found_inf, nonfinite)
-        for ranks, (group, device_type) in self._joined.items():
-            rows = self._rows[ranks]
-            # asked for each dimension: ranks outside of a mesh have none of its rows, and join the others' dimensions
-            if not (rows or self._skips or found_inf is not None):
-                continue
+        for ranks in asked:
+            rows, (group, device_type) = self._rows[ranks], self._joined[ranks]
             alone = len(rows) == len(self._parts)
             index = None if alone else _index((*rows, len(self._parts)), table.device)
             message = table if index is None else table[index]
@@ -249,7 +248,7 @@ class Sharded:
         flags = table[-1] != 0
         whole = table.sqrt()
         return (
-            [self._whole(part, options, rows, whole) for part, options, rows in measured],
+            [self._whole(part, rows, whole) for part, _, rows in measured],
             None if found_inf is None else flags[0],
             flags[1],
         )
@@ -295,9 +294,9 @@ class Sharded:
             return self._parts[0].device
         return next((part.params[0].device for part, _, _ in measured), torch.device("cpu"))
 
-    def _whole(self, part: Part, options: Options, rows: Tensor | None, whole: Tensor) -> Tensor | None:
-        if rows is None or not is_adapted(options):
-            return rows
+    def _whole(self, part: Part, rows: Tensor | None, whole: Tensor) -> Tensor | None:
+        if rows is None:
+            return None
         norms_here = rows[:2].t()
         n = whole.size(0)
         place = [self._row.get(id(param), n + i) for i, param in enumerate(part.params)]
