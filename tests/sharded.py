@@ -278,8 +278,11 @@ def gather(rank: Rank, param: Tensor, layout: Layout) -> Tensor:
     return local.full_tensor() if isinstance(local, DTensor) else local  # type: ignore[no-any-return]
 
 
-def skips_alike(rank: Rank, joint: bool) -> None:
-    """One rank's gradient is not finite: no rank steps, of any group that asks, sharded or plain; others step."""
+def skips_alike(rank: Rank, joint: bool, scaled: bool) -> None:
+    """One rank's gradient is not finite: no rank steps, of any group that asks, sharded or plain; others step.
+
+    They do so too where a scaler says on its own that it has found nothing.
+    """
     kind = {"trust_denominator": "joint"} if joint else {}
     layouts = [Layout((8, 3), "all", (Shard(0),)), Layout((4, 2)), Layout((6,), "all", (Replicate(),))]
     for bad in range(len(layouts)):
@@ -295,6 +298,8 @@ def skips_alike(rank: Rank, joint: bool) -> None:
             lr=0.5,
             momentum=0.9,
         )
+        if scaled:
+            optimizer.found_inf = torch.zeros(1, device=rank.device)
         for step in range(2):
             for param in [*params, careless]:
                 param.grad = torch.ones_like(param)

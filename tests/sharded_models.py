@@ -301,9 +301,9 @@ def refuses_flat_parameters(rank: Rank) -> None:
             use_orig_params=use_orig_params,
             device_id=torch.device(rank.device, rank.rank if rank.device == "cuda" else None),
         )
-        for group in ("a group", "all"):
+        for group in ("a group", "all, with names"):
             with pytest.raises(RuntimeError, match=r"param group 0: .* FullyShardedDataParallel.* fully_shard"):
-                LARS([{"params": flat.parameters()}] if group == "a group" else flat.parameters(), **OPTIONS)
+                LARS([{"params": flat.parameters()}] if group == "a group" else flat.named_parameters(), **OPTIONS)
         if use_orig_params:
             # the same parameters, of which FSDP has made slices
             for param in model.parameters():

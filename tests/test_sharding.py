@@ -95,9 +95,10 @@ def test_a_mesh_dimension_of_one_rank_costs_nothing(ranks: Group) -> None:
     ranks.run(sharded.of_one_rank, OPTIONS["momentum"])
 
 
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("joint", [False, True])
-def test_all_ranks_skip_alike(ranks: Group, joint: bool) -> None:
-    ranks.run(sharded.skips_alike, joint)
+def test_all_ranks_skip_alike(ranks: Group, joint: bool, scaled: bool) -> None:
+    ranks.run(sharded.skips_alike, joint, scaled)
 
 
 @pytest.mark.parametrize("asks", ["found_inf", "skip_nonfinite"])
