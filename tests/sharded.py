@@ -483,11 +483,11 @@ def wrong_input(rank: Rank) -> None:
 
 def functional(rank: Rank, implementation: Options) -> None:
     """The functional takes sharded tensors too, and makes sharded buffers."""
-    layouts = [Layout((5, 3), "all", (Shard(0),)), Layout((4, 2))]
+    layouts = [Layout((5, 3), "all", (Shard(0),)), Layout((4, 2)), Layout((7,), "all", (Replicate(),))]
     options = {**OPTIONS["dampening"], "momentum": 0.9, **implementation}
     s = setup(rank, layouts, 1, torch.float32, options)
     params = [p.detach() for p in s.params]
-    buffers: list[Tensor | None] = [None, None]
+    buffers: list[Tensor | None] = [None] * len(layouts)
     for step in range(2):
         grads = [g for g in make_grads("dense", s.wholes, step) if g is not None]
         s.reference.step(grads)
