@@ -199,6 +199,18 @@ def test_a_graph_serves_first_steps_and_later_ones(foreach: bool, dampening: flo
     torch.testing.assert_close(compiled, eager)
 
 
+@pytest.mark.parametrize("foreach", [False, True])
+def test_a_first_step_of_half_types_that_are_not_adapted(foreach: bool) -> None:
+    """Eager it is torch's SGD, which knows a first step by its missing buffer."""
+    param = torch.nn.Parameter(torch.tensor([2.0, 4.0], dtype=torch.bfloat16))
+    param.grad = torch.ones_like(param)
+    options: Options = {"momentum": 0.5, "dampening": 0.5, "adapt": False, "foreach": foreach}
+    step = torch.compile(LARS([param], lr=0.5, **options).step, backend="eager")
+    for expected in ([1.5, 3.5], [1.0, 3.0]):  # by a buffer of 1, then of 0.5 * 1 + (1 - 0.5) * 1
+        step()
+        assert param.tolist() == expected
+
+
 @pytest.mark.parametrize("again", ["eager", "compiled"])
 @pytest.mark.parametrize("foreach", [False, True])
 def test_a_first_step_that_does_not_compile_comes_again(foreach: bool, again: str) -> None:
