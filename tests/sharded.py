@@ -325,19 +325,20 @@ def on_some_ranks(rank: Rank, history: str, options: Options) -> None:
         s.check(rank, f"{history}, step {step}", 2 * (step + 1))
 
 
-def on_some_ranks_and_not_alike(rank: Rank, adapt: bool) -> None:
-    """Ranks send the same where some hold no float64 tensor, or nothing adapted, and others do."""
+def on_some_ranks_and_not_alike(rank: Rank, adapt: bool, listed: bool) -> None:
+    """Ranks send the same where some hold no float64 tensor, or do not even list it, or nothing adapted, and others do."""
     layouts = [Layout((6, 4), "first two", (Shard(0),)), Layout((8, 3), "all", (Shard(0),))]
     wide, narrow = (
         torch.nn.Parameter(place(torch.ones(layout.shape, dtype=dtype, device=rank.device), layout, rank))
         for layout, dtype in zip(layouts, (torch.float64, torch.float32), strict=True)
     )
-    groups = [{"params": [wide]}, {"params": [narrow], "adapt": adapt}]
+    groups = [{"params": [wide]}] if listed or rank.rank < 2 else []
+    groups.append({"params": [narrow], "adapt": adapt})
     optimizer = LARS(groups, lr=0.5, weight_decay=0.1, trust_coefficient=0.1)
     wide.grad, narrow.grad = torch.ones_like(wide), torch.ones_like(narrow)
     with Collectives() as collectives:
         optimizer.step()
-    assert collectives.calls == [("allreduce_", 16 + 16)] * ((rank.rank < 2) + adapt)
+    assert collectives.calls == [("allreduce_", 16 + 16)] * (rank.rank < 2) + [("allreduce_", 8 + 8)] * adapt
     # lr times ratio times direction: 0.5 * (0.1 / 1.1) * 1.1, without the ratio 0.5 * 1.1
     for param, expected in ((wide, 0.95), (narrow, 0.95 if adapt else 0.45)):
         torch.testing.assert_close(local_of(param), torch.full_like(local_of(param), expected))

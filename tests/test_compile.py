@@ -211,9 +211,21 @@ def test_a_first_step_of_half_types_that_are_not_adapted(foreach: bool) -> None:
         assert param.tolist() == expected
 
 
+def with_momentum(optimizer: LARS) -> None:
+    saved = {"momentum_buffer": torch.tensor([0.1, 0.2])}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: saved}})
+
+
+def without_dampening(step: Callable[[], Any], group: dict[str, Any]) -> None:
+    group["dampening"] = 0
+    step()
+    group["dampening"] = 0.5
+
+
+@pytest.mark.parametrize("then", ["nothing", "load", "clear", "undamped"])
 @pytest.mark.parametrize("again", ["eager", "compiled"])
 @pytest.mark.parametrize("foreach", [False, True])
-def test_a_first_step_that_does_not_compile_comes_again(foreach: bool, again: str) -> None:
+def test_a_first_step_that_does_not_compile_comes_again(foreach: bool, again: str, then: str) -> None:
     def fails(_graph: Any, _inputs: Any) -> Any:
         raise ArithmeticError
 
@@ -228,12 +240,52 @@ def test_a_first_step_that_does_not_compile_comes_again(foreach: bool, again: st
             with pytest.raises(Exception, match="ArithmeticError"):
                 torch.compile(optimizer.step, backend=fails)()
             torch.compiler.reset()
+        step = torch.compile(optimizer.step, backend="eager") if again == "compiled" else optimizer.step
+        if then == "load":
+            with_momentum(optimizer)
+        elif then == "clear":
+            optimizer.state.clear()
+        elif then == "undamped":
+            without_dampening(step, optimizer.param_groups[0])
         for _ in range(3):
-            step = torch.compile(optimizer.step, backend="eager") if again == "compiled" else optimizer.step
             step()
         results.append([param, optimizer.state[param]["momentum_buffer"]])
     torch.testing.assert_close(*results)
     assert not torch.equal(results[0][0], torch.tensor([3.0, 4.0]))
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_eager_steps_between_compiled_ones_read_nothing_on_the_host(foreach: bool) -> None:
+    results = []
+    for how in (lambda step: step, lambda step: torch.compile(step, backend="eager")):
+        param = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+        param.grad = torch.tensor([0.0, 2.0])
+        optimizer = LARS([param], lr=1.0, momentum=0.9, dampening=0.5, weight_decay=0.1, foreach=foreach)
+        step = how(optimizer.step)
+        for _ in range(2):
+            step()
+            optimizer.step()  # the first one asks whether the graph has run
+            with Recorder() as recorder:
+                optimizer.step()
+            assert "_local_scalar_dense" not in recorder.names
+            assert "add_" in recorder.names or "_foreach_add_" in recorder.names
+        results.append([param, optimizer.state[param]["momentum_buffer"]])
+    torch.testing.assert_close(*results)
+
+
+def test_the_optimizer_keeps_no_parameter_that_was_replaced() -> None:
+    old = torch.nn.Parameter(torch.ones(3))
+    old.grad = torch.ones(3)
+    optimizer = LARS([old], lr=1.0, momentum=0.9, dampening=0.5, weight_decay=0.1, foreach=False)
+    # as the compiler does, which would keep it itself, with torch's SGD too
+    optimizer._init_group(optimizer.param_groups[0], [], [], [], [])
+    new = torch.nn.Parameter(torch.ones(3))
+    optimizer.param_groups[0]["params"][0] = new
+    optimizer.state[new] = optimizer.state.pop(old)
+    alive = weakref.ref(old)
+    del old
+    gc.collect()
+    assert alive() is None
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

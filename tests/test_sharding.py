@@ -85,10 +85,11 @@ def test_ranks_outside_a_mesh(ranks: Group, history: str) -> None:
             ranks.run(sharded.on_some_ranks, history, OPTIONS[name])
 
 
+@pytest.mark.parametrize("listed", [True, False])
 @pytest.mark.parametrize("adapt", [True, False])
-def test_ranks_outside_a_mesh_that_hold_other_tensors(ranks: Group, adapt: bool) -> None:
+def test_ranks_outside_a_mesh_that_hold_other_tensors(ranks: Group, adapt: bool, listed: bool) -> None:
     if ranks.world == 4:
-        ranks.run(sharded.on_some_ranks_and_not_alike, adapt)
+        ranks.run(sharded.on_some_ranks_and_not_alike, adapt, listed)
 
 
 def test_a_mesh_dimension_of_one_rank_costs_nothing(ranks: Group) -> None:

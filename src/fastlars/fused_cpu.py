@@ -266,7 +266,7 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _norm(flat: Tensor) -> float:
-    """As `norms.flat_norm`, in fewer calls: a host number is wanted."""
+    """As `norms.flat_norm`, in fewer calls, and in float32 to the end: a host number is wanted."""
     numel = flat.numel()
     row = _row(numel)
     if row == 0 or numel > row * ROWS:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import sharding
 from .coefficients import is_adapted, scalar_lr, trust_ratio
@@ -164,7 +165,8 @@ class LARS(Optimizer):
             fused,
         )._asdict()
         self._tables = Tables()
-        self._first_steps: dict[Tensor, Tensor] = {}  # see _init_group
+        # parameter -> (whether it is at its first step, as a tensor for graphs; the momentum buffer of which that holds)
+        self._first_steps: Any = WeakTensorKeyDictionary()
         self._checked: dict[int, list[Any]] = {}
         check_options({**defaults, "lr": 0.0} if _is_missing(lr) else defaults, "LARS")
         super().__init__(params, defaults)
@@ -243,7 +245,7 @@ class LARS(Optimizer):
         loading = "param_groups" in self.__dict__
         if not loading:
             self._tables = Tables()  # of addresses: not pickled
-            self._first_steps = {}
+            self._first_steps = WeakTensorKeyDictionary()
             self._checked = {}
         for i, group in enumerate(state["param_groups"]):
             # keys that SGD's, Bolts' and quadra's state dicts lack keep their values
@@ -286,6 +288,8 @@ class LARS(Optimizer):
                 for p in each["params"] if each["momentum"] != 0 else []:
                     if p.grad is not None:
                         self.state[p]
+        # once an optimizer has been compiled with dampening
+        settles = bool(self._first_steps) and (first_steps is None or group["dampening"] == 0)
         for p in group["params"]:
             if p.grad is None:
                 continue
@@ -295,19 +299,32 @@ class LARS(Optimizer):
                 buffer = self.state[p].get("momentum_buffer")
                 # With dampening the first step must be known as such: the buffer stays None until the step has made it;
                 # in a graph, which is to serve later steps too, a tensor says so.
-                if first_steps is not None and group["dampening"] != 0:
-                    is_first = self._first_steps.setdefault(p, torch.zeros((), dtype=torch.bool, device=p.device))
-                    if buffer is None:
-                        is_first.fill_(True)
-                    first_steps.append(is_first)
-                elif group["dampening"] != 0 and p in self._first_steps and self._first_steps[p]:
-                    # made for a graph that never ran, because its backend failed
-                    self._first_steps[p].fill_(False)
-                    buffer = None
+                if settles and self._is_untouched(p, buffer):
                     del self.state[p]["momentum_buffer"]
-                if buffer is None and (group["dampening"] == 0 or first_steps is not None):
+                    buffer = None
+                is_new = buffer is None and (group["dampening"] == 0 or first_steps is not None)
+                if is_new:
                     buffer = self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 momentum_buffers.append(buffer)
+                if first_steps is not None and group["dampening"] != 0:
+                    is_first, made = self._first_steps.get(p) or (
+                        torch.zeros((), dtype=torch.bool, device=p.device),
+                        None,
+                    )
+                    if is_new or made is not buffer:
+                        is_first.fill_(is_new)
+                    self._first_steps[p] = is_first, buffer
+                    first_steps.append(is_first)
+
+    def _is_untouched(self, param: Tensor, buffer: Tensor | None) -> bool:
+        """Whether a buffer was made for the first step of a graph that never ran, as where its backend failed."""
+        is_first, made = self._first_steps.get(param, (None, None))
+        if is_first is None or buffer is None or made is not buffer:
+            return False
+        self._first_steps[param] = is_first, None  # the graph may still hold it; a buffer is asked after once
+        untouched = bool(is_first)
+        is_first.fill_(False)
+        return untouched
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

@@ -4,7 +4,7 @@ The exchange: every rank puts the squares of the norms of its parts, two numbers
 sharded tensors of all adapted groups, in the order of the optimizer, whether or not this rank has anything of them or a
 gradient. A dimension of a device mesh along which tensors are sharded costs one all-reduce of their rows; dimensions
 along which nothing is sharded, or of one rank, cost nothing. Dimensions of several meshes that join the same ranks are
-one. The last row says whether some rank has a reason not to step, so that all ranks decide alike.
+one. The last row says whether some rank has a reason not to step, so that all ranks that a dimension joins decide alike.
 """
 
 from __future__ import annotations
@@ -104,7 +104,6 @@ class Sharded:
         self._row: dict[int, int] = {}  # by the id of a local part
         self._trained: list[bool] = []
         self._skips = any(options.skip_nonfinite for _, options in groups)
-        self._wide = False  # whether a message is of float64
         for params, options in groups:
             for param in params:
                 if isinstance(param, self._kind):
@@ -114,11 +113,7 @@ class Sharded:
         if options.differentiable:
             raise RuntimeError("differentiable=True needs whole tensors, got a DTensor; set it to False")
         dims = self._sharded_dims(param)
-        if not is_adapted(options):
-            return
-        # on all ranks alike: ranks outside of this tensor's mesh know its dtype too
-        self._wide |= norm_dtype(param.dtype.to_real()) == torch.float64
-        if not dims:
+        if not dims or not is_adapted(options):
             return
         # once: it is another view each time
         part = self._part_of[id(param)] = local(param)
@@ -238,13 +233,14 @@ class Sharded:
             alone = len(rows) == len(self._parts)
             index = None if alone else _index((*rows, len(self._parts)), table.device)
             message = table if index is None else table[index]
-            if message.device.type != device_type:
-                message = message.to(device_type)  # parts are offloaded to the CPU
+            # to the device: parts may be offloaded to the CPU
+            message = message.to(device_type, self._dtype(rows))
             torch.distributed.all_reduce(message, group=group)
+            message = message.to(table.device, table.dtype)
             if index is not None:
-                table[index] = message.to(table.device)
+                table[index] = message
             else:
-                table = message.to(table.device)
+                table = message
         flags = table[-1] != 0
         whole = table.sqrt()
         return (
@@ -261,7 +257,7 @@ class Sharded:
     ) -> Tensor:
         """Squares of what this rank has of the norms, a row a tensor; then the row of the flags."""
         device = self._device(measured)
-        dtype = torch.float64 if self._wide else torch.float32
+        dtype = self._dtype(range(len(self._parts)))
         pieces = [torch.zeros(1, 2, device=device)]  # of what has no gradient, or nothing of which is here
         count = 1
         place = [0] * len(self._parts)
@@ -288,6 +284,11 @@ class Sharded:
             if flag is not None:
                 table[-1, i] = flag.reshape(()) != 0
         return table
+
+    def _dtype(self, rows: Iterable[int]) -> torch.dtype:
+        """Of the norms of these rows together; asked of those that a message holds, which all its ranks have."""
+        wide = any(norm_dtype(self._parts[row].dtype.to_real()) == torch.float64 for row in rows)
+        return torch.float64 if wide else torch.float32
 
     def _device(self, measured: Sequence[tuple[Part, Options, Tensor | None]]) -> torch.device:
         if self._parts:
