@@ -1,6 +1,8 @@
 """The fused CPU step is exact for every tensor: what torch's kernel computes wrong goes another way."""
 
 import itertools
+import weakref
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -85,6 +87,103 @@ def test_dimensions_of_size_1_have_no_layout() -> None:
         assert fused_cpu.serves([one], [other], [one]) and not fused_cpu.serves([one], [other.contiguous()])
 
 
+def in_one_call(monkeypatch: pytest.MonkeyPatch, lists: list[list[Tensor]]) -> bool:
+    """Whether a list is known: what does not ask `serves` has not looked at the tensors one by one."""
+    asked: list[bool] = []
+    serves = fused_cpu.serves
+    monkeypatch.setattr(fused_cpu, "serves", lambda *args: asked.append(serves(*args)) or asked[-1])
+    fused_cpu.plan(*lists)
+    monkeypatch.setattr(fused_cpu, "serves", serves)
+    return not asked
+
+
+@pytest.mark.parametrize("place", range(3), ids=["param", "grad", "buffer"])
+@pytest.mark.parametrize("changed", [*MEMORY, "shape", "expanded", "subclass", "meta", "another_order"])
+def test_a_list_that_is_known_is_served_as_one_that_is_not(
+    changed: str, place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a tensor has become since the last step."""
+    make = {
+        **MEMORY,
+        "shape": lambda x: torch.cat([x, x]),
+        "expanded": lambda x: x[:1].expand(4, 6),
+        "subclass": lambda x: x.as_subclass(Subclass),
+        "meta": lambda x: x.to("meta"),
+        "another_order": lambda x: x.view(6, 4),
+    }
+    lists = [[torch.randn(shape) for shape in [(8,), (4, 6), (200, 200)]] for _ in range(3)]
+    for _ in range(4):
+        assert fused_cpu.plan(*lists) == ({(8,): [0], (4, 6): [1]}, [2])
+    assert in_one_call(monkeypatch, lists)
+    lists[place][1] = make[changed](torch.randn(4, 6))
+    for _ in range(4):  # known again, where it is served
+        assert (fused_cpu.plan(*lists) is not None) == (changed in ("contiguous", "offset"))
+    assert in_one_call(monkeypatch, lists) == (changed in ("contiguous", "offset"))
+
+
+def test_a_known_list_whose_tensors_all_changed_together() -> None:
+    """So that they still are alike: the plan is made anew, by sizes and memory order."""
+    plans = []
+    lists = [[torch.nn.Parameter(torch.randn(4, 6))] for _ in range(3)]
+    for change in (lambda x: x, lambda x: torch.cat([x, x]), lambda x: x.t().contiguous().t(), lambda x: x.double()):
+        for (tensor,) in lists:
+            tensor.data = change(tensor.data)
+        plans.append([fused_cpu.plan(*lists) for _ in range(4)])
+    first, larger, transposed, wide = plans
+    assert first == [({(4, 6): [0]}, [])] * 4 and larger == [({(8, 6): [0]}, [])] * 4
+    assert transposed == [({(8, 6): []}, [0])] * 4 and wide == [None] * 4
+
+
+def test_lists_that_are_known_are_few_and_keep_no_tensor_alive() -> None:
+    dead = []
+    for _ in range(100):
+        param = torch.randn(3)
+        for _ in range(3):
+            fused_cpu.plan([param], [param.clone()])
+        dead.append(weakref.ref(param))
+        del param
+    assert not any(reference() is not None for reference in dead)
+    assert fused_cpu._known.cache_info().currsize <= 32
+
+
+def test_without_the_guard_of_torch_every_list_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch._C._dynamo.guards, "TensorGuards")
+    lists = [[torch.randn(8)] for _ in range(3)]
+    for _ in range(4):
+        assert fused_cpu.plan(*lists) == ({(8,): [0]}, [])
+        assert not in_one_call(monkeypatch, lists)
+
+
+@pytest.mark.parametrize("size", [24, 20_004], ids=["stacked", "alone"])
+@pytest.mark.parametrize("change", ["transposed", "columns", "float64", "larger"])
+def test_steps_go_on_right_when_a_parameter_changes_its_memory(change: str, size: int) -> None:
+    """As by `model.to(...)`, between steps of a list that is known."""
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(size // 6, 6, generator=generator) for _ in range(8)]
+    make = {**MEMORY, "columns": lambda x: torch.cat([x, x], dim=1)[:, :6], "larger": lambda x: torch.cat([x, x])}[
+        change
+    ]
+    results = []
+    for known in (True, False):
+        param = torch.nn.Parameter(values[0].clone())
+        optimizer = LARS([param], **OPTIONS["momentum"])
+        for step, grad in enumerate(values[1:]):
+            if step == 4:
+                param.data = make(param.data)
+                if change == "larger":
+                    optimizer.state[param]["momentum_buffer"] = make(optimizer.state[param]["momentum_buffer"])
+                else:
+                    optimizer.state[param]["momentum_buffer"] = optimizer.state[param]["momentum_buffer"].to(
+                        param.dtype
+                    )
+            param.grad = make(grad).to(param.dtype) if change == "larger" and step >= 4 else grad.to(param.dtype)
+            if not known:
+                fused_cpu._known.cache_clear()
+            optimizer.step()
+        results.append(param.detach().clone())
+    assert torch.equal(results[0], results[1]) and results[0].isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["momentum", "joint", "nesterov", "base", "everything", "momentum-unadapted"])
 @pytest.mark.parametrize("layouts", TRIPLES, ids="-".join)
 def test_every_layout_of_param_grad_and_buffer(layouts: tuple[str, str, str], name: str) -> None:
@@ -107,10 +206,13 @@ def test_every_layout_of_param_grad_and_buffer(layouts: tuple[str, str, str], na
 
 
 @pytest.fixture
-def tiny_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+def tiny_limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Limits so small that small tensors go through every loop: stacks, blocks, and their remainders."""
     for limit, elements in {"SMALL": 16, "STACK": 50}.items():
         monkeypatch.setattr(fused_cpu, limit, elements)
+    fused_cpu._known.cache_clear()  # it remembers what is small
+    yield
+    fused_cpu._known.cache_clear()
 
 
 @pytest.mark.parametrize("name", OPTIONS)

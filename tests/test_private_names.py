@@ -43,6 +43,13 @@ def fused_sgd(params: list[torch.Tensor]) -> None:
     torch._fused_sgd_(params, ones(), ones(), **options, nesterov=False, maximize=False, is_first_step=False)
 
 
+def asks_for_sizes() -> bool:
+    guards = torch._C._dynamo.guards.TensorGuards(
+        *ones(), dynamic_dims_sizes=[[2], [3]], dynamic_dims_strides=[[1], [1]]
+    )
+    return guards.check(*ones()) is True and guards.check(*ones()[::-1]) is False
+
+
 def grad_mode_of_a_step() -> bool:
     from torch.optim.optimizer import _use_grad_for_differentiable  # noqa: PLC0415
 
@@ -99,6 +106,10 @@ PRIVATE: dict[str, tuple[str, Callable[[], bool]]] = {
         lambda: written(lambda x: torch._foreach_copy_(x, [t.double() * 2 for t in ones()]), 2.0),
     ),
     "torch._fused_sgd_": ("fused step on CPU", lambda: written(fused_sgd, 0.375)),
+    "torch._C._dynamo.guards.TensorGuards": (
+        "fused step on CPU, for its speed: it asks a list that it knows in one call",
+        asks_for_sizes,
+    ),
     "torch.nn.modules.batchnorm._NormBase": (
         "`param_groups`, which takes batch and instance norms by it",
         lambda: all(

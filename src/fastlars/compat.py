@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import List  # noqa: UP035  TorchScript reads these spellings only
+from typing import Any, Callable, List, Optional  # noqa: UP035  TorchScript reads these spellings only
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ __all__ = [
     "bump_versions",
     "default_foreach",
     "is_scripting",
+    "metadata_guard",
     "outside_graphs",
     "required",
     "use_grad_for_differentiable",
@@ -41,6 +42,21 @@ def bump_versions(tensors: List[Tensor]) -> None:
         return
     for tensor in tensors:
         increment_version(tensor)
+
+
+def metadata_guard(tensors: List[Tensor]) -> Optional[Callable[..., bool]]:
+    """What tells whether as many tensors have the types, dtypes, devices, layouts, sizes and strides of these, in one call.
+
+    torch.compile asks the inputs of its graphs so, and it takes a sixth of the time of asking each from Python. None where
+    torch has it no more.
+    """
+    sizes: List[Any] = [list(tensor.shape) for tensor in tensors]
+    strides: List[Any] = [list(tensor.stride()) for tensor in tensors]
+    try:
+        guards = torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+    except (AttributeError, TypeError):
+        return None
+    return guards.check
 
 
 def default_foreach(params: List[Tensor]) -> bool:

@@ -10,6 +10,12 @@ from .compat import default_foreach, is_scripting
 from .norms import is_conjugate
 from .options import Options
 
+# TorchScript reads the types of fields, and knows none that means anything.
+if TYPE_CHECKING:
+    Plan = fused_cpu.Plan
+else:
+    Plan = int
+
 
 class Part(NamedTuple):
     """Tensors of one device and dtype that are all at their first step or all past it, unless ``first_steps`` says."""
@@ -22,6 +28,8 @@ class Part(NamedTuple):
     # for each tensor a 0-dim bool tensor, in compiled steps with dampening: buffers are made before, and the graph must
     # serve first steps and later ones
     first_steps: Optional[List[Tensor]] = None
+    # how the fused CPU step steps them, where that is known
+    plan: Optional[Plan] = None
 
 
 def split(
@@ -34,9 +42,11 @@ def split(
     """The tensors sorted into parts; torch's own helper does not sort while compiling."""
     preferred = implementation(params, options)
     if not is_scripting():  # noqa: SIM102  TorchScript would compile the second condition
-        if preferred == "fused" and _is_one_part(params, grads, momentum_buffers, options):
-            buffers = momentum_buffers if options.momentum != 0 else []
-            return [Part("fused", list(range(len(params))), params, grads, buffers)]
+        if preferred == "fused":
+            plan = _plan_of_all(params, grads, momentum_buffers, options)
+            if plan is not None:
+                buffers = momentum_buffers if options.momentum != 0 else []
+                return [Part("fused", list(range(len(params))), params, grads, buffers, None, plan)]
     parts: Dict[Key, Part] = {}
     for i, param in enumerate(params):
         grad = grads[i]
@@ -58,14 +68,14 @@ def split(
     return list(parts.values())
 
 
-def _is_one_part(
+def _plan_of_all(
     params: List[Tensor], grads: List[Tensor], momentum_buffers: List[Optional[Tensor]], options: Options
-) -> bool:
-    """Whether the fused CPU step serves all of these, as it nearly always does: sorting takes as long as small tensors."""
+) -> Optional[fused_cpu.Plan]:
+    """For one part, if the fused CPU step serves all of these, as nearly always: sorting takes as long as small tensors."""
     buffers = [buffer for buffer in momentum_buffers if buffer is not None] if options.momentum != 0 else []
-    if buffers:
-        return len(buffers) == len(params) and fused_cpu.serves(params, grads, buffers)
-    return fused_cpu.serves(params, grads)
+    if not buffers:
+        return fused_cpu.plan(params, grads)
+    return fused_cpu.plan(params, grads, buffers) if len(buffers) == len(params) else None
 
 
 # What tells parts apart: anything that can be a key. TorchScript has few of these.

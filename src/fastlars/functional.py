@@ -262,7 +262,7 @@ def update(part: Part, measured: Optional[Tensor], options: Options, found_inf: 
     elif not is_scripting() and part.implementation == "fused":
         # one row are gradient norms: it takes the others itself
         norms_ = measured if measured is not None and len(measured) > 1 else None
-        fused_cpu.step(part.params, part.grads, part.momentum_buffers, options, norms_)
+        fused_cpu.step(part.params, part.grads, part.momentum_buffers, options, norms_, part.plan)
     else:
         _update_ours(part, measured, options, found_inf)
 

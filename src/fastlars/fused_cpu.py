@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import ctypes
 import math
-from functools import cache
+from functools import cache, lru_cache
+from itertools import chain
 from operator import attrgetter
-from typing import Any, Dict, Iterator, List, Optional, Tuple, cast  # noqa: UP035  as in functional.py
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, cast  # noqa: UP035  as in functional.py
 
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
 from .coefficients import Number, coefficients, is_adapted, sign
-from .compat import bump_versions
+from .compat import bump_versions, metadata_guard
 from .norms import ROW, flat_norm
 from .options import Options
 
@@ -54,6 +55,54 @@ def serves(params: List[Tensor], *others: List[Tensor]) -> bool:
     )
 
 
+class Plan(NamedTuple):
+    """The places in a list of tensors that are stacked with others of their shape, and of those that are stepped alone."""
+
+    small: Dict[torch.Size, List[int]]
+    alone: List[int]
+
+
+class _Known:
+    """What is known of a list that came before, for as long as the metadata of its tensors are the same."""
+
+    came_before = False
+    is_unchanged: Optional[Callable[..., bool]] = None
+    plan: Optional[Plan] = None
+
+
+@lru_cache(maxsize=32)
+def _known(first: int, count: int) -> _Known:  # noqa: ARG001  other lists may have this key too: that costs time only
+    return _Known()
+
+
+def plan(params: List[Tensor], *others: List[Tensor]) -> Optional[Plan]:
+    """The plan of tensors that are all served, None of others; in one call for a list that came before."""
+    tensors = list(chain(params, *others))
+    known = _known(id(params[0]), len(tensors))
+    if known.is_unchanged is not None and known.is_unchanged(*tensors):
+        return known.plan
+    known.plan = _plan(params) if serves(params, *others) else None
+    # made when a list comes for the second time: it takes as long as asking twice
+    known.is_unchanged = metadata_guard(tensors) if known.plan is not None and known.came_before else None
+    known.came_before = True
+    return known.plan
+
+
+def _plan(params: List[Tensor]) -> Plan:
+    small: Dict[torch.Size, List[int]] = {}
+    alone: List[int] = []
+    shape: Optional[torch.Size] = None
+    for i, param in enumerate(params):
+        # what depends on the shape is asked when it changes: most neighbours are alike
+        if param.shape != shape:
+            shape = param.shape
+            numel = shape.numel()
+            is_small = 0 < numel <= SMALL and (numel <= AT_ONCE or _row(numel) > 0)
+            places = small.setdefault(shape, []) if is_small else alone
+        (places if param.is_contiguous() else alone).append(i)
+    return Plan(small, alone)
+
+
 def _are_laid_out_alike(param: Tensor, *others: Tensor) -> bool:
     strides = effective_strides(param)
     return all(effective_strides(other) == strides for other in others) and is_dense(strides)
@@ -81,28 +130,18 @@ def step(
     momentum_buffers: List[Optional[Tensor]],
     options: Options,
     norms: Optional[Tensor] = None,
+    plan: Optional[Plan] = None,
 ) -> None:
     """Step tensors that are served, all at their first step or all past it.
 
     ``norms``: param norms and direction norms, shape (2, n), where they are known because the tensors are parts of
-    larger ones.
+    larger ones. ``plan``: that of these tensors, where it is known.
     """
     first_step = options.momentum != 0 and momentum_buffers[0] is None
     if first_step:
         momentum_buffers[:] = [torch.zeros_like(param) for param in params]
     buffers = cast(List[Tensor], momentum_buffers)
-    small: Dict[torch.Size, List[int]] = {}
-    alone: List[int] = []
-    shape: Optional[torch.Size] = None
-    for i, param in enumerate(params):
-        # what depends on the shape is asked when it changes: most neighbours are alike
-        if param.shape != shape:
-            shape = param.shape
-            numel = shape.numel()
-            is_small = 0 < numel <= SMALL and (numel <= AT_ONCE or _row(numel) > 0)
-            places = small.setdefault(shape, []) if is_small else alone
-        (places if param.is_contiguous() else alone).append(i)
-
+    small, alone = _plan(params) if plan is None else plan
     fused = _Fused(options, first_step)
     for stacks in _workspaces_full(small):
         places = [i for _, stack in stacks for i in stack]
@@ -162,8 +201,8 @@ class _Fused:
         start = 0
         for shape, params, grads in stacks:
             w, g, rows = self._views(start, shape, len(params))
-            weights.append(torch.stack(params, out=w).view(len(params), -1))
-            directions.append(torch.stack(grads, out=g).view(len(params), -1))
+            weights.append(_matrix(torch.stack(params, out=w)))
+            directions.append(_matrix(torch.stack(grads, out=g)))
             updates += rows
             start += shape.numel() * len(params)
 
@@ -183,7 +222,7 @@ class _Fused:
     def alone(self, param: Tensor, grad: Tensor, buffer: List[Tensor], norms: Optional[Tuple[float, float]]) -> None:
         """A tensor by itself: norms, then one call of the kernel, which reads again what is still in cache."""
         if norms is None and self.adapted:
-            norms = (_norm(_flat(param)), self._direction_norm(param, grad))
+            norms = (_norm(param), self._direction_norm(param, grad))
         b, c = (float(number) for number in self._coefficients(norms))
         if self.options.momentum == 0 and b != 0 and math.isfinite(c / b):
             self._sgd([param], [grad], [], weight_decay=c / b, factor=b)
@@ -238,7 +277,7 @@ class _Fused:
             end = start + shape.numel() * n
             w, g = (workspace[start:end].view(n, *shape) for workspace in self._workspaces())
             views = self.views[start, shape] = (w, g, list(g.unbind()))
-        return views[0][:n], views[1][:n], views[2][:n]
+        return views if len(views[2]) == n else (views[0][:n], views[1][:n], views[2][:n])
 
     def _coefficients(self, norms: Optional[Tuple[Number, Number]]) -> Tuple[Number, Number]:
         return coefficients(norms, self.lr, self.first_step, self.options)
@@ -254,7 +293,7 @@ class _Fused:
 
     def _direction_norm(self, param: Tensor, grad: Tensor) -> float:
         if self.options.trust_denominator == "separate":
-            return _norm(_flat(grad))
+            return _norm(grad)
         blocks = zip(torch.split(_flat(param), STACK), torch.split(_flat(grad), STACK))
         decay = self.options.weight_decay
         return math.hypot(*(_norm((g * sign(self.options)).add_(w, alpha=decay)) for w, g in blocks))
@@ -265,14 +304,20 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.view(-1) if tensor.is_contiguous() else tensor.as_strided((tensor.numel(),), (1,))
 
 
-def _norm(flat: Tensor) -> float:
-    """As `norms.flat_norm`, in fewer calls, and in float32 to the end: a host number is wanted."""
-    numel = flat.numel()
+def _matrix(stack: Tensor) -> Tensor:
+    """Stacked tensors as rows."""
+    return stack if stack.dim() == 2 else stack.view(len(stack), -1)
+
+
+def _norm(tensor: Tensor) -> float:
+    """Of a dense tensor as `norms.flat_norm`, in fewer calls, and in float32 to the end: a host number is wanted."""
+    numel = tensor.numel()
     row = _row(numel)
     if row == 0 or numel > row * ROWS:
-        return flat_norm(flat).item()
-    rows = vector_norm(flat.view(numel // row, row), dim=1)
-    return math.sqrt(torch.dot(rows, rows).item())
+        return flat_norm(_flat(tensor)).item()
+    size = (numel // row, row)
+    row_norms = vector_norm(tensor.view(size) if tensor.is_contiguous() else tensor.as_strided(size, (row, 1)), dim=1)
+    return math.sqrt(torch.dot(row_norms, row_norms).item())
 
 
 def _norms_of_rows(matrix: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
 
 _P = ParamSpec("_P")
+_NONE = {type(None)}
 
 
 def _naming_the_nearest_option(
@@ -288,33 +289,37 @@ class LARS(Optimizer):
                 for p in each["params"] if each["momentum"] != 0 else []:
                     if p.grad is not None:
                         self.state[p]
+        with_grad = [p for p in group["params"] if p.grad is not None]
+        params += with_grad
+        grads += [p.grad for p in with_grad]
+        if group["momentum"] == 0:
+            return
+        found = [self.state[p].get("momentum_buffer") for p in with_grad]
         # once an optimizer has been compiled with dampening
         settles = bool(self._first_steps) and (first_steps is None or group["dampening"] == 0)
-        for p in group["params"]:
-            if p.grad is None:
-                continue
-            params.append(p)
-            grads.append(p.grad)
-            if group["momentum"] != 0:
-                buffer = self.state[p].get("momentum_buffer")
-                # With dampening the first step must be known as such: the buffer stays None until the step has made it;
-                # in a graph, which is to serve later steps too, a tensor says so.
-                if settles and self._is_untouched(p, buffer):
-                    del self.state[p]["momentum_buffer"]
-                    buffer = None
-                is_new = buffer is None and (group["dampening"] == 0 or first_steps is not None)
-                if is_new:
-                    buffer = self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                momentum_buffers.append(buffer)
-                if first_steps is not None and group["dampening"] != 0:
-                    is_first, made = self._first_steps.get(p) or (
-                        torch.zeros((), dtype=torch.bool, device=p.device),
-                        None,
-                    )
-                    if is_new or made is not buffer:
-                        is_first.fill_(is_new)
-                    self._first_steps[p] = is_first, buffer
-                    first_steps.append(is_first)
+        if first_steps is None and not settles and _NONE.isdisjoint(map(type, found)):
+            momentum_buffers += found  # as in nearly every step: the loop below takes as long as small tensors
+            return
+        for p, old in zip(with_grad, found, strict=True):
+            buffer = old
+            # With dampening the first step must be known as such: the buffer stays None until the step has made it;
+            # in a graph, which is to serve later steps too, a tensor says so.
+            if settles and self._is_untouched(p, buffer):
+                del self.state[p]["momentum_buffer"]
+                buffer = None
+            is_new = buffer is None and (group["dampening"] == 0 or first_steps is not None)
+            if is_new:
+                buffer = self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            momentum_buffers.append(buffer)
+            if first_steps is not None and group["dampening"] != 0:
+                is_first, made = self._first_steps.get(p) or (
+                    torch.zeros((), dtype=torch.bool, device=p.device),
+                    None,
+                )
+                if is_new or made is not buffer:
+                    is_first.fill_(is_new)
+                self._first_steps[p] = is_first, buffer
+                first_steps.append(is_first)
 
     def _is_untouched(self, param: Tensor, buffer: Tensor | None) -> bool:
         """Whether a buffer was made for the first step of a graph that never ran, as where its backend failed."""
@@ -398,8 +403,7 @@ class LARS(Optimizer):
                 self._check_edited(i, group)
             if found_inf is not None:
                 check_can_be_skipped(group["momentum"], group["dampening"], f"param group {i}: found_inf")
-            for p in group["params"]:
-                grad = p.grad
+            for grad in [p.grad for p in group["params"]]:
                 if grad is not None and grad.layout is not torch.strided:
                     check_grad(grad)
         shards = sharding.sharded(params_and_options)
