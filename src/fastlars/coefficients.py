@@ -45,9 +45,11 @@ def is_nonzero(param_norm: Number, direction_norm: Number) -> Condition:
     return (param_norm != 0) & (direction_norm != 0)
 
 
-def trust_ratio(param_norm: Number, direction_norm: Number, lr: Number, options: Options) -> Number:
-    """lam, the trust ratio. ``direction_norm`` is |g| for "separate" and |g + weight_decay * w| for "joint"."""
-    nonzero = is_nonzero(param_norm, direction_norm)
+def trust_ratio(nonzero: Condition, param_norm: Number, direction_norm: Number, lr: Number, options: Options) -> Number:
+    """lam, the trust ratio. ``direction_norm`` is |g| for "separate" and |g + weight_decay * w| for "joint".
+
+    ``nonzero`` is what `is_nonzero` says of the norms: whoever asks for the ratio may need it too.
+    """
     denominator = direction_norm + options.eps
     if options.trust_denominator == "separate":
         denominator = denominator + options.weight_decay * param_norm
@@ -68,19 +70,24 @@ def coefficients(
     ``norms`` are the param norm and the direction norm; None for tensors that are not adapted.
     """
     if norms is not None:
-        ratio = trust_ratio(norms[0], norms[1], lr, options)
-    elif is_scripting():
-        ratio = torch.ones_like(torch.as_tensor(lr))
+        nonzero = is_nonzero(norms[0], norms[1])
+        ratio = _scaled(trust_ratio(nonzero, norms[0], norms[1], lr, options), lr, first_step, options)
+        c = ratio * options.weight_decay
+        if options.trust_denominator == "separate":
+            c = where(nonzero, c, 0.0)
     else:
-        ratio = 1.0
-    if options.momentum != 0 and not first_step:
+        ratio = _scaled(torch.ones_like(torch.as_tensor(lr)) if is_scripting() else 1.0, lr, first_step, options)
+        c = ratio * options.weight_decay
+    return -ratio if options.maximize else ratio, c
+
+
+def _scaled(ratio: Number, lr: Number, first_step: bool, options: Options) -> Number:
+    """The ratio times k and r; factors of 1 are left out, for each is an operation of its own."""
+    if options.momentum != 0 and options.dampening != 0 and not first_step:
         ratio = ratio * (1 - options.dampening)
     if options.lr_in_momentum:
         ratio = ratio * lr
-    c = ratio * options.weight_decay
-    if norms is not None and options.trust_denominator == "separate":
-        c = where(is_nonzero(norms[0], norms[1]), c, 0.0)
-    return ratio * sign(options), c
+    return ratio
 
 
 def on_device(value: Tensor, like: Tensor) -> Tensor:

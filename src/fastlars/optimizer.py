@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import sharding
-from .coefficients import is_adapted, scalar_lr, trust_ratio
+from .coefficients import is_adapted, is_nonzero, scalar_lr, trust_ratio
 from .compat import NAMED_PARAMETERS, outside_graphs, required, use_grad_for_differentiable
 from .description import describe
 from .dispatch import Part, implementation, split
@@ -499,7 +499,8 @@ class LARS(Optimizer):
             measured, _, _ = shards.exchange(known, None, None)
         for names, (_, options, _), rows in zip(names_of, known, measured, strict=True):
             assert rows is not None  # the group is adapted
-            ratio = trust_ratio(rows[0], rows[1], scalar_lr(options.lr, rows), options)
+            nonzero = is_nonzero(rows[0], rows[1])
+            ratio = trust_ratio(nonzero, rows[0], rows[1], scalar_lr(options.lr, rows), options)
             assert isinstance(ratio, Tensor)
             ratios.update(zip(names, ratio.tolist(), strict=True))
         return ratios
