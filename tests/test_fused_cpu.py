@@ -2,6 +2,7 @@
 
 import itertools
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -132,6 +133,26 @@ def test_a_known_list_whose_tensors_all_changed_together() -> None:
     first, larger, transposed, wide = plans
     assert first == [({(4, 6): [0]}, [])] * 4 and larger == [({(8, 6): [0]}, [])] * 4
     assert transposed == [({(8, 6): []}, [0])] * 4 and wide == [None] * 4
+
+
+def test_the_groups_of_an_optimizer_are_looked_at_twice_and_then_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that comes once costs no guard, and a step of known groups neither looks nor plans."""
+    calls: Counter[str] = Counter()
+
+    def count(name: str) -> None:
+        function = getattr(fused_cpu, name)
+        monkeypatch.setattr(fused_cpu, name, lambda *args: (calls.update([name]), function(*args))[1])
+
+    for name in ("serves", "metadata_guard", "_plan"):
+        count(name)
+    params = [torch.nn.Parameter(torch.randn(3, 5)) for _ in range(4)]
+    set_grads(params, [torch.randn(3, 5) for _ in params])
+    optimizer = LARS([{"params": params[:2]}, {"params": params[2:]}], **OPTIONS["momentum"])
+    optimizer.step()
+    assert calls == {"serves": 2, "_plan": 2}
+    for _ in range(4):
+        optimizer.step()
+    assert calls == {"serves": 4, "_plan": 4, "metadata_guard": 2}
 
 
 def test_lists_that_are_known_are_few_and_keep_no_tensor_alive() -> None:
