@@ -1,5 +1,6 @@
 """The fused CPU step is exact for every tensor: what torch's kernel computes wrong goes another way."""
 
+import contextlib
 import itertools
 import weakref
 from collections import Counter
@@ -117,7 +118,7 @@ def test_a_list_that_is_known_is_served_as_one_that_is_not(
         assert fused_cpu.plan(*lists) == ({(8,): [0], (4, 6): [1]}, [2])
     assert in_one_call(monkeypatch, lists)
     lists[place][1] = make[changed](torch.randn(4, 6))
-    for _ in range(4):  # known again, where it is served
+    for _ in range(4):  # known again after a while, where it is served
         assert (fused_cpu.plan(*lists) is not None) == (changed in ("contiguous", "offset"))
     assert in_one_call(monkeypatch, lists) == (changed in ("contiguous", "offset"))
 
@@ -155,16 +156,76 @@ def test_the_groups_of_an_optimizer_are_looked_at_twice_and_then_known(monkeypat
     assert calls == {"serves": 4, "_plan": 4, "metadata_guard": 2}
 
 
+@pytest.mark.parametrize("size", [5, 20_000], ids=["stacked", "alone"])
+@pytest.mark.parametrize("first", [2, 3])
+def test_lists_of_as_many_tensors_in_other_numbers_are_not_confused(first: int, size: int) -> None:
+    """Three params and their gradients are as many tensors as two with buffers."""
+    params, grads, buffers = ([torch.full((size,), value) for _ in range(3)] for value in (1.0, 1.0, 0.0))
+    for count in (first, first, 5 - first):
+        before = [param.clone() for param in params]
+        momentum = 0.9 if count == 2 else 0.0
+        lars(params[:count], grads[:count], buffers[:count] if momentum else [], 1.0, momentum, adapt=True)
+        assert [not torch.equal(x, y) for x, y in zip(params, before, strict=True)] == [True, True, count == 3]
+
+
+def test_what_is_known_stays_whole_when_an_error_comes_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C, or another thread, while a guard is made: a plan goes with its own guard."""
+    lists = [[torch.randn(5), torch.randn(20_000)] for _ in range(3)]
+    for _ in range(3):
+        fused_cpu.plan(*lists)
+    large = [each[1] for each in lists]
+
+    def fails(_: object) -> None:
+        raise KeyboardInterrupt
+
+    for each in lists:
+        each[1] = torch.randn(7)
+    with monkeypatch.context() as patch:
+        patch.setattr(fused_cpu, "metadata_guard", fails)
+        for _ in range(3):
+            with contextlib.suppress(KeyboardInterrupt):
+                assert fused_cpu.plan(*lists) == ({(5,): [0], (7,): [1]}, [])
+    for each, tensor in zip(lists, large, strict=True):
+        each[1] = tensor
+    assert fused_cpu.plan(*lists) == ({(5,): [0]}, [1])
+
+
+def test_a_list_that_never_stays_the_same_makes_few_guards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with one gradient of two parameters, which torch's guard does not take."""
+    made: list[int] = []
+    guard = fused_cpu.metadata_guard
+    monkeypatch.setattr(fused_cpu, "metadata_guard", lambda tensors: made.append(1) or guard(tensors))
+    params, grad = [torch.randn(5), torch.randn(5)], torch.randn(5)
+    for _ in range(9):
+        assert fused_cpu.plan(params, [grad, grad]) == ({(5,): [0, 1]}, [])
+    assert len(made) <= 3
+
+
+def test_a_parameter_that_comes_twice_has_one_buffer() -> None:
+    """Torch takes it, with a warning: both of its steps are those of one momentum buffer."""
+    param, expected = torch.nn.Parameter(torch.ones(1)), torch.ones(1)
+    with pytest.warns(UserWarning, match="duplicate"):
+        optimizer = LARS([param, param], lr=0.1, momentum=0.9, adapt=False)
+    buffer = torch.zeros(1)
+    for _ in range(3):
+        param.grad = torch.ones(1)
+        optimizer.step()
+        for _ in range(2):
+            buffer = 0.9 * buffer + 1.0
+            expected = expected - 0.1 * buffer
+    torch.testing.assert_close(param.detach(), expected)
+
+
 def test_lists_that_are_known_are_few_and_keep_no_tensor_alive() -> None:
     dead = []
-    for _ in range(100):
+    for _ in range(200):
         param = torch.randn(3)
         for _ in range(3):
             fused_cpu.plan([param], [param.clone()])
         dead.append(weakref.ref(param))
         del param
     assert not any(reference() is not None for reference in dead)
-    assert fused_cpu._known.cache_info().currsize <= 32
+    assert fused_cpu._known.cache_info().currsize <= 128
 
 
 def test_without_the_guard_of_torch_every_list_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

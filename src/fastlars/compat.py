@@ -47,8 +47,9 @@ def bump_versions(tensors: List[Tensor]) -> None:
 def metadata_guard(tensors: List[Tensor]) -> Optional[Callable[..., bool]]:
     """What tells whether as many tensors have the types, dtypes, devices, layouts, sizes and strides of these, in one call.
 
-    torch.compile asks the inputs of its graphs so, and it takes a sixth of the time of asking each from Python. None where
-    torch has it no more.
+    torch.compile asks the inputs of its graphs so, and it takes a sixth of the time of asking each from Python. Lists that
+    hold a tensor twice are never the same; at nested tensors, which autograd gives to no plain parameter, it may abort.
+    None where torch has it no more.
     """
     sizes: List[Any] = [list(tensor.shape) for tensor in tensors]
     strides: List[Any] = [list(tensor.stride()) for tensor in tensors]

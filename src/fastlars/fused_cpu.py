@@ -63,29 +63,32 @@ class Plan(NamedTuple):
 
 
 class _Known:
-    """What is known of a list that came before, for as long as the metadata of its tensors are the same."""
+    """What is known of a list that came before: its plan, for as long as a guard says that its tensors are the same."""
 
     came_before = False
-    is_unchanged: Optional[Callable[..., bool]] = None
-    plan: Optional[Plan] = None
+    guarded: Optional[Tuple[Callable[..., bool], Plan]] = None  # written at once: other threads may read it
 
 
-@lru_cache(maxsize=32)
-def _known(first: int, count: int) -> _Known:  # noqa: ARG001  other lists may have this key too: that costs time only
+@lru_cache(maxsize=128)
+def _known(first: int, params: int, tensors: int) -> _Known:  # noqa: ARG001  where lists share this key, it costs time only
     return _Known()
 
 
 def plan(params: List[Tensor], *others: List[Tensor]) -> Optional[Plan]:
     """The plan of tensors that are all served, None of others; in one call for a list that came before."""
     tensors = list(chain(params, *others))
-    known = _known(id(params[0]), len(tensors))
-    if known.is_unchanged is not None and known.is_unchanged(*tensors):
-        return known.plan
-    known.plan = _plan(params) if serves(params, *others) else None
-    # made when a list comes for the second time: it takes as long as asking twice
-    known.is_unchanged = metadata_guard(tensors) if known.plan is not None and known.came_before else None
-    known.came_before = True
-    return known.plan
+    # with the number of params: a guard does not see where they end
+    known = _known(id(params[0]), len(params), len(tensors))
+    guarded = known.guarded
+    if guarded is not None and guarded[0](*tensors):
+        return guarded[1]
+    new = _plan(params) if serves(params, *others) else None
+    # A guard is made when a list comes for the second time, and not where the last one has just failed: making it takes as
+    # long as asking twice.
+    guard = metadata_guard(tensors) if new is not None and known.came_before and guarded is None else None
+    known.guarded = None if new is None or guard is None else (guard, new)
+    known.came_before = guarded is None
+    return new
 
 
 def _plan(params: List[Tensor]) -> Plan:

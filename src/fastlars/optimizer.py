@@ -300,8 +300,8 @@ class LARS(Optimizer):
         if first_steps is None and not settles and _NONE.isdisjoint(map(type, found)):
             momentum_buffers += found  # as in nearly every step: the loop below takes as long as small tensors
             return
-        for p, old in zip(with_grad, found, strict=True):
-            buffer = old
+        for p in with_grad:
+            buffer = self.state[p].get("momentum_buffer")  # anew: a parameter that comes twice has one
             # With dampening the first step must be known as such: the buffer stays None until the step has made it;
             # in a graph, which is to serve later steps too, a tensor says so.
             if settles and self._is_untouched(p, buffer):
