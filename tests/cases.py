@@ -239,6 +239,23 @@ def make_grads(history: str, params: Sequence[Tensor], step: int) -> list[Tensor
     return [HISTORIES[history](param, step, index) for index, param in enumerate(params)]
 
 
+# One tensor of shape (4, 6) in every memory layout that a parameter, gradient or buffer may have.
+MEMORY: dict[str, Layout] = {
+    "contiguous": lambda x: x.clone(),
+    "transposed": lambda x: x.t().contiguous().t(),
+    "columns": lambda x: torch.cat([x, x], dim=1)[:, :6],
+    "every_second": lambda x: x.repeat_interleave(2, dim=1)[:, ::2],
+    "offset": lambda x: torch.cat([x.new_zeros(3), x.reshape(-1)])[3:].view(4, 6),
+    "negative": lambda x: torch.complex(x, -x).conj().imag,  # a view whose sign bit is not in memory
+    "float64": lambda x: x.double(),
+    "bfloat16": lambda x: x.bfloat16(),
+}
+
+
+class Subclass(Tensor):
+    pass
+
+
 # ---------------------------------------------------------------- tolerance
 # Units of the dtype's eps for one step from equal values, relative to the largest number added up (the reference's
 # param_sizes and buffer_sizes). Half types: arithmetic in float32, then v and w are each rounded once, half an eps; w

@@ -1,6 +1,8 @@
 """What the tests do again and again: set gradients, read buffers, and step beside the reference."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cases import LR_FACTORS, STEPS, Options, tolerance
-from fastlars import LARS
+from fastlars import LARS, fused_cpu
 from reference import ReferenceLARS
 
 IMPLEMENTATIONS: dict[str, Options] = {
@@ -24,6 +26,21 @@ ignore_nothing_adapted = pytest.mark.filterwarnings("ignore:LARS adapts no param
 def set_grads(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
     for param, grad in zip(params, grads, strict=True):
         param.grad = grad
+
+
+@contextlib.contextmanager
+def stacked(up_to: int, at_once: int = fused_cpu.STACK) -> Iterator[None]:
+    """Other limits of the fused CPU step: tensors of so many elements are stacked, so many elements at a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused_cpu, "SMALL", up_to)
+        patch.setattr(fused_cpu, "STACK", at_once)
+        # what was made to the usual limits, and what is made to these
+        patch.setattr(fused_cpu, "_SPARE", deque(maxlen=1))
+        fused_cpu._known.cache_clear()
+        try:
+            yield
+        finally:
+            fused_cpu._known.cache_clear()
 
 
 def buffers_of(optimizer: torch.optim.Optimizer) -> list[Tensor | None]:

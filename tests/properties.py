@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -23,7 +22,7 @@ from torch.nn import Parameter
 import harness
 from cases import COMPLEX, REAL, Options, is_valid
 from fastlars import LARS, fused_cpu
-from harness import set_grads
+from harness import set_grads, stacked
 
 STEPS = 3
 
@@ -221,9 +220,7 @@ def bits_after(tensors: Sequence[Kind], chosen: Options, implementation: Options
 @contextlib.contextmanager
 def limits(threads: int, stack: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused_cpu, "SMALL", 5000)  # at most a stack
-        patch.setattr(fused_cpu, "STACK", stack)
+    with stacked(up_to=5000, at_once=stack):  # at most a stack
         torch.set_num_threads(threads)
         try:
             yield

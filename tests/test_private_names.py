@@ -50,6 +50,12 @@ def asks_for_sizes() -> bool:
     return guards.check(*ones()) is True and guards.check(*ones()[::-1]) is False
 
 
+def sees_modes() -> bool:
+    with torch.utils._python_dispatch.TorchDispatchMode():
+        inside = torch._C._len_torch_dispatch_stack()
+    return inside == 1 and torch._C._len_torch_dispatch_stack() == 0
+
+
 def grad_mode_of_a_step() -> bool:
     from torch.optim.optimizer import _use_grad_for_differentiable  # noqa: PLC0415
 
@@ -109,6 +115,10 @@ PRIVATE: dict[str, tuple[str, Callable[[], bool]]] = {
     "torch._C._dynamo.guards.TensorGuards": (
         "fused step on CPU, for its speed: it asks a list that it knows in one call",
         asks_for_sizes,
+    ),
+    "torch._C._len_torch_dispatch_stack": (
+        "fused step on CPU, for its speed: it keeps its workspace where no mode sees it",
+        sees_modes,
     ),
     "torch.nn.modules.batchnorm._NormBase": (
         "`param_groups`, which takes batch and instance norms by it",

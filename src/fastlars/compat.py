@@ -20,6 +20,7 @@ __all__ = [
     "default_foreach",
     "is_scripting",
     "metadata_guard",
+    "operations_are_seen",
     "outside_graphs",
     "required",
     "use_grad_for_differentiable",
@@ -58,6 +59,17 @@ def metadata_guard(tensors: List[Tensor]) -> Optional[Callable[..., bool]]:
     except (AttributeError, TypeError):
         return None
     return guards.check
+
+
+def operations_are_seen() -> bool:
+    """Whether a mode sees, and may replace, what torch computes now: one that traces, or makes fake tensors.
+
+    True where torch cannot tell.
+    """
+    try:
+        return torch._C._len_torch_dispatch_stack() > 0
+    except AttributeError:
+        return True
 
 
 def default_foreach(params: List[Tensor]) -> bool:

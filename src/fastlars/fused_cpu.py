@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections import deque
 from functools import cache, lru_cache
 from itertools import chain
 from operator import attrgetter
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from .coefficients import Number, coefficients, is_adapted, sign
-from .compat import bump_versions, metadata_guard
+from .compat import bump_versions, metadata_guard, operations_are_seen
 from .norms import ROW, flat_norm
 from .options import Options
 
@@ -28,10 +29,12 @@ from .options import Options
 SMALL = 12 * 1024
 # Elements whose squares are added in float32 without rows: relative error of their norm up to 3e-6.
 AT_ONCE = 4096
-# Elements stacked at a time, in two workspaces of 1 MiB made once a step: page faults cost most of a stack.
+# Elements stacked at a time, in two workspaces of 1 MiB: page faults cost most of a stack.
 STACK = 1 << 18
 # Row norms that one dot product may add in float32: relative error up to 5e-7.
 ROWS = 4096
+# Stacks whose views a workspace keeps.
+STACKS = 128
 # 1 - b is passed in double precision, and b is taken back from it: exactly for a float32 b of this size and above.
 SMALLEST_B = 2.0**-29
 
@@ -126,6 +129,48 @@ def is_dense(strides: List[Tuple[int, int]]) -> bool:
     return True
 
 
+class _Stack(NamedTuple):
+    """A stretch of a workspace as tensors of one shape on top of each other."""
+
+    weights: Tensor
+    grads: Tensor
+    weight_rows: Tensor
+    grad_rows: Tensor
+    directions: List[Tensor]  # the gradients one by one
+
+
+class _Workspace:
+    """Memory for one step at a time, and views of it: making a view takes as long as copying a small tensor."""
+
+    def __init__(self) -> None:
+        with torch.inference_mode(False):  # whatever makes it first
+            self.weights, self.grads = (torch.empty(STACK, **_WORK) for _ in range(2))
+        self.stacks: Dict[Tuple[int, torch.Size, int], _Stack] = {}
+
+    def stack(self, start: int, shape: torch.Size, n: int) -> _Stack:
+        """Room for n weights and n gradients of a shape, from element ``start`` on."""
+        stack = self.stacks.get((start, shape, n))
+        if stack is None:
+            if len(self.stacks) == STACKS:
+                self.stacks.clear()
+            numel = shape.numel()
+            rows = [memory[start : start + n * numel].view(n, numel) for memory in (self.weights, self.grads)]
+            weights, grads = (matrix.view(n, *shape) for matrix in rows)
+            stack = self.stacks[start, shape, n] = _Stack(weights, grads, rows[0], rows[1], list(grads.unbind()))
+        return stack
+
+
+# The workspace that no step uses now. At most one: threads that step at the same time make others, which go with the step.
+_SPARE: deque[_Workspace] = deque(maxlen=1)
+
+
+def _workspace(spare: deque[_Workspace]) -> _Workspace:
+    try:
+        return spare.pop()
+    except IndexError:  # not asked first: another thread may take it in between
+        return _Workspace()
+
+
 @torch.no_grad()
 def step(
     params: List[Tensor],
@@ -145,7 +190,10 @@ def step(
         momentum_buffers[:] = [torch.zeros_like(param) for param in params]
     buffers = cast(List[Tensor], momentum_buffers)
     small, alone = _plan(params) if plan is None else plan
-    fused = _Fused(options, first_step)
+    # a mode that traces a step, or makes other tensors of it, must see its memory made, and keep it
+    spare = deque() if operations_are_seen() else _SPARE
+    workspace = _workspace(spare)
+    fused = _Fused(options, first_step, workspace)
     for stacks in _workspaces_full(small):
         places = [i for _, stack in stacks for i in stack]
         fused.stacked(
@@ -157,6 +205,7 @@ def step(
     for i in alone:
         known = None if numbers is None else (numbers[0][i], numbers[1][i])
         fused.alone(params[i], grads[i], buffers[i : i + 1], known)
+    spare.append(workspace)
     bump_versions(params + buffers)
 
 
@@ -182,14 +231,13 @@ def _workspaces_full(places: Dict[torch.Size, List[int]]) -> Iterator[List[Tuple
 class _Fused:
     """The step of tensors that share options and that `serves` let in."""
 
-    def __init__(self, options: Options, first_step: bool) -> None:
+    def __init__(self, options: Options, first_step: bool, workspace: _Workspace) -> None:
         self.options = options
         self.adapted = is_adapted(options)
         self.first_step = first_step
         self.lr = float(options.lr)
         self.step_size = 1.0 if options.lr_in_momentum else self.lr
-        self.workspaces: List[Tensor] = []
-        self.views: Dict[Tuple[int, torch.Size], Tuple[Tensor, Tensor, List[Tensor]]] = {}
+        self.workspace = workspace
 
     def stacked(
         self,
@@ -203,10 +251,12 @@ class _Fused:
         updates: List[Tensor] = []
         start = 0
         for shape, params, grads in stacks:
-            w, g, rows = self._views(start, shape, len(params))
-            weights.append(_matrix(torch.stack(params, out=w)))
-            directions.append(_matrix(torch.stack(grads, out=g)))
-            updates += rows
+            stack = self.workspace.stack(start, shape, len(params))
+            torch.stack(params, out=stack.weights)
+            torch.stack(grads, out=stack.grads)
+            weights.append(stack.weight_rows)
+            directions.append(stack.grad_rows)
+            updates += stack.directions
             start += shape.numel() * len(params)
 
         if norms is None and self.adapted:
@@ -237,7 +287,7 @@ class _Fused:
 
     def _block_by_block(self, param: Tensor, grad: Tensor, buffer: List[Tensor], b: float, c: float) -> None:
         """What one call cannot do, through a workspace that holds the direction of a block."""
-        workspace = self._workspaces()[0]
+        workspace = self.workspace.grads
         blocks = [torch.split(_flat(tensor), STACK) for tensor in (param, grad, *buffer)]
         for w, g, *v in zip(*blocks):
             direction = torch.mul(g, b, out=workspace[: g.numel()])
@@ -267,21 +317,6 @@ class _Fused:
             is_first_step=False,
         )
 
-    def _workspaces(self) -> List[Tensor]:
-        if not self.workspaces:
-            self.workspaces = [torch.empty(STACK, **_WORK) for _ in range(2)]
-        return self.workspaces
-
-    def _views(self, start: int, shape: torch.Size, n: int) -> Tuple[Tensor, Tensor, List[Tensor]]:
-        """A stretch of both workspaces as n stacked tensors, and those of the second one by one."""
-        views = self.views.get((start, shape))
-        # making one takes as long as copying a small tensor; a shape that comes again comes with no more tensors
-        if views is None:
-            end = start + shape.numel() * n
-            w, g = (workspace[start:end].view(n, *shape) for workspace in self._workspaces())
-            views = self.views[start, shape] = (w, g, list(g.unbind()))
-        return views if len(views[2]) == n else (views[0][:n], views[1][:n], views[2][:n])
-
     def _coefficients(self, norms: Optional[Tuple[Number, Number]]) -> Tuple[Number, Number]:
         return coefficients(norms, self.lr, self.first_step, self.options)
 
@@ -305,11 +340,6 @@ class _Fused:
 def _flat(tensor: Tensor) -> Tensor:
     """A dense tensor's elements in memory order."""
     return tensor.view(-1) if tensor.is_contiguous() else tensor.as_strided((tensor.numel(),), (1,))
-
-
-def _matrix(stack: Tensor) -> Tensor:
-    """Stacked tensors as rows."""
-    return stack if stack.dim() == 2 else stack.view(len(stack), -1)
 
 
 def _norm(tensor: Tensor) -> float:
