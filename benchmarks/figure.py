@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from .optimizers import OURS, YARDSTICK
-from .results import COPY, FLOOR, SERIES, TWO_PASSES, Results, fingerprint
+from .results import COPY, FLOOR, READ, SERIES, TWO_PASSES, Results, fingerprint
 from .tables import title
 
 # Okabe and Ito's colours, distinct for colour-blind readers too; the markers say the same once more.
@@ -88,7 +88,7 @@ def alt_text(step_time: Results, scaling: Results | None) -> str:
 
 def _against_sgd(axes: Axes, results: Results) -> None:
     cases = results.cases
-    for contender in dict.fromkeys(row.contender for row in results.rows if row.contender != COPY):
+    for contender in dict.fromkeys(row.contender for row in results.rows if row.contender not in (COPY, READ)):
         colour, marker = MARKS.get(contender, UNKNOWN)
         ratios = [(results.ratio(case, contender, YARDSTICK), i) for i, case in enumerate(cases)]
         known = [(ratio, i) for ratio, i in ratios if ratio is not None]
@@ -104,6 +104,11 @@ def _against_sgd(axes: Axes, results: Results) -> None:
             label=title(contender),
             zorder=4 if contender == OURS[0] else 3,
         )
+    reads = [(i, results.and_a_read(case, YARDSTICK)) for i, case in enumerate(cases)]
+    ends = [(results.relative(row, YARDSTICK), i) for i, row in reads if row is not None]
+    if ends:
+        what = f"{title(YARDSTICK)} and one more read"
+        axes.scatter(*zip(*ends, strict=True), color="#666666", marker="|", s=300, label=what, zorder=2)
     axes.axvline(1.0, color="black", linewidth=1)
     axes.axvline(TWO_PASSES / FLOOR, color="black", linewidth=1, linestyle="--")
     axes.set(
@@ -119,7 +124,7 @@ def _against_sgd(axes: Axes, results: Results) -> None:
 
 def _against_size(axes: Axes, results: Results, series: str) -> None:
     rows = [row for row in results.rows if row.case.startswith(f"{series}:")]
-    for contender in dict.fromkeys(row.contender for row in rows if row.contender != COPY):
+    for contender in dict.fromkeys(row.contender for row in rows if row.contender not in (COPY, READ)):
         colour, marker = MARKS.get(contender, UNKNOWN)
         points = [(getattr(row, series), row.median) for row in rows if row.contender == contender]
         axes.plot(*zip(*points, strict=True), color=colour, marker=marker)

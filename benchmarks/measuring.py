@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from .counting import bytes_moved, launches_and_host_reads, peak_extra_bytes
 from .optimizers import CONTENDERS, Contender
-from .results import COPY, Row
+from .results import COPY, READ, Row
 from .shapes import Shape
 from .timing import Clock, Copy, Length, interleave
 
@@ -27,7 +27,7 @@ def measure(
     length: Length,
     dtype: torch.dtype,
 ) -> list[Row]:
-    """A row for each contender and one for the copy.
+    """A row for each contender, one for the copy and one for the read.
 
     All contenders step the same parameters and gradients; who writes to the gradients gets gradients of its own.
     """
@@ -41,7 +41,8 @@ def measure(
     times = interleave({name: optimizer.step for name, optimizer in optimizers.items()}, clock, length, copy)
     rows = [replace(row, ms=times[row.contender]) for row in rows]
     elements = sum(p.numel() for p in params)
-    return [*rows, Row(case, COPY, len(params), elements, times[COPY], Copy.bytes_moved)]
+    bandwidths = {COPY: Copy.bytes_moved, READ: Copy.bytes_read}
+    return [*rows, *(Row(case, name, len(params), elements, times[name], moved) for name, moved in bandwidths.items())]
 
 
 def _parameters(shapes: Sequence[Shape], device: torch.device, dtype: torch.dtype) -> list[Parameter]:

@@ -29,6 +29,7 @@ from .tables import (
     heading,
     markdown,
     number,
+    rows_of,
     title,
 )
 
@@ -206,7 +207,7 @@ def _skipped(results: Results) -> Iterator[str]:
 
 
 def _case_table(results: Results, case: str, columns: tuple[Column, ...]) -> Iterator[str]:
-    texts = filled(results, results.of_case(case), columns)
+    texts = filled(results, rows_of(results, case), columns)
     yield f"**{heading(results, case)}**\n"
     rows = [list(row) for row in zip(*(column for _, column in texts), strict=True)]
     yield from markdown([header for header, _ in texts], rows, numbers=set(range(1, len(texts))))

@@ -6,12 +6,12 @@ import hashlib
 import json
 import statistics
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 FORMAT = 1
-COPY = "copy"  # the row of the copy that measures the bandwidth, one in each case
+COPY, READ = "copy", "read"  # the rows that measure the bandwidth of copying and of reading, one each in each case
 SERIES = ("tensors", "elements")  # what grows in scaling.py; its cases are named "series: ..."
 FLOOR = 20  # bytes a float32 parameter: read p, g, v; write p, v
 TWO_PASSES = 28  # and p and g once more, for the norms
@@ -61,18 +61,30 @@ class Results:
         return list(dict.fromkeys(row.case for row in self.rows))
 
     def of_case(self, case: str) -> list[Row]:
-        """The contenders' rows; not the copy's."""
-        return [row for row in self.rows if row.case == case and row.contender != COPY]
+        """The contenders' rows; not those of the copy and the read."""
+        return [row for row in self.rows if row.case == case and row.contender not in (COPY, READ)]
 
     def find(self, case: str, contender: str) -> Row | None:
         return next((row for row in self.rows if (row.case, row.contender) == (case, contender)), None)
 
     def ratio(self, case: str, contender: str, to: str) -> float | None:
         """The median, over the rounds, of a contender's time in units of another's in the same round."""
-        one, other = self.find(case, contender), self.find(case, to)
-        if one is None or other is None:
+        row = self.find(case, contender)
+        return None if row is None else self.relative(row, to)
+
+    def relative(self, row: Row, to: str) -> float | None:
+        """`ratio` of a row."""
+        other = self.find(row.case, to)
+        return None if other is None else statistics.median(a / b for a, b in zip(row.ms, other.ms, strict=True))
+
+    def and_a_read(self, case: str, contender: str) -> Row | None:
+        """A contender whose step is followed by another read of parameters and gradients, at the bandwidth of the round."""
+        row, read = self.find(case, contender), self.find(case, READ)
+        if row is None or read is None or row.bytes_moved is None or read.bytes_moved is None:
             return None
-        return statistics.median(a / b for a, b in zip(one.ms, other.ms, strict=True))
+        more = row.bytes_moved * (TWO_PASSES - FLOOR) // FLOOR
+        ms = [step + more / read.bytes_moved * whole for step, whole in zip(row.ms, read.ms, strict=True)]
+        return replace(row, ms=ms, bytes_moved=row.bytes_moved + more)
 
     def share_of_copy(self, row: Row) -> float | None:
         copy = self.find(row.case, COPY)

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from .results import COPY
+from .results import COPY, READ
 
 Step = Callable[[], object]
 
@@ -64,9 +64,10 @@ def clock_for(device: torch.device) -> Clock:
 
 
 class Copy:
-    """The yardstick of bandwidth: x.copy_(y) of 256 MiB, which reads and writes them."""
+    """The yardsticks of bandwidth: x.copy_(y) of 256 MiB, which reads and writes them, and x.sum(), which reads them."""
 
     bytes_moved = 2 * 4 * COPY_ELEMENTS
+    bytes_read = 4 * COPY_ELEMENTS
 
     def __init__(self, device: torch.device) -> None:
         self._from = torch.ones(COPY_ELEMENTS, dtype=torch.float32, device=device)
@@ -74,6 +75,9 @@ class Copy:
 
     def __call__(self) -> None:
         self._to.copy_(self._from)
+
+    def read(self) -> None:
+        self._from.sum()
 
 
 @dataclass(frozen=True)
@@ -87,9 +91,9 @@ class Length:
 def interleave(
     steps: Mapping[str, Step], clock: Clock, length: Length, copy: Copy | None = None
 ) -> dict[str, list[float]]:
-    """Milliseconds of each contender in each round (and of `copy`, if given), after one round that is not counted."""
+    """Milliseconds of each contender in each round (and of `copy` and its read, if given), after one that is not counted."""
     if copy is not None:
-        steps = {**steps, COPY: copy}
+        steps = {**steps, COPY: copy, READ: copy.read}
     for step in steps.values():
         clock.time(step)
     samples: dict[str, list[float]] = {name: [] for name in steps}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,23 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # benchmarks/ is no part of the package; it is run from the repository root
 
 import ranks
-from benchmarks import compare, compile_time, distributed, long_run, models, passes, render, step_time, training_step
+from benchmarks import (
+    compare,
+    compile_time,
+    distributed,
+    figure,
+    long_run,
+    models,
+    passes,
+    render,
+    step_time,
+    tables,
+    training_step,
+)
 from benchmarks.counting import bytes_moved, peak_extra_bytes
 from benchmarks.measuring import measure
 from benchmarks.optimizers import CONTENDERS, LOOP, OURS, YARDSTICK, Contender
-from benchmarks.results import COPY, Results, Row, load, save
+from benchmarks.results import COPY, READ, Results, Row, load, save
 from benchmarks.shapes import MODELS, TINY
 from benchmarks.timing import FEWEST_ROUNDS, CPUClock, Length, interleave
 
@@ -99,7 +112,8 @@ def test_bytes_and_memory_are_those_of_the_design() -> None:
     # the picture of docs/bytes.md
     assert [row.bytes for row in passes.ROWS] == [counted[name] for name in (YARDSTICK, *OURS[:2], LOOP)]
     assert passes.PICTURE.read_text(encoding="utf-8") == passes.draw(), "run python -m benchmarks.passes"
-    assert held == {**dict.fromkeys(expected, 0), "sgd-loop": 4, LOOP: 4}
+    # ours: the workspace of small tensors, which is there when a step begins
+    assert held == {**dict.fromkeys(expected, 0), "fastlars-fused": 2.1, "sgd-loop": 4, LOOP: 4}
 
 
 def test_the_loop_is_the_lars_that_it_stands_for() -> None:
@@ -153,13 +167,15 @@ def test_who_writes_gradients_gets_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("benchmarks.measuring.CONTENDERS", both)
 
     class SmallCopy:
-        bytes_moved = 0
+        bytes_moved = bytes_read = 0
 
         def __call__(self) -> None:
             pass
 
+        read = __call__
+
     rows = measure("case", [(8,)], list(both), CPUClock(), SmallCopy(), Length(2, 1), torch.float32)  # type: ignore[arg-type]
-    assert [row.writes_grad for row in rows] == [True, False, False]
+    assert [row.writes_grad for row in rows] == [True, False, False, False]
     of_measure = [grad for grad in seen if grad.shape == (8,)]
     assert len(of_measure) > 4 and all(torch.equal(grad, of_measure[0]) for grad in of_measure)
 
@@ -169,11 +185,13 @@ def test_a_run_writes_what_load_reads(tmp_path: Path, capsys: pytest.CaptureFixt
     arguments = ["--models", TINY.name, "--rounds", "2", "--out", str(path), "--only", YARDSTICK, *OURS, LOOP]
     assert step_time.main(arguments) == 0
     run = load(path)
-    assert [row.contender for row in run.rows] == [YARDSTICK, *OURS, LOOP, COPY]
+    assert [row.contender for row in run.rows] == [YARDSTICK, *OURS, LOOP, COPY, READ]
     assert all(len(row.ms) == 2 and min(row.ms) > 0 for row in run.rows)
     assert {(row.tensors, row.elements) for row in run.rows} == {(TINY.tensors, TINY.elements)}
     assert run.machine["versions"]["torch"] and str(tmp_path) not in path.read_text()
     printed = capsys.readouterr().out
+    assert re.search(r"copy \d+\.\d GB/s, read \d+\.\d GB/s, 2 rounds", printed)
+    assert re.search(r"torch SGD\(fused=True\) and one more read +28\.0", printed)
     assert printed.index("bytes/param") < printed.index("ms") and "\x1b" not in printed and "…" not in printed
 
 
@@ -204,6 +222,23 @@ def test_figures_are_computed_round_by_round(tmp_path: Path) -> None:
     row, copy = run.find("ResNet-50", YARDSTICK), run.find("ResNet-50", COPY)
     assert row is not None and copy is not None
     assert (row.bytes_per_parameter, row.gb_s, run.share_of_copy(row)) == (20.0, 10.0, 1.0)
+
+
+def test_what_one_more_read_takes_is_measured_in_the_same_rounds(tmp_path: Path) -> None:
+    """20 MB by fused SGD, so 8 MB are read once more: at 16 MB in 2, 4 and 2 ms."""
+    run = a_run()
+    assert run.and_a_read("ResNet-50", YARDSTICK) is None  # in results from before
+    assert [row.contender for row in tables.rows_of(run, "ResNet-50")] == [YARDSTICK, OURS[0], LOOP]
+    run.rows.append(Row("ResNet-50", READ, 10, 1_000_000, [2.0, 4.0, 2.0], bytes_moved=16_000_000))
+    row = run.and_a_read("ResNet-50", YARDSTICK)
+    assert row is not None
+    assert (row.ms, row.bytes_moved) == ([2.0, 4.0, 5.0], 28_000_000)
+    assert run.relative(row, YARDSTICK) == 2.0  # of 2, 2, 1.25
+    assert run.and_a_read("ResNet-50", "no-such") is None
+    rows = [row.contender for row in tables.rows_of(run, "ResNet-50")]
+    assert rows == [YARDSTICK, f"{tables.title(YARDSTICK)} and one more read", OURS[0], LOOP]
+    figure.draw(run, None, tmp_path / "with.svg")
+    assert "one more read" in (tmp_path / "with.svg").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
