@@ -87,7 +87,7 @@ def bytes_moved(step: Step) -> int:
 
 
 def peak_extra_bytes(step: Step, device: torch.device) -> int:
-    """The most memory that a step holds beyond what was held before it, and the workspace that ours keep between steps."""
+    """The most memory that a step holds beyond what was held before it. What our CPU step keeps between steps counts."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)

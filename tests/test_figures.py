@@ -234,6 +234,7 @@ FIGURE = re.compile(
 GROUNDS = {
     ("README.md", "30 %"): "advice, from the recipes",
     ("bytes.md", "five times"): "arithmetic; bytes.svg is held by test_benchmarks",
+    ("bytes.md", "1 MiB"): "a constant of fused_cpu.py; test_fused_cpu_memory::test_no_temporary_above_4_mib",
     ("dialects.md", "1 MiB"): "a constant of norms.py; test_norms::test_joint_norm_on_cpu_in_pieces",
     ("dialects.md", "64 MiB"): "a constant of norms.py; test_side_effects::test_temporaries_fit_a_bucket",
     ("distributed.md", "1.3 kB"): "above",

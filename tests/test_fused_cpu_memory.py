@@ -1,4 +1,4 @@
-"""The fused CPU step computes in little memory, which it makes once: what steps leave there changes no other step."""
+"""The fused CPU step computes in little memory, which it keeps: what a step leaves there changes no other step."""
 
 import gc
 import threading
@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import OPTIONS
@@ -40,12 +41,12 @@ def assert_equal(left: tuple[list[Tensor], ...], right: tuple[list[Tensor], ...]
 
 
 def expected(shapes: list[tuple[int, ...]], seed: int, steps: int = 1) -> tuple[list[Tensor], ...]:
-    """After steps in a workspace of their own."""
+    """After steps in new workspaces."""
     lists = make(shapes, seed)
     for _ in range(steps):
-        fused_cpu._SPARE.clear()
-        step(lists)
-    fused_cpu._SPARE.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fused_cpu, "_SPARE", deque())
+            step(lists)
     return lists
 
 
@@ -87,22 +88,39 @@ def test_steps_share_one_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_equal(run, other)
 
 
-def test_fewer_tensors_of_a_shape_than_before() -> None:
-    """As of a layer that is frozen for a while: what is left of the others takes no part."""
-    for count in (9, 4, 9, 1):
-        lists = make([(3, 5)] * count, seed=count)
-        wanted = make([(3, 5)] * count, seed=count)
+@pytest.mark.parametrize("shapes", [[(3, 5)], [(3, 5), (), (7,)]], ids=str)
+def test_lists_of_changing_length(shapes: list[tuple[int, ...]]) -> None:
+    """As when layers are frozen for a while: what is left of the others takes no part. Against the single-tensor step."""
+    for count in (4, 9, 4, 9, 1):
+        for order in (shapes, shapes[::-1]):
+            lists = make([shape for shape in order for _ in range(count)], seed=count)
+            wanted = make([shape for shape in order for _ in range(count)], seed=count)
+            step(lists)
+            step(wanted, fused=False)
+            for one, other in zip(lists, wanted, strict=True):
+                for a, b in zip(one, other, strict=True):
+                    torch.testing.assert_close(a, b)
+
+
+def test_views_are_few() -> None:
+    def held() -> int:
+        return sum(len(stack.directions) for stack in fused_cpu._SPARE[0].stacks.values())
+
+    most = 0
+    for size in range(1, 60):
+        lists = make([(size,)] * 200, seed=size)
         step(lists)
-        step(wanted, fused=False)
-        for one, other in zip(lists, wanted, strict=True):
-            for a, b in zip(one, other, strict=True):
-                torch.testing.assert_close(a, b)
+        most = max(most, held())
+        assert_equal(lists, expected([(size,)] * 200, seed=size))
+    assert fused_cpu.VIEWS / 2 < most <= fused_cpu.VIEWS
+    before = held()
+    assert before == 59 * 200 - most  # all since they were dropped
+    step(make([(1,)] * (fused_cpu.VIEWS + 1), seed=0))
+    assert held() == before
 
 
-def test_views_are_few_and_a_workspace_goes_without_the_garbage_collector() -> None:
-    for size in range(1, 2 * fused_cpu.STACKS):
-        step(make([(size,)] * 2, seed=0))
-    assert 1 <= len(fused_cpu._SPARE[0].stacks) <= fused_cpu.STACKS
+def test_a_workspace_goes_without_the_garbage_collector() -> None:
+    step(make(SHAPES, 0))
     gc.collect()
     gc.disable()
     try:
@@ -113,55 +131,39 @@ def test_views_are_few_and_a_workspace_goes_without_the_garbage_collector() -> N
         gc.enable()
 
 
-def test_threads_that_step_at_the_same_time() -> None:
-    wanted = [expected(SHAPES, seed, steps=20) for seed in range(4)]
-    runs = [make(SHAPES, seed) for seed in range(4)]
-    start = threading.Barrier(4)
+@pytest.mark.parametrize("thread", [False, True], ids=["same_thread", "other_thread"])
+@pytest.mark.parametrize("spare", [False, True], ids=["first", "later"])
+def test_a_step_while_another_is_under_way(thread: bool, spare: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In another thread, or by a signal handler: between what a step puts into its workspace and what it makes of it."""
+    wanted, inner_wanted = expected(SHAPES, 0), expected(SHAPES[::-1], 1)
+    lists, inner = make(SHAPES, 0), make(SHAPES[::-1], 1)
+    if spare:
+        step(make(SHAPES, 2))
+    kernel, calls = torch._fused_sgd_, []
 
-    def work(run: tuple[list[Tensor], ...]) -> None:
-        start.wait()
-        for _ in range(20):
-            step(run)
+    def interrupted(*args: object, **kwargs: object) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            if thread:
+                other = threading.Thread(target=step, args=(inner,))
+                other.start()
+                other.join()
+            else:
+                step(inner)
+        kernel(*args, **kwargs)  # type: ignore[arg-type]
 
-    threads = [threading.Thread(target=work, args=(run,)) for run in runs]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for run, other in zip(runs, wanted, strict=True):
-        assert_equal(run, other)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "_fused_sgd_", interrupted)
+        step(lists)
+    assert len(calls) == 4
+    assert_equal(lists, wanted)
+    assert_equal(inner, inner_wanted)
     assert len(fused_cpu._SPARE) == 1
 
 
-class StepsWithin(TorchDispatchMode):
-    """Makes a step of other tensors in the middle of a step."""
-
-    def __init__(self, lists: tuple[list[Tensor], ...]) -> None:
-        super().__init__()
-        self.lists = lists
-        self.seen = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.seen += 1
-        if self.seen == 12:
-            step(self.lists)
-        return func(*args, **(kwargs or {}))
-
-
-def test_a_step_within_a_step() -> None:
-    wanted, inner_wanted = expected(SHAPES, 0, steps=2), expected(SHAPES[::-1], 1)
-    lists, inner = make(SHAPES, 0), make(SHAPES[::-1], 1)
-    step(lists)
-    with StepsWithin(inner) as mode:
-        step(lists)
-    assert mode.seen > 12
-    assert_equal(lists, wanted)
-    assert_equal(inner, inner_wanted)
-
-
 @pytest.mark.parametrize("spare", [False, True], ids=["first", "later"])
-def test_what_a_mode_sees_it_sees_being_made(spare: bool) -> None:
-    """Its tensors may be no real ones, and a graph that it traces would hold memory that other steps write."""
+def test_under_a_dispatch_mode_memory_is_made_and_not_kept(spare: bool) -> None:
+    """It may be no real memory, and memory of before would be a constant in a graph that the mode traces."""
     if spare:
         step(make(SHAPES, 0))
     before = list(fused_cpu._SPARE)
@@ -192,6 +194,59 @@ def test_where_torch_cannot_tell_of_modes_no_workspace_is_kept(monkeypatch: pyte
     assert_equal(lists, expected(SHAPES, 0))
 
 
+TRANSFORMS = {
+    "grad": lambda function: torch.func.grad(function)(torch.ones(3)),
+    "vjp": lambda function: torch.func.vjp(function, torch.ones(3)),
+    "vmap": lambda function: torch.func.vmap(torch.func.grad(function))(torch.ones(2, 3)),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("spare", [False, True], ids=["first", "later"])
+def test_a_step_within_a_transform(transform: str, spare: bool) -> None:
+    """For which a tensor from outside is one not to be written."""
+    lists = make(SHAPES, 0)
+    step(lists)
+    if not spare:
+        fused_cpu._SPARE.clear()
+    before = list(fused_cpu._SPARE)
+
+    def function(x: Tensor) -> Tensor:
+        step(lists)
+        return x.sum()
+
+    for _ in range(2):
+        TRANSFORMS[transform](function)
+        assert list(fused_cpu._SPARE) == before
+    step(lists)
+    assert_equal(lists, expected(SHAPES, 0, steps=4))
+
+
+class Counted(Tensor):
+    calls = 0
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        cls.calls += 1
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+class MakesCounted(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        return result.as_subclass(Counted) if func is torch.empty else result
+
+
+def test_what_a_function_mode_makes_is_not_kept() -> None:
+    lists = make(SHAPES, 0)
+    with MakesCounted():
+        step(lists)
+    calls = Counted.calls
+    step(lists)
+    assert Counted.calls == calls > 0
+    assert_equal(lists, expected(SHAPES, 0, steps=2))
+
+
 @pytest.mark.parametrize("first", ["inference_mode", "no_grad"])
 def test_whatever_the_first_step_is_in(first: str) -> None:
     """A tensor that inference mode has made cannot be written outside of it."""
@@ -216,6 +271,7 @@ def test_a_step_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch
         patch.setattr(torch, "_fused_sgd_", fails)
         with pytest.raises(KeyboardInterrupt):
             step(make(SHAPES, 0))
+    assert not fused_cpu._SPARE
     lists = make(SHAPES, 1)
     step(lists)
     assert_equal(lists, expected(SHAPES, 1))

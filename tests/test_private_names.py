@@ -56,6 +56,17 @@ def sees_modes() -> bool:
     return inside == 1 and torch._C._len_torch_dispatch_stack() == 0
 
 
+def sees_transforms() -> bool:
+    inside: list[bool] = []
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        inside.append(torch._C._functorch.peek_interpreter_stack() is not None)
+        return x.sum()
+
+    torch.func.grad(function)(torch.ones(1))
+    return inside == [True] and torch._C._functorch.peek_interpreter_stack() is None
+
+
 def grad_mode_of_a_step() -> bool:
     from torch.optim.optimizer import _use_grad_for_differentiable  # noqa: PLC0415
 
@@ -117,8 +128,12 @@ PRIVATE: dict[str, tuple[str, Callable[[], bool]]] = {
         asks_for_sizes,
     ),
     "torch._C._len_torch_dispatch_stack": (
-        "fused step on CPU, for its speed: it keeps its workspace where no mode sees it",
+        "fused step on CPU, for its speed: it keeps its workspace where no mode takes its operations",
         sees_modes,
+    ),
+    "torch._C._functorch.peek_interpreter_stack": (
+        "the same, and no transform of torch.func",
+        sees_transforms,
     ),
     "torch.nn.modules.batchnorm._NormBase": (
         "`param_groups`, which takes batch and instance norms by it",

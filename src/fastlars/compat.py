@@ -62,12 +62,12 @@ def metadata_guard(tensors: List[Tensor]) -> Optional[Callable[..., bool]]:
 
 
 def operations_are_seen() -> bool:
-    """Whether a mode sees, and may replace, what torch computes now: one that traces, or makes fake tensors.
+    """Whether a dispatch mode or a transform of torch.func takes what torch computes now: to trace it, or on fake tensors.
 
     True where torch cannot tell.
     """
     try:
-        return torch._C._len_torch_dispatch_stack() > 0
+        return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
     except AttributeError:
         return True
 

@@ -33,8 +33,8 @@ AT_ONCE = 4096
 STACK = 1 << 18
 # Row norms that one dot product may add in float32: relative error up to 5e-7.
 ROWS = 4096
-# Stacks whose views a workspace keeps.
-STACKS = 128
+# Tensors of which a workspace keeps views, of some 400 bytes each.
+VIEWS = 8192
 # 1 - b is passed in double precision, and b is taken back from it: exactly for a float32 b of this size and above.
 SMALLEST_B = 2.0**-29
 
@@ -130,7 +130,7 @@ def is_dense(strides: List[Tuple[int, int]]) -> bool:
 
 
 class _Stack(NamedTuple):
-    """A stretch of a workspace as tensors of one shape on top of each other."""
+    """Room in a workspace for weights of one shape on top of each other, and for their gradients."""
 
     weights: Tensor
     grads: Tensor
@@ -145,22 +145,31 @@ class _Workspace:
     def __init__(self) -> None:
         with torch.inference_mode(False):  # whatever makes it first
             self.weights, self.grads = (torch.empty(STACK, **_WORK) for _ in range(2))
-        self.stacks: Dict[Tuple[int, torch.Size, int], _Stack] = {}
+        self.stacks: Dict[Tuple[int, torch.Size], _Stack] = {}
+        self.views = 0
 
     def stack(self, start: int, shape: torch.Size, n: int) -> _Stack:
         """Room for n weights and n gradients of a shape, from element ``start`` on."""
-        stack = self.stacks.get((start, shape, n))
-        if stack is None:
-            if len(self.stacks) == STACKS:
+        stack = self.stacks.get((start, shape))
+        if stack is None or len(stack.directions) < n:
+            stack = self._make(start, shape, n)
+        return stack if len(stack.directions) == n else _Stack(*[views[:n] for views in stack])  # type: ignore[arg-type]
+
+    def _make(self, start: int, shape: torch.Size, n: int) -> _Stack:
+        numel = shape.numel()
+        weight_rows, grad_rows = (x[start : start + n * numel].view(n, numel) for x in (self.weights, self.grads))
+        grads = grad_rows.view(n, *shape)
+        stack = _Stack(weight_rows.view(n, *shape), grads, weight_rows, grad_rows, list(grads.unbind()))
+        if n <= VIEWS:
+            if self.views + n > VIEWS:
                 self.stacks.clear()
-            numel = shape.numel()
-            rows = [memory[start : start + n * numel].view(n, numel) for memory in (self.weights, self.grads)]
-            weights, grads = (matrix.view(n, *shape) for matrix in rows)
-            stack = self.stacks[start, shape, n] = _Stack(weights, grads, rows[0], rows[1], list(grads.unbind()))
+                self.views = 0
+            self.stacks[start, shape] = stack
+            self.views += n
         return stack
 
 
-# The workspace that no step uses now. At most one: threads that step at the same time make others, which go with the step.
+# The workspace that no step uses now. Steps at the same time make their own; the last one to end leaves it here.
 _SPARE: deque[_Workspace] = deque(maxlen=1)
 
 
@@ -190,7 +199,7 @@ def step(
         momentum_buffers[:] = [torch.zeros_like(param) for param in params]
     buffers = cast(List[Tensor], momentum_buffers)
     small, alone = _plan(params) if plan is None else plan
-    # a mode that traces a step, or makes other tensors of it, must see its memory made, and keep it
+    # To what traces a step, memory from before is a constant; and memory that is made there may be no real tensor.
     spare = deque() if operations_are_seen() else _SPARE
     workspace = _workspace(spare)
     fused = _Fused(options, first_step, workspace)
@@ -205,7 +214,8 @@ def step(
     for i in alone:
         known = None if numbers is None else (numbers[0][i], numbers[1][i])
         fused.alone(params[i], grads[i], buffers[i : i + 1], known)
-    spare.append(workspace)
+    if type(workspace.weights) is Tensor:  # a function mode may have made it another
+        spare.append(workspace)
     bump_versions(params + buffers)
 
 
