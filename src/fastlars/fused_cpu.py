@@ -286,7 +286,7 @@ class _Fused:
         """A tensor by itself: norms, then one call of the kernel, which reads again what is still in cache."""
         if norms is None and self.adapted:
             norms = (_norm(param), self._direction_norm(param, grad))
-        b, c = (float(number) for number in self._coefficients(norms))
+        b, c = cast(Tuple[float, float], self._coefficients(norms))
         if self.options.momentum == 0 and b != 0 and math.isfinite(c / b):
             self._sgd([param], [grad], [], weight_decay=c / b, factor=b)
         elif not self.options.nesterov and SMALLEST_B <= abs(b) < math.inf:
@@ -354,13 +354,18 @@ def _flat(tensor: Tensor) -> Tensor:
 
 def _norm(tensor: Tensor) -> float:
     """Of a dense tensor as `norms.flat_norm`, in fewer calls, and in float32 to the end: a host number is wanted."""
-    numel = tensor.numel()
-    row = _row(numel)
-    if row == 0 or numel > row * ROWS:
+    matrix = _matrix(tensor.numel())
+    if matrix is None:
         return flat_norm(_flat(tensor)).item()
-    size = (numel // row, row)
-    row_norms = vector_norm(tensor.view(size) if tensor.is_contiguous() else tensor.as_strided(size, (row, 1)), dim=1)
+    row_norms = vector_norm(tensor.as_strided(*matrix), dim=1)
     return math.sqrt(torch.dot(row_norms, row_norms).item())
+
+
+@cache
+def _matrix(numel: int) -> Optional[Tuple[Tuple[int, int], Tuple[int, int]]]:
+    """Size and strides of this many elements as a matrix of long rows; None where there is none, or it has too many."""
+    row = _row(numel)
+    return None if row == 0 or numel > row * ROWS else ((numel // row, row), (row, 1))
 
 
 def _norms_of_rows(matrix: Tensor) -> Tensor:
