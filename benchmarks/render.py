@@ -40,7 +40,9 @@ INTRODUCTION = """\
 # Performance
 
 Times are given against torch's fused SGD, which moves 20 bytes a float32 parameter. LARS's floors are 28, 1.4 times as many,
-and 20 where its second read comes from a cache: [Why it is fast](bytes.md).
+and 20 where its second read comes from a cache: [Why it is fast](bytes.md). Bytes are not time: where reading alone is slower
+than SGD's mix of reads and writes, a second read takes more than its share. So each table has a row for fused SGD and one more
+read of parameters and gradients, as fast as this machine reads in the same round; below it, part of the read came from a cache.
 
 All optimizers step the same tensors. They are interleaved: in each round everyone makes one step, in a new order, together with
 a copy of 256 MiB that measures the bandwidth; ms are medians, ratios are medians of the ratios within a round. On a CPU the
