@@ -19,7 +19,7 @@ from torch.nn import Parameter
 import fastlars
 import pages
 from cases import BASE, OPTIONS, Options, make_grads, make_params
-from fastlars import LARS, functional, fused_cpu, fused_cuda, norms
+from fastlars import LARS, functional, fused_cpu, fused_cuda, layouts, norms
 from harness import buffers_of, ignore_nothing_adapted, implementations, run, set_grads
 
 pytestmark = ignore_nothing_adapted
@@ -358,8 +358,8 @@ def test_blocks_and_stacks_of_huge_tensors() -> None:
     with torch.device("meta"):
         huge = torch.empty(HUGE)
         assert sum(block.numel() for block in torch.split(fused_cpu._flat(huge), fused_cpu.STACK)) == HUGE
-        assert fused_cpu.is_dense(fused_cpu.effective_strides(huge.view(1, -1)))
-        assert not fused_cpu.is_dense(fused_cpu.effective_strides(torch.empty(2, HUGE)[:, ::2]))
+        assert layouts.are_laid_out_alike(huge.view(1, -1))
+        assert not layouts.are_laid_out_alike(torch.empty(2, HUGE)[:, ::2])
         assert norms.buckets([huge, torch.empty(3), huge]) == [[0], [1], [2]]
     part = {torch.Size([1 << 11, 1]): list(range(5)), torch.Size([3]): [5]}
     assert sum(len(stack) for full in fused_cpu._workspaces_full(part) for _, stack in full) == 6

@@ -22,6 +22,7 @@ from torch.linalg import vector_norm
 
 from .coefficients import Number, coefficients, is_adapted, sign
 from .compat import bump_versions, metadata_guard, operations_are_seen
+from .layouts import are_laid_out_alike
 from .norms import ROW, flat_norm
 from .options import Options
 
@@ -54,7 +55,7 @@ def serves(params: List[Tensor], *others: List[Tensor]) -> bool:
         and not any(map(Tensor.is_neg, tensors))
         # it would go on beyond the end of the smaller one
         and all(all(map(Tensor.is_same_size, params, other)) for other in others)
-        and (all(map(Tensor.is_contiguous, tensors)) or all(map(_are_laid_out_alike, params, *others)))
+        and (all(map(Tensor.is_contiguous, tensors)) or all(map(are_laid_out_alike, params, *others)))
     )
 
 
@@ -107,26 +108,6 @@ def _plan(params: List[Tensor]) -> Plan:
             places = small.setdefault(shape, []) if is_small else alone
         (places if param.is_contiguous() else alone).append(i)
     return Plan(small, alone)
-
-
-def _are_laid_out_alike(param: Tensor, *others: Tensor) -> bool:
-    strides = effective_strides(param)
-    return all(effective_strides(other) == strides for other in others) and is_dense(strides)
-
-
-def effective_strides(tensor: Tensor) -> List[Tuple[int, int]]:
-    """(stride, size) of the dimensions that matter: one of size 1 may have any stride."""
-    return [(stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size != 1]
-
-
-def is_dense(strides: List[Tuple[int, int]]) -> bool:
-    """Whether a tensor of these strides fills its stretch of memory, each element once."""
-    expected = 1
-    for stride, size in sorted(strides):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 class _Stack(NamedTuple):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .coefficients import is_adapted
 from .compat import bump_versions
-from .fused_cpu import effective_strides, is_dense
+from .layouts import are_laid_out_alike
 from .options import Options
 from .sharding import local
 
@@ -98,12 +98,10 @@ def serves(param: Tensor, grad: Tensor, buffer: Tensor | None) -> bool:
         return False  # they would go on beyond the end of the smaller one
     if param.is_contiguous() and grad.is_contiguous() and buffer.is_contiguous():
         return True
-    if not (grad.stride() == buffer.stride() == param.stride()):
-        strides = effective_strides(param)
-        return effective_strides(grad) == strides and effective_strides(buffer) == strides and is_dense(strides)
-    return (param.dim() == 4 and param.is_contiguous(memory_format=torch.channels_last)) or is_dense(
-        effective_strides(param)
-    )
+    same_strides = grad.stride() == buffer.stride() == param.stride()
+    if same_strides and param.dim() == 4 and param.is_contiguous(memory_format=torch.channels_last):
+        return True  # without a loop over dimensions for each of a model's tensors
+    return are_laid_out_alike(param, grad, buffer)
 
 
 @dataclass(eq=False)
