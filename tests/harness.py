@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cases import LR_FACTORS, STEPS, Options, tolerance
-from fastlars import LARS, fused_cpu
+from fastlars import LARS, fused_cpu, known_lists
 from reference import ReferenceLARS
 
 IMPLEMENTATIONS: dict[str, Options] = {
@@ -36,11 +36,11 @@ def stacked(up_to: int, at_once: int = fused_cpu.STACK) -> Iterator[None]:
         patch.setattr(fused_cpu, "STACK", at_once)
         # what was made to the usual limits, and what is made to these
         patch.setattr(fused_cpu, "_SPARE", deque(maxlen=1))
-        fused_cpu._known.cache_clear()
+        known_lists._known.cache_clear()
         try:
             yield
         finally:
-            fused_cpu._known.cache_clear()
+            known_lists._known.cache_clear()
 
 
 def buffers_of(optimizer: torch.optim.Optimizer) -> list[Tensor | None]:

@@ -67,7 +67,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> _Kernels:
         n, device = len(part.params), part.params[0].device
         rows, sums = torch.empty(6 * n, dtype=torch.int64, device=device), torch.empty(n, 3, device=device)
         norms, coefficients = torch.empty(3, n, device=device), torch.empty(n, 2, device=device)
-        return fused_cuda._Table(rows, rows, sums, norms, coefficients, [])
+        return fused_cuda._Table(rows, rows, sums, norms, coefficients)
 
     monkeypatch.setattr(fused_cuda, "_kernels", lambda: kernels)
     monkeypatch.setattr(fused_cuda.Tables, "table", table)
@@ -97,8 +97,9 @@ def test_scheduled_steps_read_nothing(name: str, implementation: str, scheduler:
         lr = torch.full((), 0.5, device="cuda")
         optimizer = LARS(params, **{**OPTIONS[name], "lr": lr}, **IMPLEMENTATIONS[implementation])
         schedule = SCHEDULERS[scheduler](optimizer)
-        optimizer.step()
-        schedule.step()
+        for _ in range(3):  # state is made, and the list gets known
+            optimizer.step()
+            schedule.step()
         seen = []
         for _ in range(3):
             launched = len(kernels.launches)
@@ -119,6 +120,31 @@ def test_scheduled_steps_read_nothing(name: str, implementation: str, scheduler:
             assert kernel == "partial_sums" or given, f"{kernel} reads lr on the device"
     else:
         assert seen[0][0] and not kernels.launches
+
+
+@pytest.mark.parametrize("implementation", ["single", "foreach"])
+@pytest.mark.parametrize("name", ["momentum", "momentum-unadapted", "dampening"])
+def test_a_captured_step_makes_no_state(name: str, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph would make it, and every replay would fill it with zeros."""
+    with fake_cuda():
+        params = [torch.nn.Parameter(torch.ones(5, 3, device=device)) for device in ("cpu", "cuda", "cuda")]
+        optimizer = LARS(params, **OPTIONS[name], **IMPLEMENTATIONS[implementation])
+        set_grads(params, [torch.ones_like(params[0]), torch.ones_like(params[1]), None])
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_initialized", lambda: True)
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            with pytest.raises(RuntimeError, match=r"needs an eager step.*position 1 has none"):
+                optimizer.step()
+            assert not optimizer.state
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+            optimizer.step()
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            optimizer.step()
+            params[2].grad = torch.ones_like(params[2])
+            with pytest.raises(RuntimeError, match="position 2 has none"):
+                optimizer.step()
+            assert params[2] not in optimizer.state
+            LARS(params, lr=0.1, weight_decay=0.1, **IMPLEMENTATIONS[implementation]).step()  # has none to make
 
 
 @pytest.mark.parametrize(("devices", "given"), [(("cuda:0", "cuda:0"), False), (("cuda:0", "cuda:1"), True)], ids=str)

@@ -168,6 +168,34 @@ def test_numbers_do_not_recompile(compiler: Callable[[int], Compiled]) -> None:
     assert [len(compiled.distinct(name)) for name in ("partial_sums", "coefficients", "update")] == [1, 2, 2]
 
 
+@pytest.mark.parametrize("kind", [numpy.float64, numpy.float32])
+def test_options_may_be_numpy_scalars(kind: type, compiler: Callable[[int], Compiled]) -> None:
+    compiled = compiler(90)
+    names = ("lr", "momentum", "weight_decay", "trust_coefficient", "eps")
+    for name in ("momentum", "everything"):
+        options = Options(**OPTIONS[name])
+        numbers = {key: kind(getattr(options, key)) for key in names}
+        with torch.no_grad():
+            step(part_of([torch.ones(5)]), options)
+            step(part_of([torch.ones(5)]), options._replace(**numbers))
+    assert [len(compiled.distinct(name)) for name in ("partial_sums", "coefficients", "update")] == [2, 2, 2]
+
+
+def test_sums_have_the_same_bits_with_a_scale_and_without(compiler: Callable[[int], Compiled]) -> None:
+    """No product is fused with a sum: of the two in scale * g + weight_decay * w, the scale would decide which."""
+    compiled = compiler(90)
+    options = Options(**OPTIONS["momentum-joint"], skip_nonfinite=True)
+    with torch.no_grad():
+        step(part_of([torch.ones(5)]), options)
+        step(part_of([torch.ones(5)]), options, None, torch.ones(1))
+    for kernel in compiled.kernels["partial_sums"]:
+        ptx = kernel.asm["ptx"]
+        assert "mul.f32" in ptx or "mul.rn.f32" in ptx or "mul.f32x2" in ptx
+        assert "fma" not in ptx
+    divided = [kernel.asm["ptx"] for kernel in compiled.kernels["partial_sums"][1:]]
+    assert all("div.rn.f32" in ptx and "div.full" not in ptx for ptx in divided)
+
+
 def test_three_launches_for_any_number_of_tensors(compiler: Callable[[int], Compiled]) -> None:
     compiled = compiler(90)
     with torch.no_grad():
@@ -231,6 +259,7 @@ def test_old_tables_are_dropped_and_keep_no_tensor_alive() -> None:
         grads.append(torch.ones(6))  # kept, so that addresses differ
         tables.table(Part("fused", [0], [grads[0]], [grads[-1]], []))
     assert len(tables._tables) <= fused_cuda.KEPT_STEPS + 2
+    assert tables._spares.keys() == {(CPU, (4,)), (CPU, (6,))}, "by sizes, whatever the addresses; those of 5 are gone"
     assert tables.table(kept) in tables._tables.values()
 
 
@@ -258,7 +287,10 @@ def test_capture_leaves_eager_tables_alone(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(RuntimeError, match="needs an eager step"):
         tables.table(part)
     monkeypatch.setattr(fused_cuda, "_is_capturing", lambda _device: False)
-    assert tables.table(part) is eager and len(eager.spares) == fused_cuda.CAPTURES
+    assert tables.table(part) is eager
+    monkeypatch.setattr(fused_cuda, "_is_capturing", lambda _device: True)
+    assert tables.table(moved[0]).rows.data_ptr() not in staged, "an eager step makes room for more"
+    assert {host.data_ptr() for host in tables._captured} > staged
 
 
 def test_a_tensor_lr_is_read_on_the_host_only_if_it_is_there_and_the_parameters_are_not() -> None:
@@ -363,7 +395,12 @@ def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: installed)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 0))
-    assert fused_cuda.refusal(params) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(fused_cuda, "_cannot_launch", lambda: None)
+        assert fused_cuda.refusal(params) is None
+        patch.setattr(fused_cuda, "_cannot_launch", lambda: "RuntimeError: no compiler")
+        reason = fused_cuda.refusal(params) or ""
+        assert "cannot launch kernels here (RuntimeError: no compiler); mend that, or leave fused=None" in reason
     subclass = type("Quantized", (Tensor,), {})
     for refused, reason in (
         ([*params, torch.ones(3).as_subclass(subclass)], "plain tensors, got Quantized at position 1"),
@@ -379,6 +416,44 @@ def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "ROCm" in (fused_cuda.refusal(params) or "")
     installed = None
     assert "pip install triton" in (fused_cuda.refusal(params) or "")
+
+
+def test_what_keeps_triton_from_launching_is_found() -> None:
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        assert fused_cuda._cannot_launch() is None
+    else:
+        assert "0 active drivers" in (fused_cuda._cannot_launch() or "")
+
+
+def test_a_list_that_is_served_is_one_part_and_known_the_next_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    serves = fused_cuda.serves
+    monkeypatch.setattr(fused_cuda, "serves", lambda *args: asked.append(serves(*args)) or asked[-1])
+    for dtype, grad_dtype in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32)):
+        lists = [[torch.ones(3, n, dtype=d) for n in (2, 5)] for d in (dtype, grad_dtype, dtype)]
+        for number in (2, 3):
+            for _ in range(4):
+                assert fused_cuda.serves_all(*lists[:number])
+            assert len(asked) == 4, "twice for each tensor, then not at all"
+            asked.clear()
+    for place, other in ((0, NOT_SERVED["float64"]), (1, NOT_SERVED["strided"]), (2, NOT_SERVED["float64"])):
+        lists = [[torch.ones(3) for _ in range(2)] for _ in range(3)]
+        for _ in range(3):
+            assert fused_cuda.serves_all(*lists)
+        for each, tensor in zip(lists, other, strict=True):
+            each[1] = torch.ones(3) if tensor is None else tensor
+        for _ in range(3):
+            assert not fused_cuda.serves_all(*lists), place
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_tensors_of_two_dtypes_are_two_parts(place: int) -> None:
+    lists = [[torch.ones(3) for _ in range(2)] for _ in range(2)]
+    assert fused_cuda.serves_all(*lists)
+    lists[place][1] = lists[place][1].bfloat16()
+    assert all(fused_cuda.serves(param, grad, None) for param, grad in zip(*lists, strict=True))
+    assert not fused_cuda.serves_all(*lists)
 
 
 def test_fused_on_cuda_runs_these_kernels_and_foreach_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:

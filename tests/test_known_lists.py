@@ -3,13 +3,14 @@
 import contextlib
 import weakref
 from collections import Counter
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
 from cases import MEMORY, OPTIONS, Subclass
-from fastlars import LARS, fused_cpu, lars
+from fastlars import LARS, fused_cpu, known_lists, lars
 from harness import set_grads
 
 
@@ -64,12 +65,13 @@ def test_the_groups_of_an_optimizer_are_looked_at_twice_and_then_known(monkeypat
     """A step that comes once costs no guard, and a step of known groups neither looks nor plans."""
     calls: Counter[str] = Counter()
 
-    def count(name: str) -> None:
-        function = getattr(fused_cpu, name)
-        monkeypatch.setattr(fused_cpu, name, lambda *args: (calls.update([name]), function(*args))[1])
+    def count(module: ModuleType, name: str) -> None:
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: (calls.update([name]), function(*args))[1])
 
-    for name in ("serves", "metadata_guard", "_plan"):
-        count(name)
+    count(fused_cpu, "serves")
+    count(fused_cpu, "_plan")
+    count(known_lists, "metadata_guard")
     params = [torch.nn.Parameter(torch.randn(3, 5)) for _ in range(4)]
     set_grads(params, [torch.randn(3, 5) for _ in params])
     optimizer = LARS([{"params": params[:2]}, {"params": params[2:]}], **OPTIONS["momentum"])
@@ -105,7 +107,7 @@ def test_what_is_known_stays_whole_when_an_error_comes_between(monkeypatch: pyte
     for each in lists:
         each[1] = torch.randn(7)
     with monkeypatch.context() as patch:
-        patch.setattr(fused_cpu, "metadata_guard", fails)
+        patch.setattr(known_lists, "metadata_guard", fails)
         for _ in range(3):
             with contextlib.suppress(KeyboardInterrupt):
                 assert fused_cpu.plan(*lists) == ({(5,): [0], (7,): [1]}, [])
@@ -117,8 +119,8 @@ def test_what_is_known_stays_whole_when_an_error_comes_between(monkeypatch: pyte
 def test_a_list_that_never_stays_the_same_makes_few_guards(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with one gradient of two parameters, which torch's guard does not take."""
     made: list[int] = []
-    guard = fused_cpu.metadata_guard
-    monkeypatch.setattr(fused_cpu, "metadata_guard", lambda tensors: made.append(1) or guard(tensors))
+    guard = known_lists.metadata_guard
+    monkeypatch.setattr(known_lists, "metadata_guard", lambda tensors: made.append(1) or guard(tensors))
     params, grad = [torch.randn(5), torch.randn(5)], torch.randn(5)
     for _ in range(9):
         assert fused_cpu.plan(params, [grad, grad]) == ({(5,): [0, 1]}, [])
@@ -149,7 +151,7 @@ def test_lists_that_are_known_are_few_and_keep_no_tensor_alive() -> None:
         dead.append(weakref.ref(param))
         del param
     assert not any(reference() is not None for reference in dead)
-    assert fused_cpu._known.cache_info().currsize <= 128
+    assert known_lists._known.cache_info().currsize <= 128
 
 
 def test_without_the_guard_of_torch_every_list_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +186,7 @@ def test_steps_go_on_right_when_a_parameter_changes_its_memory(change: str, size
                     )
             param.grad = make(grad).to(param.dtype) if change == "larger" and step >= 4 else grad.to(param.dtype)
             if not known:
-                fused_cpu._known.cache_clear()
+                known_lists._known.cache_clear()
             optimizer.step()
         results.append(param.detach().clone())
     assert torch.equal(results[0], results[1]) and results[0].isfinite().all()

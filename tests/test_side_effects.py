@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import BASE, OPTIONS, Options, make_grads, make_params
 from fastlars import LARS, lars, norms
@@ -128,6 +129,39 @@ def test_foreach_is_one_operation_over_the_list(name: str, implementation: Optio
     assert recorder.names & names == (names if implementation["foreach"] else set())
     names = {"linalg_vector_norm", "copy_", "addcmul_", "add_"}
     assert recorder.names & names == (set() if implementation["foreach"] else names)
+
+
+class Factors(TorchDispatchMode):
+    """Keeps what every `_foreach_addcmul_` is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[list[Tensor], list[Tensor], list[Tensor]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is torch.ops.aten._foreach_addcmul_:
+            self.calls.append(args)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lr", LRS)
+@pytest.mark.parametrize("name", ["momentum", "nesterov-joint", "base", "everything"])
+def test_foreach_gives_cuda_what_it_can_step_in_few_launches(name: str, lr: str, dtype: torch.dtype) -> None:
+    """From torch 2.11 on (pull request 172731): a first factor of 0-dim tensors, of the dtype and device of the others."""
+    with fake_cuda():
+        params = [torch.nn.Parameter(torch.empty(3, n, dtype=dtype, device="cuda")) for n in (1, 5)]
+        set_grads(params, [torch.empty_like(param) for param in params])
+        options = {**OPTIONS[name], "lr": LRS[lr](0.5), "skip_nonfinite": False}
+        optimizer = LARS(params, **options, foreach=True)
+        with Factors() as factors:
+            optimizer.step()
+    assert factors.calls
+    for targets, first, second in factors.calls:
+        for target, factor, other in zip(targets, first, second, strict=True):
+            assert factor.dim() == 0 and target.shape == other.shape and target.stride() == other.stride()
+            assert {(x.dtype, x.device) for x in (factor, other)} == {(targets[0].dtype, targets[0].device)}
+            assert target.dtype == targets[0].dtype
 
 
 @not_fused

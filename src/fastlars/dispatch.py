@@ -43,10 +43,9 @@ def split(
     preferred = implementation(params, options)
     if not is_scripting():  # noqa: SIM102  TorchScript would compile the second condition
         if preferred == "fused":
-            plan = _plan_of_all(params, grads, momentum_buffers, options)
-            if plan is not None:
-                buffers = momentum_buffers if options.momentum != 0 else []
-                return [Part("fused", list(range(len(params))), params, grads, buffers, None, plan)]
+            whole = _as_one_part(params, grads, momentum_buffers, options)
+            if whole is not None:
+                return [whole]
     parts: Dict[Key, Part] = {}
     for i, param in enumerate(params):
         grad = grads[i]
@@ -68,14 +67,20 @@ def split(
     return list(parts.values())
 
 
-def _plan_of_all(
+def _as_one_part(
     params: List[Tensor], grads: List[Tensor], momentum_buffers: List[Optional[Tensor]], options: Options
-) -> Optional[fused_cpu.Plan]:
-    """For one part, if the fused CPU step serves all of these, as nearly always: sorting takes as long as small tensors."""
-    buffers = [buffer for buffer in momentum_buffers if buffer is not None] if options.momentum != 0 else []
-    if not buffers:
-        return fused_cpu.plan(params, grads)
-    return fused_cpu.plan(params, grads, buffers) if len(buffers) == len(params) else None
+) -> Optional[Part]:
+    """The part, if one fused step serves all of these, as nearly always: sorting takes as long as small tensors."""
+    buffers = list(momentum_buffers) if options.momentum != 0 else []
+    made = [buffer for buffer in buffers if buffer is not None]
+    if len(made) not in (0, len(params)):
+        return None
+    lists = (grads, made) if made else (grads,)
+    indices = list(range(len(params)))
+    if params[0].is_cpu:
+        plan = fused_cpu.plan(params, *lists)
+        return None if plan is None else Part("fused", indices, params, grads, buffers, None, plan)
+    return Part("triton", indices, params, grads, buffers) if fused_cuda.serves_all(params, *lists) else None
 
 
 # What tells parts apart: anything that can be a key. TorchScript has few of these.

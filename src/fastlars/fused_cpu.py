@@ -11,17 +11,17 @@ from __future__ import annotations
 import ctypes
 import math
 from collections import deque
-from functools import cache, lru_cache
-from itertools import chain
+from functools import cache
 from operator import attrgetter
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, cast  # noqa: UP035  as in functional.py
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, cast  # noqa: UP035  as in functional.py
 
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
 from .coefficients import Number, coefficients, is_adapted, sign
-from .compat import bump_versions, metadata_guard, operations_are_seen
+from .compat import bump_versions, operations_are_seen
+from .known_lists import known
 from .layouts import are_laid_out_alike
 from .norms import ROW, flat_norm
 from .options import Options
@@ -66,33 +66,13 @@ class Plan(NamedTuple):
     alone: List[int]
 
 
-class _Known:
-    """What is known of a list that came before: its plan, for as long as a guard says that its tensors are the same."""
-
-    came_before = False
-    guarded: Optional[Tuple[Callable[..., bool], Plan]] = None  # written at once: other threads may read it
-
-
-@lru_cache(maxsize=128)
-def _known(first: int, params: int, tensors: int) -> _Known:  # noqa: ARG001  where lists share this key, it costs time only
-    return _Known()
-
-
 def plan(params: List[Tensor], *others: List[Tensor]) -> Optional[Plan]:
-    """The plan of tensors that are all served, None of others; in one call for a list that came before."""
-    tensors = list(chain(params, *others))
-    # with the number of params: a guard does not see where they end
-    known = _known(id(params[0]), len(params), len(tensors))
-    guarded = known.guarded
-    if guarded is not None and guarded[0](*tensors):
-        return guarded[1]
-    new = _plan(params) if serves(params, *others) else None
-    # A guard is made when a list comes for the second time, and not where the last one has just failed: making it takes as
-    # long as asking twice.
-    guard = metadata_guard(tensors) if new is not None and known.came_before and guarded is None else None
-    known.guarded = None if new is None or guard is None else (guard, new)
-    known.came_before = guarded is None
-    return new
+    """The plan of tensors that are all served, None of others."""
+    return known(_plan_if_served, params, *others)
+
+
+def _plan_if_served(params: List[Tensor], *others: List[Tensor]) -> Optional[Plan]:
+    return _plan(params) if serves(params, *others) else None
 
 
 def _plan(params: List[Tensor]) -> Plan:

@@ -8,18 +8,21 @@ the device and, while addresses stay, allocates nothing there. Triton is importe
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
+import threading
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, repeat
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from .coefficients import is_adapted
 from .compat import bump_versions
+from .known_lists import known
 from .layouts import are_laid_out_alike
 from .options import Options
 from .sharding import local
@@ -29,8 +32,11 @@ if TYPE_CHECKING:
 
 CHUNK = 2048  # elements a program: 8 a thread, at most 48 registers and no spills from sm_80 to sm_100
 BLOCK = 2048  # partial sums that `coefficients` adds at a time
-LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}
+# Of scale * g + weight_decay * w the compiler would fuse one product with the sum, and which one depends on whether there is
+# a scale: with a GradScaler norms would have other bits, though it scales by powers of two.
+LAUNCH_SUMS = {"num_warps": 8, "enable_fp_fusion": False}
 LAUNCH_FEW = {"num_warps": 16, "enable_fp_fusion": True}  # one program a tensor: a large one has many sums to wait for
+LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})  # a subclass may mean anything
@@ -77,6 +83,19 @@ def refusal(params: Sequence[Tensor]) -> str | None:
                 + "{} has {}.{}; ".format(device, *capability)
                 + way_out
             )
+    if error := _cannot_launch():
+        return f"fused=True on CUDA needs Triton, which cannot launch kernels here ({error}); mend that, or {way_out}"
+    return None
+
+
+def _cannot_launch() -> str | None:
+    """What keeps Triton from launching kernels: it compiles, once, a C module for that, against Python's headers."""
+    try:
+        from triton.runtime.driver import driver  # noqa: PLC0415  as in `_kernels`
+
+        driver.active.get_current_device()
+    except Exception as error:  # noqa: BLE001  of compilers, linkers and drivers: no list is complete
+        return f"{type(error).__name__}: {error}"
     return None
 
 
@@ -104,6 +123,19 @@ def serves(param: Tensor, grad: Tensor, buffer: Tensor | None) -> bool:
     return are_laid_out_alike(param, grad, buffer)
 
 
+def serves_all(params: list[Tensor], *others: list[Tensor]) -> bool:
+    """Whether the kernels serve all of these, gradients and buffers, in one part: of one device and dtypes."""
+    return known(_are_one_part, params, *others) is not None
+
+
+def _are_one_part(
+    params: list[Tensor], grads: list[Tensor], buffers: Sequence[Tensor | None] = ()
+) -> Literal[True] | None:
+    tensors = zip(params, grads, buffers or repeat(None))
+    alike = len({(param.device, param.dtype, grad.dtype) for param, grad in zip(params, grads)}) == 1
+    return True if alike and all(serves(*each) for each in tensors) else None
+
+
 @dataclass(eq=False)
 class _Table:
     """What the kernels of one part read and write besides its tensors, in device memory."""
@@ -113,7 +145,6 @@ class _Table:
     sums: Tensor  # (chunks, 3)
     norms: Tensor  # (3, n)
     coefficients: Tensor  # (n, 2): b and c
-    spares: list[Tensor]  # pinned memory for captures, which must not allocate it
     last_use: int = 0
 
 
@@ -124,7 +155,9 @@ class Tables:
         """Without any table."""
         self._calls = 0
         self._tables: dict[tuple[Any, ...], _Table] = {}
-        self._flags: dict[tuple[torch.device, int], Tensor] = {}
+        self._flags: dict[tuple[torch.device, int, int], Tensor] = {}
+        # by device and sizes, pinned memory for captures, which must not allocate it
+        self._spares: dict[tuple[torch.device, tuple[int, ...]], list[Tensor]] = {}
         self._captured: list[Tensor] = []
 
     def begin(self) -> None:
@@ -144,24 +177,27 @@ class Tables:
         key = (device, _stream(device), sizes, addresses)
         table = self._tables.get(key)
         if table is None:
-            for old in [k for k, t in self._tables.items() if t.last_use < self._calls - KEPT_STEPS]:
-                del self._tables[old]
+            self._drop_old()
             # torch's pinned memory is not used again before copies out of it have ended
             table = self._tables[key] = _new_table(_host_table(device, addresses, sizes), len(sizes), device)
-        if not table.spares:
+        if not self._spares.get((device, sizes)):
             length = table.rows.numel() + (table.chunk_tensor.numel() + 1) // 2
-            table.spares = list(_pinned(device, CAPTURES, length).unbind())
+            self._spares[device, sizes] = list(_pinned(device, CAPTURES, length).unbind())
         table.last_use = self._calls
         return table
+
+    def _drop_old(self) -> None:
+        self._tables = {k: table for k, table in self._tables.items() if table.last_use >= self._calls - KEPT_STEPS}
+        used = {(device, sizes) for device, _, sizes, _ in self._tables}
+        self._spares = {k: spares for k, spares in self._spares.items() if k in used}
 
     def _captured_table(self, device: torch.device, addresses: tuple[int, ...], sizes: tuple[int, ...]) -> _Table:
         # Device memory comes from the graph's own pool, and each replay copies the table there again. What it copies
         # must stay as it is for as long as the graph: it goes with the optimizer, like the graph's momentum buffers.
-        for (where, _, other, _), table in self._tables.items():
-            if where == device and other == sizes and table.spares:
-                spare = table.spares.pop()
-                self._captured.append(spare)
-                return _new_table(_host_table(device, addresses, sizes, spare), len(sizes), device)
+        if spares := self._spares.get((device, sizes)):
+            spare = spares.pop()
+            self._captured.append(spare)
+            return _new_table(_host_table(device, addresses, sizes, spare), len(sizes), device)
         raise RuntimeError(
             "capturing a fused LARS step needs an eager step of the same tensors and options before it (which compiles "
             f"the kernels and makes the state), and another one after every {CAPTURES} captures; nothing has changed"
@@ -171,7 +207,7 @@ class Tables:
         """A 1-element int32 tensor that says whether a gradient of this step is not finite; `measure` sets it to 0."""
         if _is_capturing(device):
             return torch.empty(1, dtype=torch.int32, device=device)
-        key = (device, _stream(device))
+        key = (device, _stream(device), threading.get_ident())  # the functional form's tables serve all threads
         if key not in self._flags:
             self._flags[key] = torch.empty(1, dtype=torch.int32, device=device)
         return self._flags[key]
@@ -189,12 +225,13 @@ def _host_table(
     rows = list(chain.from_iterable(zip(addresses[:n], addresses[n : 2 * n], buffers, sizes, firsts, ends)))
     if host is None:
         host = _pinned(device, 6 * n + (ends[-1] + 1) // 2)
-    host[: 6 * n] = torch.frombuffer(array("q", rows), dtype=torch.int64)
-    # not torch.repeat_interleave, whose threads wait for each other for milliseconds on a busy machine
     chunk_tensor = array("i")
     for i, count in enumerate(chunks):
         chunk_tensor.extend(array("i", [i]) * count)
-    host[6 * n :].view(torch.int32)[: ends[-1]] = torch.frombuffer(chunk_tensor, dtype=torch.int32)
+    # not by torch, whose threads wait for each other for milliseconds on a busy machine
+    for start, values in ((host.data_ptr(), array("q", rows)), (host.data_ptr() + 48 * n, chunk_tensor)):
+        address, length = values.buffer_info()
+        ctypes.memmove(start, address, length * values.itemsize)
     return host
 
 
@@ -211,7 +248,6 @@ def _new_table(host: Tensor, n: int, device: torch.device) -> _Table:
         sums=torch.empty(chunks, 3, dtype=torch.float32, device=device),
         norms=torch.empty(3, n, dtype=torch.float32, device=device),
         coefficients=torch.empty(n, 2, dtype=torch.float32, device=device),
-        spares=[],
     )
 
 
@@ -250,10 +286,10 @@ def _measure(
     first_step = options.momentum != 0 and part.momentum_buffers[0] is None
     if first_step:
         part.momentum_buffers[:] = [torch.zeros_like(param) for param in part.params]
-    adapted = is_adapted(options)
-    joint = options.trust_denominator == "joint"
-    grad_norm = options.skip_nonfinite or (adapted and not joint)
-    rows = adapted + (adapted and joint) + grad_norm
+    adapted = bool(is_adapted(options))  # numpy's scalars make numpy's bools, which are no constants to Triton
+    joint = adapted and options.trust_denominator == "joint"
+    grad_norm = bool(options.skip_nonfinite) or (adapted and not joint)
+    rows = adapted + joint + grad_norm
     scale = _scalar(grad_scale, device)
     with torch.cuda.device_of(part.params[0]):  # type: ignore[no-untyped-call]  # torch's
         table = tables.table(part)
@@ -274,10 +310,10 @@ def _measure(
                 reset,
                 CHUNK=CHUNK,
                 ADAPTED=adapted,
-                JOINT=adapted and joint,
+                JOINT=joint,
                 GRAD_NORM=grad_norm,
-                MAXIMIZE=options.maximize,
-                **LAUNCH,
+                MAXIMIZE=bool(options.maximize),
+                **LAUNCH_SUMS,
             )
         kernels.coefficients[(len(part.params),)](
             table.rows,
@@ -293,11 +329,11 @@ def _measure(
             1.0 if options.momentum == 0 or first_step else 1.0 - float(options.dampening),
             BLOCK=BLOCK,
             ADAPTED=adapted,
-            JOINT=adapted and joint,
+            JOINT=joint,
             GRAD_NORM=grad_norm,
-            CLIP=options.trust_clip,
-            LR_IN_MOMENTUM=options.lr_in_momentum,
-            MAXIMIZE=options.maximize,
+            CLIP=bool(options.trust_clip),
+            LR_IN_MOMENTUM=bool(options.lr_in_momentum),
+            MAXIMIZE=bool(options.maximize),
             **LAUNCH_FEW,
         )
     return Measured(part, options, table, flag, table.norms[:rows])
@@ -322,10 +358,10 @@ def update(measured: Measured, found_inf: Tensor | None) -> None:
             part.grads[0],
             float(options.momentum),
             CHUNK=CHUNK,
-            DECAYS=options.weight_decay != 0,
-            MOMENTUM=options.momentum != 0,
-            NESTEROV=options.nesterov,
-            LR_IN_MOMENTUM=options.lr_in_momentum,
+            DECAYS=bool(options.weight_decay != 0),
+            MOMENTUM=bool(options.momentum != 0),
+            NESTEROV=bool(options.nesterov),
+            LR_IN_MOMENTUM=bool(options.lr_in_momentum),
             **LAUNCH,
         )
     bump_versions([*part.params, *(buffer for buffer in part.momentum_buffers if buffer is not None)])

@@ -46,7 +46,8 @@ def _scale(grad_scale_ptr, MAXIMIZE: tl.constexpr):
     """s: what makes a raw gradient the one to descend along."""
     scale = tl.full([], -1.0 if MAXIMIZE else 1.0, tl.float32)
     if grad_scale_ptr is not None:
-        scale = scale / tl.load(grad_scale_ptr).to(tl.float32)
+        # rounded correctly, so exact for a power of two; a plain division may be off by 2 in the last place
+        scale = tl.div_rn(scale, tl.load(grad_scale_ptr).to(tl.float32))
     return scale
 
 

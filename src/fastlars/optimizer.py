@@ -82,7 +82,8 @@ class LARS(Optimizer):
         skip_nonfinite: if the norm of any gradient in the groups that set it is not finite, none of these groups
             changes. Decided on the device; with momentum it needs dampening == 0.
         maximize: maximize the objective instead of minimizing it.
-        foreach: whether updates run over lists of tensors, in few launches. None: on accelerators, as in torch.
+        foreach: whether updates run over lists of tensors, on CUDA from torch 2.11 on in few launches. None: on
+            accelerators, as in torch.
         differentiable: whether autograd may run through the step.
         fused: whether norms and update run in fused kernels: torch's own on CPU, Triton's on CUDA. None: on CPU only,
             until GPUs have proven the others. Tensors that a kernel cannot serve (other dtypes, memory that is not
@@ -364,7 +365,8 @@ class LARS(Optimizer):
             What the closure returned, None without one.
 
         Raises:
-            RuntimeError: for sparse gradients; nothing has changed then.
+            RuntimeError: for sparse gradients, and in the capture of a CUDA graph for tensors that never stepped; nothing
+                has changed then.
             ValueError, TypeError: for options that were written into a group and break their rule; nothing has changed then.
 
         Example:
@@ -401,6 +403,8 @@ class LARS(Optimizer):
         for i, group in enumerate(self.param_groups):  # all before the first state is made
             if not torch.compiler.is_compiling():
                 self._check_edited(i, group)
+                if _is_capturing():
+                    self._check_captured(i, group)
             if found_inf is not None:
                 check_can_be_skipped(group["momentum"], group["dampening"], f"param group {i}: found_inf")
             for grad in [p.grad for p in group["params"]]:
@@ -439,6 +443,16 @@ class LARS(Optimizer):
             if group["skip_nonfinite"]:
                 sharding.check_not_divided(f"param group {i}")
             self._checked[i] = values
+
+    def _check_captured(self, i: int, group: dict[str, Any]) -> None:
+        """State that a CUDA graph makes is no state: made when captured, filled with zeros by every replay."""
+        for j, p in enumerate(group["params"]):
+            state = self.state.get(p, {})
+            if group["momentum"] != 0 and p.grad is not None and p.is_cuda and state.get("momentum_buffer") is None:
+                raise RuntimeError(
+                    f"param group {i}: capturing a LARS step needs an eager step of the same tensors before it, which makes "
+                    f"their momentum buffers; the tensor at position {j} has none. Nothing has changed"
+                )
 
     # As torch's own fused step leaves the graph, but once for all groups, whose gradients may decide together.
     _step_groups_outside_graphs = outside_graphs(_step_groups)
@@ -513,6 +527,10 @@ class LARS(Optimizer):
 
 def _options(group: dict[str, Any]) -> Options:
     return Options(*[group[name] for name in NAMES])
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _caller() -> int:

@@ -54,21 +54,25 @@ def _multi_tensor_lars(
     step_size: Number,
     options: Options,
 ) -> None:
-    """The same over whole lists: a few launches, no temporary of parameter size."""
+    """The same over whole lists: a few launches on CUDA from torch 2.11 on, no temporary of parameter size.
+
+    With the 0-dim tensors as the first factor: those of the second are few launches in later versions only, and before 2.11
+    all are one a tensor.
+    """
     decays = options.weight_decay != 0
     if options.momentum != 0:
         torch._foreach_mul_(momentum_buffers, options.momentum)
-        torch._foreach_addcmul_(momentum_buffers, grads, b)
+        torch._foreach_addcmul_(momentum_buffers, b, grads)
         if decays:
-            torch._foreach_addcmul_(momentum_buffers, params, c)
+            torch._foreach_addcmul_(momentum_buffers, c, params)
     if options.momentum == 0 or options.nesterov:
         if decays:
-            torch._foreach_addcmul_(params, params, torch._foreach_mul(c, -step_size))
-        torch._foreach_addcmul_(params, grads, torch._foreach_mul(b, -step_size))
+            torch._foreach_addcmul_(params, torch._foreach_mul(c, -step_size), params)
+        torch._foreach_addcmul_(params, torch._foreach_mul(b, -step_size), grads)
     if options.momentum != 0:
         scale = -step_size * options.momentum if options.nesterov else -step_size
         if isinstance(scale, Tensor):
-            torch._foreach_addcmul_(params, momentum_buffers, [scale.to(params[0].dtype)] * len(params))
+            torch._foreach_addcmul_(params, [scale.to(params[0].dtype)] * len(params), momentum_buffers)
         else:
             torch._foreach_add_(params, momentum_buffers, alpha=scale)
 
