@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -116,3 +118,17 @@ def launches_and_host_reads(step: Step, device: torch.device) -> tuple[int | Non
         torch.cuda.synchronize(device)
     names = [event.name() for event in profiler.profiler.kineto_results.events()]
     return sum(name in LAUNCHES for name in names), sum(name.startswith("Memcpy DtoH") for name in names)
+
+
+def host_microseconds(step: Step, device: torch.device) -> float | None:
+    """Until a step returns on an idle GPU, median of 21; for a step with host reads that is also the device's time."""
+    if device.type != "cuda":
+        return None
+    samples = []
+    for _ in range(21):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        step()
+        samples.append((time.perf_counter() - start) * 1e6)
+    torch.cuda.synchronize(device)
+    return statistics.median(samples)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from .counting import bytes_moved, launches_and_host_reads, peak_extra_bytes
+from .counting import bytes_moved, host_microseconds, launches_and_host_reads, peak_extra_bytes
 from .optimizers import CONTENDERS, Contender
 from .results import COPY, READ, Row
 from .shapes import Shape
@@ -79,6 +79,7 @@ def _warm_up(contender: Contender, params: list[Parameter], case: str, device: t
         peak_extra_bytes=peak_extra_bytes(optimizer.step, device),
         launches=launches,
         host_reads=host_reads,
+        host_us=host_microseconds(optimizer.step, device),
         writes_grad=writes_grad,
         first_step_ms=first_step_ms,
     )

@@ -31,7 +31,7 @@ def speed(all_results: list[Results]) -> Iterator[str]:
     header = ["", "SGD and one more read", *map(title, contenders)]
     yield from markdown(header, rows, numbers=set(range(1, len(header))))
     machine = results.machine
-    kept = [promise.kept(value) for promise in PROMISES if (value := promise.measured(results)) is not None]
+    kept = [promise.kept(value) for promise in PROMISES["cpu"] if (value := promise.measured(results)) is not None]
     yield (
         f"Bytes alone, {TWO_PASSES} against {FLOOR}, make it {TWO_PASSES / FLOOR:.2f}. The first column adds the time in which "
         "this machine, in the same rounds, reads parameters and gradients once more.\n"

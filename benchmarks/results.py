@@ -30,6 +30,7 @@ class Row:
     peak_extra_bytes: int | None = None  # held at most by one step beyond what it found
     launches: int | None = None  # on a GPU
     host_reads: int | None = None  # on a GPU: copies to the host, each of which waits for the device
+    host_us: float | None = None  # on a GPU: microseconds until a step returns
     writes_grad: bool = False
     first_step_ms: float | None = None
 

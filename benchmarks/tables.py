@@ -54,12 +54,13 @@ STEP_COLUMNS = (
     Column("x SGD fused", lambda results, row: number(results.relative(row, YARDSTICK))),
     Column("launches", lambda _, row: number(row.launches, "d")),
     Column("host reads", lambda _, row: number(row.host_reads, "d")),
+    Column("host us", lambda _, row: number(row.host_us, ".0f")),
     Column("extra MiB", lambda _, row: mib(row.peak_extra_bytes)),
 )
 STEP_NOTE = (
     "bytes/param: read and written by the step's operations, nothing cached; floor 20, with norms 28 in float32. of copy: "
     "share of the bandwidth of a 256 MiB copy in the same rounds. x SGD fused: median of the ratios round by round. "
-    "extra MiB: held at most by a step beyond what it found. *: writes to .grad. And one more read: the same, and the time in "
+    "host us: until a step returns on an idle GPU. extra MiB: held at most by a step beyond what it found. *: writes to .grad. And one more read: the same, and the time in "
     "which parameters and gradients are read once more, as fast as torch.sum reads 256 MiB in that round."
 )
 TRAINING_COLUMNS = (

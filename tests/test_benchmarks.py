@@ -303,6 +303,21 @@ def test_the_page_has_the_figures_of_the_results(tmp_path: Path) -> None:
     assert (tmp_path / "docs" / "performance-cpu.svg").read_bytes() == picture, "the same results make the same file"
 
 
+def test_the_page_says_what_a_run_on_a_gpu_kept(tmp_path: Path) -> None:
+    run = a_run(1.5, device="cuda", device_name="a GPU", cuda="13.0")
+    ours = run.find("ResNet-50", OURS[0])
+    assert ours is not None
+    ours.host_us = 249.6
+    save(run, tmp_path / "results" / "step_time-cuda.json")
+    assert render.main(["--results", str(tmp_path / "results"), "--docs", str(tmp_path / "docs")]) == 0
+    page = (tmp_path / "docs" / "performance.md").read_text()
+    assert "| ResNet-50 | torch SGD(fused=True) | at most 1.40 times its time (aim 1.25) | 1.50 | not kept |" in page
+    assert "| ResNet-50 | copy | at least 0.85 of its bandwidth | 0.67 | not kept |" in page  # medians of 3 and 2 ms
+    assert "| ResNet-50 | host | at most 250 us for a step | 249.60 | kept |" in page
+    assert "| ViT-L/16 | copy | at least 0.85 of its bandwidth |  | not measured |" in page
+    assert "| fastlars fused | 20.0 | 3 | 6.7 | 67 % | 1.50 | 250 |" in page
+
+
 def test_the_step_against_ranks_is_one_exchange_of_eight_bytes_a_tensor(tmp_path: Path) -> None:
     if not ranks.FULLY_SHARDS_ON_CPU:
         pytest.skip("fully_shard works on CPU from torch 2.9 on")
