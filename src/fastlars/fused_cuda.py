@@ -3,7 +3,7 @@
 `partial_sums` and `coefficients` measure, `update` writes; `fused_cuda_kernels.py` says what they compute. All three find
 their tensors in a table on the device, so their number does not depend on the number of tensors. A table is never
 rewritten: it belongs to the addresses and sizes it was made from, and is found again by them. The host reads nothing from
-the device and, while addresses stay, allocates nothing there. Triton is imported by the first step.
+the device and, while addresses stay, allocates nothing there. Triton is imported where fused=True is asked for on CUDA.
 """
 
 from __future__ import annotations
@@ -91,9 +91,7 @@ def refusal(params: Sequence[Tensor]) -> str | None:
 def _cannot_launch() -> str | None:
     """What keeps Triton from launching kernels: it compiles, once, a C module for that, against Python's headers."""
     try:
-        from triton.runtime.driver import driver  # noqa: PLC0415  as in `_kernels`
-
-        driver.active.get_current_device()
+        _kernels().driver.active.get_current_device()
     except Exception as error:  # noqa: BLE001  of compilers, linkers and drivers: no list is complete
         return f"{type(error).__name__}: {error}"
     return None

@@ -13,6 +13,7 @@ VECTOR branches tell the compiler so); others, of odd length or at odd addresses
 # What stands below is a language of its own, and types are checked where triton is not installed, too.
 import triton
 import triton.language as tl
+from triton.runtime.driver import driver  # noqa: F401  for `fused_cuda.refusal`
 
 
 @triton.jit
