@@ -20,6 +20,7 @@ class Promise:
     at_most: float | None = None  # times the other's time
     at_least: float | None = None  # times as fast as the other
     aim: float | None = None
+    form = ".2f"  # of what was measured
 
     @property
     def case(self) -> str:
@@ -54,6 +55,8 @@ class Bandwidth(Promise):
 
 class HostTime(Promise):
     """Microseconds until a step returns on an idle GPU."""
+
+    form = ".0f"
 
     @property
     def bound(self) -> str:

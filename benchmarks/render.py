@@ -46,9 +46,8 @@ read of parameters and gradients, as fast as this machine reads in the same roun
 
 All optimizers step the same tensors. They are interleaved: in each round everyone makes one step, in a new order, together with
 a copy of 256 MiB that measures the bandwidth; ms are medians, ratios are medians of the ratios within a round. On a CPU the
-caches hold what the one before left; on a GPU the L2 cache is flushed before each step, and the device pauses there so that the
-host is ahead of it, as it is in training. All use momentum and weight decay, and
-each LARS adapts every tensor (pytorch_optimizer's leaves vectors out). The quadra loop is a minimal loop of ours that stands for
+caches hold what the one before left; on a GPU the L2 cache is flushed before each step, and the device pauses there until the
+host is ahead of it, as it is in training. All use momentum and weight decay, and each LARS adapts every tensor (pytorch_optimizer's leaves vectors out). The quadra loop is a minimal loop of ours that stands for
 the LARS of Lightning Bolts, quadra and lightly, in whose manner Python reads two norms a tensor. A share of the copy above 100 %
 is possible: a copy also fetches the memory that it is about to overwrite, and caches help. On a virtual machine, ratios depend on
 where its cores are: with a cache in common, norms cost less and small tensors more than with one each, and every core then
@@ -200,7 +199,7 @@ def _promises(results: Results, device: str) -> Iterator[str]:
     rows = []
     for promise, value in values:
         kept = "not measured" if value is None else "kept" if promise.kept(value) else "not kept"
-        rows.append([promise.case, title(promise.against), promise.bound, number(value), kept])
+        rows.append([promise.case, title(promise.against), promise.bound, number(value, promise.form), kept])
     yield from markdown(["model", "against", "promised", "measured", ""], rows, numbers={3})
 
 

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import fastlars
 from cases import OPTIONS
-from fastlars import LARS, dispatch, fused_cuda
+from fastlars import LARS, dispatch, fused_cuda, lars
 from harness import IMPLEMENTATIONS, ignore_nothing_adapted, set_grads
 from recording import Recorder, fake_cuda
 
@@ -126,25 +126,42 @@ def test_scheduled_steps_read_nothing(name: str, implementation: str, scheduler:
 @pytest.mark.parametrize("name", ["momentum", "momentum-unadapted", "dampening"])
 def test_a_captured_step_makes_no_state(name: str, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph would make it, and every replay would fill it with zeros."""
+    options = {**OPTIONS[name], **IMPLEMENTATIONS[implementation]}
+    capturing = True
+    for module in (fastlars.optimizer, fused_cuda):
+        monkeypatch.setattr(module, "is_capturing", lambda: capturing)
     with fake_cuda():
         params = [torch.nn.Parameter(torch.ones(5, 3, device=device)) for device in ("cpu", "cuda", "cuda")]
-        optimizer = LARS(params, **OPTIONS[name], **IMPLEMENTATIONS[implementation])
-        set_grads(params, [torch.ones_like(params[0]), torch.ones_like(params[1]), None])
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.cuda, "is_initialized", lambda: True)
-            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-            with pytest.raises(RuntimeError, match=r"needs an eager step.*position 1 has none"):
-                optimizer.step()
-            assert not optimizer.state
-            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        optimizer = LARS([{"params": params[:1]}, {"params": params[1:]}], **options)
+        set_grads(params, [torch.ones_like(params[0]), None, torch.ones_like(params[2])])
+        refused = pytest.raises(
+            RuntimeError, match=r"group 1: .*needs an eager step.*tensor 0 of those with a gradient"
+        )
+        with refused:
             optimizer.step()
-            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert not optimizer.state
+        capturing = False
+        optimizer.step()
+        capturing = True
+        optimizer.step()
+        optimizer.state[params[2]].clear()  # as loaded from an optimizer without momentum
+        with refused:
             optimizer.step()
-            params[2].grad = torch.ones_like(params[2])
-            with pytest.raises(RuntimeError, match="position 2 has none"):
-                optimizer.step()
-            assert params[2] not in optimizer.state
-            LARS(params, lr=0.1, weight_decay=0.1, **IMPLEMENTATIONS[implementation]).step()  # has none to make
+        optimizer.load_state_dict(optimizer.state_dict())
+        params[1].grad = torch.ones_like(params[1])
+        with refused:
+            optimizer.step()
+        assert params[1] not in optimizer.state
+
+        without = {**options, "momentum": 0.0, "dampening": 0.0}
+        LARS(params, **without).step()  # there is no state to make
+        grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
+        with torch.no_grad():
+            lars(params, grads, [], **without)
+            buffers: list[Tensor | None] = [None, torch.zeros_like(params[1]), torch.zeros_like(params[2])]
+            lars(params, grads, buffers, **options)
+            with pytest.raises(RuntimeError, match=r"lars: capturing.*tensor 1 of"):
+                lars(params, grads, [None, None, None], **options)
 
 
 @pytest.mark.parametrize(("devices", "given"), [(("cuda:0", "cuda:0"), False), (("cuda:0", "cuda:1"), True)], ids=str)

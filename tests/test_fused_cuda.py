@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -176,8 +177,9 @@ def test_options_may_be_numpy_scalars(kind: type, compiler: Callable[[int], Comp
         options = Options(**OPTIONS[name])
         numbers = {key: kind(getattr(options, key)) for key in names}
         with torch.no_grad():
-            step(part_of([torch.ones(5)]), options)
+            # these first: Triton finds what it compiled for True by np.True_ too
             step(part_of([torch.ones(5)]), options._replace(**numbers))
+            step(part_of([torch.ones(5)]), options)
     assert [len(compiled.distinct(name)) for name in ("partial_sums", "coefficients", "update")] == [2, 2, 2]
 
 
@@ -265,7 +267,7 @@ def test_old_tables_are_dropped_and_keep_no_tensor_alive() -> None:
 
 def test_capture_leaves_eager_tables_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     tables = fused_cuda.Tables()
-    part = part_of([torch.ones(4), torch.ones(3)])
+    part = part_of([torch.ones(4), torch.ones(3), torch.ones(3)])  # an odd number of chunks
     monkeypatch.setattr(fused_cuda, "_is_capturing", lambda _device: True)
     with pytest.raises(RuntimeError, match="needs an eager step"):
         tables.table(part)
@@ -278,7 +280,8 @@ def test_capture_leaves_eager_tables_alone(monkeypatch: pytest.MonkeyPatch) -> N
     moved = [part._replace(grads=[g.clone() for g in part.grads]) for _ in range(fused_cuda.CAPTURES)]
     captured = [tables.table(each) for each in moved]
     for table, each in zip(captured, moved, strict=True):
-        assert table.rows.view(2, 6)[:, 1].tolist() == [g.data_ptr() for g in each.grads]
+        assert table.rows.view(3, 6)[:, 1].tolist() == [g.data_ptr() for g in each.grads]
+        assert table.chunk_tensor.tolist() == [0, 1, 2]
         assert table not in tables._tables.values(), "its copy has not run before the graph has"
         assert table.sums.data_ptr() != eager.sums.data_ptr()
     # what the graphs copy at every replay stays
@@ -291,6 +294,37 @@ def test_capture_leaves_eager_tables_alone(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(fused_cuda, "_is_capturing", lambda _device: True)
     assert tables.table(moved[0]).rows.data_ptr() not in staged, "an eager step makes room for more"
     assert {host.data_ptr() for host in tables._captured} > staged
+
+
+def test_threads_share_tables_and_no_flag() -> None:
+    """Those of the functional form: a thread's step must not reset the flag that another has raised."""
+    tables = fused_cuda.Tables()
+    flags = [tables.flag(CPU)]
+    errors: list[Exception] = []
+    together = threading.Barrier(4)
+
+    def steps() -> None:
+        try:
+            flags.append(tables.flag(CPU))
+            for _ in range(300):
+                tables.begin()
+                tables.table(part_of([torch.ones(4)]))
+            together.wait()  # the number of a thread that ended may be given again
+        except Exception as error:  # noqa: BLE001  told below
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=steps) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not errors
+    assert len({flag.data_ptr() for flag in flags}) == 5
 
 
 def test_a_tensor_lr_is_read_on_the_host_only_if_it_is_there_and_the_parameters_are_not() -> None:
@@ -471,6 +505,36 @@ def test_fused_on_cuda_runs_these_kernels_and_foreach_for_the_rest(monkeypatch: 
             2: "foreach",
             3: "single",
         }
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_known_list_on_cuda_is_one_part_of_the_same_tensors(momentum: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_cuda, "_PLAIN", frozenset({FakeTensor}))
+    monkeypatch.setattr(dispatch, "runs_for", lambda *_: pytest.fail("sorted one by one"))
+    options = Options(1.0, momentum=momentum, weight_decay=0.1, fused=True)
+    with fake_cuda():
+        params, grads, made = ([torch.ones(n, device="cuda") for n in (8, 3)] for _ in range(3))
+        buffers: list[Tensor | None] = [None, None]
+        for step in range(4):
+            (part,) = dispatch.split(params, grads, buffers, options)
+            assert part.implementation == "triton" and part.indices == [0, 1] and part.plan is None
+            expected = [params, grads, buffers if momentum else []]
+            for given, taken in zip(expected, [part.params, part.grads, part.momentum_buffers], strict=True):
+                assert all(a is b for a, b in zip(given, taken, strict=True)), step
+            if step == 1:
+                buffers[:] = made
+
+
+def test_tensors_of_two_gpus_or_at_two_steps_are_two_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_cuda, "_PLAIN", frozenset({FakeTensor}))
+    options = Options(1.0, momentum=0.9, weight_decay=0.1, fused=True)
+    with fake_cuda():
+        for devices, made in ((("cuda:0", "cuda:1"), True), (("cuda:0", "cuda:0"), False)):
+            params = [torch.ones(8, device=device) for device in devices]
+            buffers = [params[0].clone(), params[1].clone() if made else None]
+            for _ in range(3):
+                parts = dispatch.split(params, [p.clone() for p in params], buffers, options)
+                assert [(part.implementation, part.indices) for part in parts] == [("triton", [0]), ("triton", [1])]
 
 
 def test_fused_is_refused_at_construction_on_cuda_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ def _as_one_part(
     params: List[Tensor], grads: List[Tensor], momentum_buffers: List[Optional[Tensor]], options: Options
 ) -> Optional[Part]:
     """The part, if one fused step serves all of these, as nearly always: sorting takes as long as small tensors."""
-    buffers = list(momentum_buffers) if options.momentum != 0 else []
+    buffers = momentum_buffers if options.momentum != 0 else []
     made = [buffer for buffer in buffers if buffer is not None]
     if len(made) not in (0, len(params)):
         return None

@@ -63,6 +63,7 @@ def lars(
 
     Raises:
         ValueError: for ``dampening`` with ``found_inf`` or ``skip_nonfinite`` (see :class:`fastlars.LARS`).
+        RuntimeError: where a CUDA graph captures the step of tensors that lack a momentum buffer.
 
     Example:
         >>> w, v = torch.tensor([3.0, 4.0]), torch.zeros(2)
@@ -95,12 +96,24 @@ def lars(
     if is_scripting():
         _scripted_step(params, grads, momentum_buffers, options, grad_scale, found_inf)
     else:
+        if not torch.compiler.is_compiling() and fused_cuda.is_capturing():
+            check_captured(params, momentum_buffers, momentum, "lars")
         groups: List[Group] = [(params, grads, momentum_buffers, options, None)]
         if sharding.any_sharded(params) or implementation(params, options) == "fused":
             shards = sharding.sharded([(params, options)])
             _step_groups_outside_graphs(groups, grad_scale, found_inf, _TABLES, shards)
         else:
             step_groups(groups, grad_scale, found_inf, _TABLES)
+
+
+def check_captured(params: List[Tensor], momentum_buffers: List[Optional[Tensor]], momentum: float, where: str) -> None:
+    """Raise where the graph being captured would make a buffer: every replay would fill it with zeros."""
+    for i, (param, buffer) in enumerate(zip(params, momentum_buffers)):
+        if momentum != 0 and buffer is None and param.is_cuda:
+            raise RuntimeError(
+                f"{where}: capturing a LARS step needs an eager step of the same tensors before it, which makes their momentum "
+                f"buffers; tensor {i} of those with a gradient has none. Nothing has changed"
+            )
 
 
 # of all functional steps; an optimizer has its own, which go with it

@@ -15,7 +15,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, repeat
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -89,7 +89,7 @@ def refusal(params: Sequence[Tensor]) -> str | None:
 
 
 def _cannot_launch() -> str | None:
-    """What keeps Triton from launching kernels: it compiles, once, a C module for that, against Python's headers."""
+    """What keeps Triton from launching kernels: for that it compiles C, against Python's headers."""
     try:
         _kernels().driver.active.get_current_device()
     except Exception as error:  # noqa: BLE001  of compilers, linkers and drivers: no list is complete
@@ -123,15 +123,12 @@ def serves(param: Tensor, grad: Tensor, buffer: Tensor | None) -> bool:
 
 def serves_all(params: list[Tensor], *others: list[Tensor]) -> bool:
     """Whether the kernels serve all of these, gradients and buffers, in one part: of one device and dtypes."""
-    return known(_are_one_part, params, *others) is not None
+    return bool(known(_are_one_part, params, *others))
 
 
-def _are_one_part(
-    params: list[Tensor], grads: list[Tensor], buffers: Sequence[Tensor | None] = ()
-) -> Literal[True] | None:
-    tensors = zip(params, grads, buffers or repeat(None))
+def _are_one_part(params: list[Tensor], grads: list[Tensor], buffers: Sequence[Tensor | None] = ()) -> bool:
     alike = len({(param.device, param.dtype, grad.dtype) for param, grad in zip(params, grads)}) == 1
-    return True if alike and all(serves(*each) for each in tensors) else None
+    return alike and all(serves(*each) for each in zip(params, grads, buffers or repeat(None)))
 
 
 @dataclass(eq=False)
@@ -157,6 +154,7 @@ class Tables:
         # by device and sizes, pinned memory for captures, which must not allocate it
         self._spares: dict[tuple[torch.device, tuple[int, ...]], list[Tensor]] = {}
         self._captured: list[Tensor] = []
+        self._lock = threading.Lock()  # the functional form's tables serve all threads
 
     def begin(self) -> None:
         """A step begins; tables are dropped by their age in steps."""
@@ -164,6 +162,10 @@ class Tables:
 
     def table(self, part: Part) -> _Table:
         """The table of a part on the current stream of its device, which is the current device."""
+        with self._lock:
+            return self._table(part)
+
+    def _table(self, part: Part) -> _Table:
         device = part.params[0].device
         tensors = chain(part.params, part.grads, part.momentum_buffers)
         addresses = tuple(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]  # `measure` made the buffers
@@ -205,7 +207,7 @@ class Tables:
         """A 1-element int32 tensor that says whether a gradient of this step is not finite; `measure` sets it to 0."""
         if _is_capturing(device):
             return torch.empty(1, dtype=torch.int32, device=device)
-        key = (device, _stream(device), threading.get_ident())  # the functional form's tables serve all threads
+        key = (device, _stream(device), threading.get_ident())
         if key not in self._flags:
             self._flags[key] = torch.empty(1, dtype=torch.int32, device=device)
         return self._flags[key]
@@ -226,6 +228,7 @@ def _host_table(
     chunk_tensor = array("i")
     for i, count in enumerate(chunks):
         chunk_tensor.extend(array("i", [i]) * count)
+    assert 8 * host.numel() >= 48 * n + 4 * ends[-1]
     # not by torch, whose threads wait for each other for milliseconds on a busy machine
     for start, values in ((host.data_ptr(), array("q", rows)), (host.data_ptr() + 48 * n, chunk_tensor)):
         address, length = values.buffer_info()
@@ -286,7 +289,7 @@ def _measure(
         part.momentum_buffers[:] = [torch.zeros_like(param) for param in part.params]
     adapted = bool(is_adapted(options))  # numpy's scalars make numpy's bools, which are no constants to Triton
     joint = adapted and options.trust_denominator == "joint"
-    grad_norm = bool(options.skip_nonfinite) or (adapted and not joint)
+    grad_norm = options.skip_nonfinite or (adapted and not joint)
     rows = adapted + joint + grad_norm
     scale = _scalar(grad_scale, device)
     with torch.cuda.device_of(part.params[0]):  # type: ignore[no-untyped-call]  # torch's
@@ -310,7 +313,7 @@ def _measure(
                 ADAPTED=adapted,
                 JOINT=joint,
                 GRAD_NORM=grad_norm,
-                MAXIMIZE=bool(options.maximize),
+                MAXIMIZE=options.maximize,
                 **LAUNCH_SUMS,
             )
         kernels.coefficients[(len(part.params),)](
@@ -329,9 +332,9 @@ def _measure(
             ADAPTED=adapted,
             JOINT=joint,
             GRAD_NORM=grad_norm,
-            CLIP=bool(options.trust_clip),
-            LR_IN_MOMENTUM=bool(options.lr_in_momentum),
-            MAXIMIZE=bool(options.maximize),
+            CLIP=options.trust_clip,
+            LR_IN_MOMENTUM=options.lr_in_momentum,
+            MAXIMIZE=options.maximize,
             **LAUNCH_FEW,
         )
     return Measured(part, options, table, flag, table.norms[:rows])
@@ -358,8 +361,8 @@ def update(measured: Measured, found_inf: Tensor | None) -> None:
             CHUNK=CHUNK,
             DECAYS=bool(options.weight_decay != 0),
             MOMENTUM=bool(options.momentum != 0),
-            NESTEROV=bool(options.nesterov),
-            LR_IN_MOMENTUM=bool(options.lr_in_momentum),
+            NESTEROV=options.nesterov,
+            LR_IN_MOMENTUM=options.lr_in_momentum,
             **LAUNCH,
         )
     bump_versions([*part.params, *(buffer for buffer in part.momentum_buffers if buffer is not None)])
@@ -392,5 +395,10 @@ def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
+def is_capturing() -> bool:
+    """Whether a CUDA graph captures what runs on the current stream."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]  # torch's
+
+
 def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return device.type == "cuda" and is_capturing()

@@ -27,7 +27,7 @@ def _known(find: Callable[..., Any], first: int, params: int, tensors: int) -> _
 
 
 def known(find: Callable[..., Optional[_T]], params: List[Tensor], *others: List[Tensor]) -> Optional[_T]:
-    """``find(params, *others)``, which depends on the metadata of the tensors only, and is None where there is nothing."""
+    """``find(params, *others)``, which depends on the metadata of the tensors only. What is false is asked anew each time."""
     tensors = list(chain(params, *others))
     # with the number of params: a guard does not see where they end
     of_list = _known(find, id(params[0]), len(params), len(tensors))
@@ -37,7 +37,7 @@ def known(find: Callable[..., Optional[_T]], params: List[Tensor], *others: List
     found = find(params, *others)
     # A guard is made when a list comes for the second time, and not where the last one has just failed: making it takes as
     # long as asking twice.
-    guard = metadata_guard(tensors) if found is not None and of_list.came_before and guarded is None else None
-    of_list.guarded = None if found is None or guard is None else (guard, found)
+    guard = metadata_guard(tensors) if found and of_list.came_before and guarded is None else None
+    of_list.guarded = None if guard is None else (guard, found)
     of_list.came_before = guarded is None
     return found

@@ -18,8 +18,8 @@ from .coefficients import is_adapted, is_nonzero, scalar_lr, trust_ratio
 from .compat import NAMED_PARAMETERS, outside_graphs, required, use_grad_for_differentiable
 from .description import describe
 from .dispatch import Part, implementation, split
-from .functional import Group, measure, step_groups
-from .fused_cuda import Tables, check_fused
+from .functional import Group, check_captured, measure, step_groups
+from .fused_cuda import Tables, check_fused, is_capturing
 from .loading import check_saved_state, groups_and_states
 from .options import NAMES, Options, check_can_be_skipped, check_grad, check_options, check_params, nearest_name
 
@@ -365,8 +365,8 @@ class LARS(Optimizer):
             What the closure returned, None without one.
 
         Raises:
-            RuntimeError: for sparse gradients, and in the capture of a CUDA graph for tensors that never stepped; nothing
-                has changed then.
+            RuntimeError: for sparse gradients, and where a CUDA graph captures the step of tensors that lack a momentum
+                buffer; nothing has changed then.
             ValueError, TypeError: for options that were written into a group and break their rule; nothing has changed then.
 
         Example:
@@ -400,11 +400,14 @@ class LARS(Optimizer):
     def _step_groups(self, params_and_options: list[tuple[list[Tensor], Options]]) -> None:
         # GradScaler's, which is told to set them by _step_supports_amp_scaling
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        capturing = not torch.compiler.is_compiling() and is_capturing()
         for i, group in enumerate(self.param_groups):  # all before the first state is made
             if not torch.compiler.is_compiling():
                 self._check_edited(i, group)
-                if _is_capturing():
-                    self._check_captured(i, group)
+                if capturing:
+                    moving = [p for p in group["params"] if p.grad is not None]
+                    buffers = [self.state.get(p, {}).get("momentum_buffer") for p in moving]
+                    check_captured(moving, buffers, group["momentum"], f"param group {i}")
             if found_inf is not None:
                 check_can_be_skipped(group["momentum"], group["dampening"], f"param group {i}: found_inf")
             for grad in [p.grad for p in group["params"]]:
@@ -443,16 +446,6 @@ class LARS(Optimizer):
             if group["skip_nonfinite"]:
                 sharding.check_not_divided(f"param group {i}")
             self._checked[i] = values
-
-    def _check_captured(self, i: int, group: dict[str, Any]) -> None:
-        """State that a CUDA graph makes is no state: made when captured, filled with zeros by every replay."""
-        for j, p in enumerate(group["params"]):
-            state = self.state.get(p, {})
-            if group["momentum"] != 0 and p.grad is not None and p.is_cuda and state.get("momentum_buffer") is None:
-                raise RuntimeError(
-                    f"param group {i}: capturing a LARS step needs an eager step of the same tensors before it, which makes "
-                    f"their momentum buffers; the tensor at position {j} has none. Nothing has changed"
-                )
 
     # As torch's own fused step leaves the graph, but once for all groups, whose gradients may decide together.
     _step_groups_outside_graphs = outside_graphs(_step_groups)
@@ -527,10 +520,6 @@ class LARS(Optimizer):
 
 def _options(group: dict[str, Any]) -> Options:
     return Options(*[group[name] for name in NAMES])
-
-
-def _is_capturing() -> bool:
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]  # torch's
 
 
 def _caller() -> int:

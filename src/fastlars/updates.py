@@ -72,7 +72,7 @@ def _multi_tensor_lars(
     if options.momentum != 0:
         scale = -step_size * options.momentum if options.nesterov else -step_size
         if isinstance(scale, Tensor):
-            torch._foreach_addcmul_(params, [scale.to(params[0].dtype)] * len(params), momentum_buffers)
+            torch._foreach_addcmul_(params, [scale] * len(params), momentum_buffers)
         else:
             torch._foreach_add_(params, momentum_buffers, alpha=scale)
 
