@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 
 from .optimizers import CONTENDERS, YARDSTICK
 from .promises import DEFAULT, PROMISES
-from .results import FLOOR, TWO_PASSES, Results, find
+from .results import COPY, FLOOR, TWO_PASSES, Results, find
 from .tables import markdown, number, title
 
 
-def speed(all_results: list[Results]) -> Iterator[str]:
+def speed(all_results: list[Results], elsewhere: list[Results]) -> Iterator[str]:
     """The default beside the other LARSes, and how many of the promises the run kept."""
     results = find(all_results, "step_time", "cpu")
     if results is None:
@@ -43,9 +43,24 @@ def speed(all_results: list[Results]) -> Iterator[str]:
         f"Of the {len(kept)} bounds that fastlars sets itself this run kept {sum(kept)}: "
         "[which ones, and all else that was measured](docs/performance.md)."
     )
+    for other in elsewhere:
+        if other.machine["device"] == "cpu":
+            yield _other_host(other, results)
     if find(all_results, "step_time", "cuda") is None:
         yield "Nothing has been measured on a GPU."
     yield ""
+
+
+def _other_host(other: Results, results: Results) -> str:
+    case = results.cases[0]
+    copies = [number(row.gb_s, ".0f") for run in (other, results) if (row := run.find(case, COPY)) is not None]
+    ratios = (f"{number(other.ratio(case, DEFAULT, YARDSTICK))} on {case}" for case in other.cases)
+    a_read = number(with_a_read(other, case))
+    return (
+        f"On another host, which copies {' GB/s instead of '.join(copies)}, it took {', '.join(ratios)}"
+        + (f"; SGD and one more read took {a_read} on {case}" if a_read else "")
+        + "."
+    )
 
 
 def with_a_read(results: Results, case: str) -> float | None:

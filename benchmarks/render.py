@@ -1,7 +1,7 @@
 """Write what is measured into README and docs, from what is stored: no such figure is typed by hand.
 
 From benchmarks/results/*.json all of docs/performance.md, its pictures, and parts of README.md and docs/distributed.md; from
-docs/demo/runs.csv a part of README.md.
+docs/demo/runs.csv a part of README.md. Files of `benchmarks.step_time` in benchmarks/results/elsewhere are runs on other hosts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .distributed import COPIED, EXCHANGE, SHARDED
 from .machine import sentence
 from .optimizers import YARDSTICK
 from .promises import PROMISES
-from .results import Results, find, load_all
+from .results import ELSEWHERE, Results, find, load_all
 from .tables import (
     STEP_COLUMNS,
     STEP_NOTE,
@@ -77,6 +77,10 @@ Seconds until a compiled `optimizer.step` has come to rest: the first two steps,
 makes its momentum buffers in the first and compiles again for the second). torch {torch}; medians. The fused steps are not in the
 graph; foreach is, as C++ code.\
 """
+ELSEWHERE_NOTE = """\
+The same benchmark, some of its optimizers, on other hosts: how a second read compares with SGD depends on the memory, and how small
+tensors do on the speed of one core.\
+"""
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 
 
@@ -86,12 +90,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--docs", type=Path, default=DOCS, metavar="DIR", help="(default: docs)")
     options = parser.parse_args(arguments)
     try:
-        all_results = load_all(options.results)
+        all_results, elsewhere = load_all(options.results), load_all(options.results / ELSEWHERE)
     except ValueError as error:
         print(f"render: {error}", file=sys.stderr)
         return 2
     options.docs.mkdir(parents=True, exist_ok=True)
-    for path, text in pages(all_results, options.docs).items():
+    for path, text in pages(all_results, elsewhere, options.docs).items():
         path.write_text(text, encoding="utf-8")
     for device in DEVICES:
         if (step_time := find(all_results, "step_time", device)) is not None:
@@ -99,13 +103,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def pages(all_results: list[Results], docs: Path) -> dict[Path, str]:
+def pages(all_results: list[Results], elsewhere: list[Results], docs: Path) -> dict[Path, str]:
     """The pages with measured parts, as they have to be; of those written by hand only what exists."""
-    sections = ["\n".join(section(all_results, device)) for device in DEVICES]
+    sections = ["\n".join(section(all_results, elsewhere, device)) for device in DEVICES]
     written = {docs / "performance.md": "\n".join([INTRODUCTION, *sections, COMMANDS])}
     page, runs = docs.parent / "README.md", docs / "demo" / "runs.csv"
     if page.exists():
-        text = _with_part(page, page.read_text(encoding="utf-8"), "speed", readme.speed(all_results))
+        text = _with_part(page, page.read_text(encoding="utf-8"), "speed", readme.speed(all_results, elsewhere))
         written[page] = _with_part(page, text, "demo", readme.demo(read_csv(runs)))
     page, measured = docs / "distributed.md", find(all_results, "distributed", "cpu")
     if page.exists() and measured is not None:
@@ -141,8 +145,8 @@ def _ranks(results: Results) -> Iterator[str]:
     yield from markdown(header, rows, numbers={1, 2, 3, 4, 5})
 
 
-def section(all_results: list[Results], device: str) -> Iterator[str]:
-    """One device: the figure, then everything in numbers."""
+def section(all_results: list[Results], elsewhere: list[Results], device: str) -> Iterator[str]:
+    """One device: the figure, then everything in numbers; what other hosts measured comes last."""
     yield f"## {DEVICES[device]}\n"
     step_time, scaling, training, compiling = (
         find(all_results, name, device) for name in ("step_time", "scaling", "training_step", "compile_time")
@@ -171,6 +175,15 @@ def section(all_results: list[Results], device: str) -> Iterator[str]:
     if compiling is not None:
         yield "### Cold `torch.compile`\n"
         yield from _compile_table(compiling)
+    others = [results for results in elsewhere if results.machine["device"] == device]
+    if others:
+        yield "### On other hosts\n"
+        yield ELSEWHERE_NOTE + "\n"
+    for results in others:
+        yield f"Measured on {sentence(results.machine)}\n"
+        yield from _promises(results, device)
+        for case in results.cases:
+            yield from _case_table(results, case, STEP_COLUMNS)
 
 
 def _compile_table(results: Results) -> Iterator[str]:

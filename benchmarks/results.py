@@ -12,6 +12,7 @@ from typing import Any
 
 FORMAT = 1
 COPY, READ = "copy", "read"  # the rows that measure the bandwidth of copying and of reading, one each in each case
+ELSEWHERE = "elsewhere"  # the folder of runs on hosts other than that of the page
 SERIES = ("tensors", "elements")  # what grows in scaling.py; its cases are named "series: ..."
 FLOOR = 20  # bytes a float32 parameter: read p, g, v; write p, v
 TWO_PASSES = 28  # and p and g once more, for the norms

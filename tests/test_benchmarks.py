@@ -25,6 +25,7 @@ from benchmarks import (
     long_run,
     models,
     passes,
+    readme,
     render,
     step_time,
     tables,
@@ -33,7 +34,7 @@ from benchmarks import (
 from benchmarks.counting import bytes_moved, peak_extra_bytes
 from benchmarks.measuring import measure
 from benchmarks.optimizers import CONTENDERS, LOOP, OURS, YARDSTICK, Contender
-from benchmarks.results import COPY, READ, Results, Row, load, save
+from benchmarks.results import COPY, ELSEWHERE, READ, Results, Row, load, save
 from benchmarks.shapes import MODELS, TINY
 from benchmarks.timing import FEWEST_ROUNDS, CPUClock, Length, interleave
 
@@ -301,6 +302,19 @@ def test_the_page_has_the_figures_of_the_results(tmp_path: Path) -> None:
     assert "Not measured. `python -m nox -s bench -- --device cuda` measures it." in page
     assert render.main(["--results", str(tmp_path / "results"), "--docs", str(tmp_path / "docs")]) == 0
     assert (tmp_path / "docs" / "performance-cpu.svg").read_bytes() == picture, "the same results make the same file"
+
+
+def test_the_page_says_what_other_hosts_measured(tmp_path: Path) -> None:
+    save(a_run(1.2), tmp_path / "results" / "step_time-cpu.json")
+    save(a_run(1.7), tmp_path / "results" / ELSEWHERE / "slow.json")
+    assert render.main(["--results", str(tmp_path / "results"), "--docs", str(tmp_path / "docs")]) == 0
+    page = (tmp_path / "docs" / "performance.md").read_text()
+    here, there = page[: page.index("## GPU")].split("### On other hosts")
+    assert "| 1.20 | kept |" in here and "1.70" not in here
+    assert "| 1.70 | not kept |" in there and "1.20" not in there
+    assert "On other hosts" not in page[page.index("## GPU") :]
+    text = "\n".join(readme.speed([a_run(1.2)], [a_run(1.7)]))
+    assert "On another host, which copies 10 GB/s instead of 10, it took 1.70 on ResNet-50." in text
 
 
 def test_the_page_says_what_a_run_on_a_gpu_kept(tmp_path: Path) -> None:

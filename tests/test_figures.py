@@ -29,11 +29,11 @@ from benchmarks.demo.training import METHODS
 from benchmarks.optimizers import CONTENDERS, YARDSTICK
 from benchmarks.promises import DEFAULT
 from benchmarks.readme import accuracies
-from benchmarks.results import find, load_all
+from benchmarks.results import ELSEWHERE, find, load_all
 from benchmarks.shapes import MODELS
 
-STORED = load_all(FOLDER)
-PAGES = render.pages(STORED, DOCS)
+STORED, ELSEWHERE_STORED = load_all(FOLDER), load_all(FOLDER / ELSEWHERE)
+PAGES = render.pages(STORED, ELSEWHERE_STORED, DOCS)
 RUNS = read_csv(DOCS / "demo" / "runs.csv")
 
 
@@ -48,11 +48,14 @@ def test_a_page_shows_what_is_stored(path: Path) -> None:
 def test_what_is_stored_is_shown() -> None:
     """Without any of the files a page would be another."""
     assert [path.name for path in PAGES] == ["performance.md", "README.md", "distributed.md"]
-    for left_out in STORED:
-        assert render.pages([results for results in STORED if results is not left_out], DOCS) != PAGES, (
-            left_out.benchmark
-        )
-    assert {path.suffix for path in FOLDER.iterdir()} == {".json", ".csv", ".md"}  # the long run's, below
+    for left_out in [*STORED, *ELSEWHERE_STORED]:
+        here, there = ([run for run in runs if run is not left_out] for runs in (STORED, ELSEWHERE_STORED))
+        fewer = render.pages(here, there, DOCS)
+        changed = {path.name for path in PAGES if fewer.get(path) != PAGES[path]}
+        assert changed, left_out.benchmark
+        assert left_out in STORED or changed == {"performance.md", "README.md"}
+    # .csv and .md: the long run's, below
+    assert {path.suffix for path in FOLDER.rglob("*") if path.is_file()} == {".json", ".csv", ".md"}
 
 
 @pytest.mark.parametrize("device", render.DEVICES)
