@@ -91,8 +91,15 @@ def trust_ratios(
     if not all(map(math.isfinite, known)):
         legend.append(Patch(color=_NOT_FINITE, label="ratio not finite"))
     if legend:
-        place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.3}
-        ax.legend(handles=legend, ncols=2, frameon=False, fontsize=9, **place)
+        ax.legend(
+            handles=legend,
+            ncols=2,
+            frameon=False,
+            fontsize=9,
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            borderaxespad=0.3,
+        )
     return ax
 
 
