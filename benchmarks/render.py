@@ -44,14 +44,15 @@ and 20 where its second read comes from a cache: [Why it is fast](bytes.md). Byt
 than SGD's mix of reads and writes, a second read takes more than its share. So each table has a row for fused SGD and one more
 read of parameters and gradients, as fast as this machine reads in the same round; below it, part of the read came from a cache.
 
-All optimizers step the same tensors. They are interleaved: in each round everyone makes one step, in a new order, together with
-a copy of 256 MiB that measures the bandwidth; ms are medians, ratios are medians of the ratios within a round. On a CPU the
-caches hold what the one before left; on a GPU the L2 cache is flushed before each step, and the device pauses there until the
-host is ahead of it, as it is in training. All use momentum and weight decay, and each LARS adapts every tensor (pytorch_optimizer's leaves vectors out). The quadra loop is a minimal loop of ours that stands for
-the LARS of Lightning Bolts, quadra and lightly, in whose manner Python reads two norms a tensor. A share of the copy above 100 %
-is possible: a copy also fetches the memory that it is about to overwrite, and caches help. On a virtual machine, ratios depend on
-where its cores are: with a cache in common, norms cost less and small tensors more than with one each, and every core then
-has more bandwidth for itself, which favours whoever reads once.
+All optimizers step the same tensors. They are interleaved: in each round everyone makes one step, in a new order, together
+with a copy of 256 MiB that measures the bandwidth; ms are medians, ratios are medians of the ratios within a round. On a CPU
+the caches hold what the one before left; on a GPU the L2 cache is flushed before each step, and the device pauses there until
+the host is ahead of it, as it is in training. All use momentum and weight decay, and each LARS adapts every tensor
+(pytorch_optimizer's leaves vectors out). The quadra loop is a minimal loop of ours that stands for the LARS of Lightning
+Bolts, quadra and lightly, in whose manner Python reads two norms a tensor. A share of the copy above 100 % is possible: a copy
+also fetches the memory that it is about to overwrite, and caches help. On a virtual machine, ratios depend on where its cores
+are: with a cache in common, norms cost less and small tensors more than with one each, and every core then has more bandwidth
+for itself, which favours whoever reads once.
 """
 COMMANDS = """\
 ## Measure it yourself
