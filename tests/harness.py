@@ -1,7 +1,6 @@
 """What the tests do again and again: set gradients, read buffers, and step beside the reference."""
 
 import contextlib
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor
 
 from cases import LR_FACTORS, STEPS, Options, tolerance
-from fastlars import LARS, fused_cpu, known_lists
+from fastlars import LARS
+from fastlars.backends import fused_cpu
 from reference import ReferenceLARS
 
 IMPLEMENTATIONS: dict[str, Options] = {
@@ -34,13 +34,7 @@ def stacked(up_to: int, at_once: int = fused_cpu.STACK) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused_cpu, "SMALL", up_to)
         patch.setattr(fused_cpu, "STACK", at_once)
-        # what was made to the usual limits, and what is made to these
-        patch.setattr(fused_cpu, "_SPARE", deque(maxlen=1))
-        known_lists._known.cache_clear()
-        try:
-            yield
-        finally:
-            known_lists._known.cache_clear()
+        yield
 
 
 def buffers_of(optimizer: torch.optim.Optimizer) -> list[Tensor | None]:

@@ -21,7 +21,8 @@ from torch.nn import Parameter
 
 import harness
 from cases import COMPLEX, REAL, Options, is_valid
-from fastlars import LARS, fused_cpu
+from fastlars import LARS
+from fastlars.backends import fused_cpu
 from harness import set_grads, stacked
 
 STEPS = 3

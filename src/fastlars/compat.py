@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, List, Optional  # noqa: UP035  TorchScript reads these spellings only
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ _TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 NAMED_PARAMETERS = _TORCH >= (2, 6)
 
 
-def bump_versions(tensors: List[Tensor]) -> None:
+def bump_versions(tensors: list[Tensor]) -> None:
     """Tell autograd that these were written, for kernels that do not."""
     if _TORCH >= (2, 8):
         increment_version(tensors)
@@ -45,15 +46,15 @@ def bump_versions(tensors: List[Tensor]) -> None:
         increment_version(tensor)
 
 
-def metadata_guard(tensors: List[Tensor]) -> Optional[Callable[..., bool]]:
+def metadata_guard(tensors: list[Tensor]) -> Callable[..., bool] | None:
     """What tells whether as many tensors have the types, dtypes, devices, layouts, sizes and strides of these, in one call.
 
     torch.compile asks the inputs of its graphs so, and it takes a sixth of the time of asking each from Python. Lists that
     hold a tensor twice are never the same; at nested tensors, which autograd gives to no plain parameter, it may abort.
     None where torch has it no more.
     """
-    sizes: List[Any] = [list(tensor.shape) for tensor in tensors]
-    strides: List[Any] = [list(tensor.stride()) for tensor in tensors]
+    sizes: list[Any] = [list(tensor.shape) for tensor in tensors]
+    strides: list[Any] = [list(tensor.stride()) for tensor in tensors]
     try:
         guards = torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
     except (AttributeError, TypeError):
@@ -72,6 +73,6 @@ def operations_are_seen() -> bool:
         return True
 
 
-def default_foreach(params: List[Tensor]) -> bool:
+def default_foreach(params: list[Tensor]) -> bool:
     """Whether the foreach implementation is the default for these tensors: torch's own rule."""
     return _default_to_fused_or_foreach(params, differentiable=False, use_fused=False)[1]

@@ -12,16 +12,15 @@ from typing import Any
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .coefficients import is_adapted
-from .dispatch import implementation, runs_for
-from .functional import _is_torch_sgd
+from .backends import preferred, wanted
+from .backends.torch_sgd import is_torch_sgd
+from .formula import is_adapted
 from .options import NAMES, Options
 from .sharding import local
 
 WIDTH = 100
 MOST = 8  # entries; more would not fit a screen
 _HIDDEN = {"params", "param_names", "foreach", "fused"}  # the last two show in what runs
-_NAMES_OF_WHAT_RUNS = {"triton": "fused (Triton)"}
 
 
 def describe(groups: list[dict[str, Any]], options: list[Options]) -> str:
@@ -56,12 +55,11 @@ def _kind(group: dict[str, Any], options: Options) -> str:
     params = [local(param) for param in group["params"] if not is_lazy(param)]
     if not params:
         return f"{kind}, not yet initialized"
-    preferred = implementation(params, options)
+    backends = wanted(params, options)
     # the gradient and the buffer, which may not be there yet, are as a rule laid out like the parameter
-    runs = collections.Counter(runs_for(preferred, param, param, None) for param in params)
-    named = {_NAMES_OF_WHAT_RUNS.get(name, name): count for name, count in runs.items()}
-    what_runs = ", ".join(named if len(named) == 1 else (f"{name} {count}" for name, count in named.items()))
-    return f"{kind}, {what_runs}" + (" (torch's SGD)" if _is_torch_sgd(options) else "")
+    runs = collections.Counter(preferred(backends, param, param, None).name for param in params)
+    what_runs = ", ".join(runs if len(runs) == 1 else (f"{name} {count}" for name, count in runs.items()))
+    return f"{kind}, {what_runs}" + (" (torch's SGD)" if is_torch_sgd(options) else "")
 
 
 def _options(group: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""class LARS: options, state, and the order of a step. The numbers are made in `functional.py`."""
+"""class LARS: options, state, and the order of a step. The numbers are made in `step.py`."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import sharding
-from .coefficients import is_adapted, is_nonzero, scalar_lr, trust_ratio
+from .backends import leaves_graph, split
+from .backends.triton import check_captured, check_fused, is_capturing
+from .buckets import Bucket, Group, Memory, Norms
 from .compat import NAMED_PARAMETERS, outside_graphs, required, use_grad_for_differentiable
 from .description import describe
-from .dispatch import Part, implementation, split
-from .functional import Group, check_captured, measure, step_groups
-from .fused_cuda import Tables, check_fused, is_capturing
+from .formula import is_adapted, is_nonzero, scalar_lr, trust_ratio
 from .loading import check_saved_state, groups_and_states
 from .options import NAMES, Options, check_can_be_skipped, check_grad, check_options, check_params, nearest_name
+from .step import step
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -166,9 +166,7 @@ class LARS(Optimizer):
             differentiable,
             fused,
         )._asdict()
-        self._tables = Tables()
-        # parameter -> (whether it is at its first step, as a tensor for graphs; the momentum buffer of which that holds)
-        self._first_steps: Any = WeakTensorKeyDictionary()
+        self._memory = Memory()
         self._checked: dict[int, list[Any]] = {}
         check_options({**defaults, "lr": 0.0} if _is_missing(lr) else defaults, "LARS")
         super().__init__(params, defaults)
@@ -204,7 +202,7 @@ class LARS(Optimizer):
             check_params(param_group["params"], where)
             sharding.check_not_flattened(param_group["params"], where)
             if {**self.defaults, **options}["fused"]:
-                check_fused(param_group["params"], where)
+                check_fused(map(sharding.local_of, param_group["params"]), where)
         super().add_param_group(param_group)  # what is no group at all is refused there
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -246,8 +244,7 @@ class LARS(Optimizer):
         """Unpickling, and the last stage of torch's load_state_dict, before which nothing has changed."""
         loading = "param_groups" in self.__dict__
         if not loading:
-            self._tables = Tables()  # of addresses: not pickled
-            self._first_steps = WeakTensorKeyDictionary()
+            self._memory = Memory()
             self._checked = {}
         for i, group in enumerate(state["param_groups"]):
             # keys that SGD's, Bolts' and quadra's state dicts lack keep their values
@@ -257,7 +254,7 @@ class LARS(Optimizer):
                     group.setdefault(name, known[name])
             check_options({key: value for key, value in group.items() if key != "params"}, f"param group {i}")
             if group["fused"]:
-                check_fused(group["params"], f"param group {i}")
+                check_fused(map(sharding.local_of, group["params"]), f"param group {i}")
         if loading:
             for param, entry in state["state"].items():
                 if not isinstance(param, Tensor):
@@ -275,7 +272,7 @@ class LARS(Optimizer):
         params: list[Tensor],
         grads: list[Tensor],
         momentum_buffers: list[Tensor | None],
-        first_steps: list[Tensor] | None = None,
+        in_graph: bool = False,
     ) -> None:
         # torch.compile runs this method eagerly when it traces a step: state is made here, and here only
         if not self._looked_for_adapted:
@@ -283,7 +280,7 @@ class LARS(Optimizer):
             for i, each in enumerate(self.param_groups):
                 # FSDP keeps the parameters that it finds, and makes flat pieces of them
                 sharding.check_not_flattened(each["params"], f"param group {i}")
-        if first_steps is not None and group is self.param_groups[0]:
+        if in_graph and group is self.param_groups[0]:
             # The compiler guards the entries of the state that are there after the first call, so all have to be: others
             # make torch 2.4 fail when state is dropped or loaded in part.
             for each in self.param_groups:
@@ -296,41 +293,13 @@ class LARS(Optimizer):
         if group["momentum"] == 0:
             return
         found = [self.state[p].get("momentum_buffer") for p in with_grad]
-        # once an optimizer has been compiled with dampening
-        settles = bool(self._first_steps) and (first_steps is None or group["dampening"] == 0)
-        if first_steps is None and not settles and _NONE.isdisjoint(map(type, found)):
-            momentum_buffers += found  # as in nearly every step: the loop below takes as long as small tensors
-            return
-        for p in with_grad:
-            buffer = self.state[p].get("momentum_buffer")  # anew: a parameter that comes twice has one
-            # With dampening the first step must be known as such: the buffer stays None until the step has made it;
-            # in a graph, which is to serve later steps too, a tensor says so.
-            if settles and self._is_untouched(p, buffer):
-                del self.state[p]["momentum_buffer"]
-                buffer = None
-            is_new = buffer is None and (group["dampening"] == 0 or first_steps is not None)
-            if is_new:
-                buffer = self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            momentum_buffers.append(buffer)
-            if first_steps is not None and group["dampening"] != 0:
-                is_first, made = self._first_steps.get(p) or (
-                    torch.zeros((), dtype=torch.bool, device=p.device),
-                    None,
-                )
-                if is_new or made is not buffer:
-                    is_first.fill_(is_new)
-                self._first_steps[p] = is_first, buffer
-                first_steps.append(is_first)
-
-    def _is_untouched(self, param: Tensor, buffer: Tensor | None) -> bool:
-        """Whether a buffer was made for the first step of a graph that never ran, as where its backend failed."""
-        is_first, made = self._first_steps.get(param, (None, None))
-        if is_first is None or buffer is None or made is not buffer:
-            return False
-        self._first_steps[param] = is_first, None  # the graph may still hold it; a buffer is asked after once
-        untouched = bool(is_first)
-        is_first.fill_(False)
-        return untouched
+        if group["dampening"] == 0 and not _NONE.isdisjoint(map(type, found)):
+            # With dampening the first step must be known as such: there the buffer stays None until the step has made it.
+            for p in with_grad:
+                if self.state[p].get("momentum_buffer") is None:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            found = [self.state[p]["momentum_buffer"] for p in with_grad]
+        momentum_buffers += found
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -389,7 +358,8 @@ class LARS(Optimizer):
 
         params_and_options = self._params_and_options()
         if any(
-            sharding.any_sharded(params) or implementation(params, options) == "fused"
+            # with dampening the first step of a tensor differs, and one graph is to serve all steps
+            sharding.any_sharded(params) or leaves_graph(params, options) or options.momentum * options.dampening != 0
             for params, options in params_and_options
         ):
             self._step_groups_outside_graphs(params_and_options)
@@ -416,25 +386,21 @@ class LARS(Optimizer):
         shards = sharding.sharded(params_and_options)
 
         groups: list[Group] = []
-        for group, (_, options) in zip(self.param_groups, params_and_options):
+        in_graph = torch.compiler.is_compiling()
+        if not in_graph:
+            self._memory.steps += 1
+        for i, (group, (_, options)) in enumerate(zip(self.param_groups, params_and_options)):
             params: list[Tensor] = []
             grads: list[Tensor] = []
             momentum_buffers: list[Tensor | None] = []
-            first_steps: list[Tensor] = []  # asked for in graphs only
-            if torch.compiler.is_compiling():
-                self._init_group(group, params, grads, momentum_buffers, first_steps)
-            else:
-                self._init_group(group, params, grads, momentum_buffers)
+            self._init_group(group, params, grads, momentum_buffers, in_graph)
             if params:
-                groups.append((params, grads, momentum_buffers, options, first_steps or None))
+                groups.append(Group(params, grads, momentum_buffers, options, i, None if in_graph else self._memory))
 
-        step_groups(groups, grad_scale, found_inf, self._tables, shards)
-        for params, _, momentum_buffers, options, known_in_graph in groups:
-            if known_in_graph is not None:
-                for is_first in known_in_graph:
-                    is_first.fill_(False)
-            elif options.momentum != 0 and options.dampening != 0:
-                for param, buffer in zip(params, momentum_buffers, strict=True):
+        step(groups, grad_scale, found_inf, shards)
+        for stepped in groups:
+            if stepped.options.momentum != 0 and stepped.options.dampening != 0:
+                for param, buffer in zip(stepped.params, stepped.momentum_buffers, strict=True):
                     self.state[param]["momentum_buffer"] = buffer
 
     def _check_edited(self, i: int, group: dict[str, Any]) -> None:
@@ -479,8 +445,8 @@ class LARS(Optimizer):
         """
         params_and_options = self._params_and_options()
         shards = sharding.sharded(params_and_options)
-        known: list[tuple[Part, Options, Tensor | None]] = []
-        names_of: list[list[str]] = []  # of the tensors of each part
+        buckets: list[Bucket] = []
+        names_of: list[list[str]] = []  # of the tensors of each bucket
         ratios: dict[str, float] = {}
         for i, (group, (_, of_step)) in enumerate(zip(self.param_groups, params_and_options)):
             positions = [j for j, p in enumerate(group["params"]) if p.grad is not None]
@@ -495,19 +461,21 @@ class LARS(Optimizer):
                 for name, position in zip(group.get("param_names") or positions_as_names, positions_as_names)
             ]
             ratios.update(dict.fromkeys((names[j] for j in positions), 1.0))  # in the order in which they are asked
-            # not fused, which measures at the update only
-            options = of_step._replace(momentum=0.0, skip_nonfinite=False, fused=False)
-            whole: Group = (params, [p.grad for p in params], [], options, None)
-            for part in split(*(whole if shards is None else shards.local(whole))):
-                known.append((part, options, measure(part, options)))
-                names_of.append([names[positions[index]] for index in part.indices])
-        measured = [rows for _, _, rows in known]
+            group_here = Group(
+                params, [p.grad for p in params], [], of_step._replace(momentum=0.0, skip_nonfinite=False)
+            )
+            for bucket in split(group_here if shards is None else shards.local(group_here)):
+                buckets.append(bucket)
+                names_of.append([names[positions[index]] for index in bucket.indices])
+        norms: list[Norms] = [bucket.backend.measure(bucket, True) for bucket in buckets]
         if shards is not None:
-            measured, _, _ = shards.exchange(known, None, None)
-        for names, (_, options, _), rows in zip(names_of, known, measured, strict=True):
-            assert rows is not None  # the group is adapted
-            nonzero = is_nonzero(rows[0], rows[1])
-            ratio = trust_ratio(nonzero, rows[0], rows[1], scalar_lr(options.lr, rows), options)
+            norms, _, _ = shards.exchange(buckets, norms, None, None)
+        for names, bucket, known in zip(names_of, buckets, norms, strict=True):
+            assert known.param is not None  # the group is adapted
+            assert known.direction is not None
+            nonzero = is_nonzero(known.param, known.direction)
+            lr = scalar_lr(bucket.options.lr, known.param)
+            ratio = trust_ratio(nonzero, known.param, known.direction, lr, bucket.options)
             assert isinstance(ratio, Tensor)
             ratios.update(zip(names, ratio.tolist(), strict=True))
         return ratios

@@ -13,19 +13,17 @@ import sys
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .coefficients import is_adapted
+from .buckets import Bucket, Group, Norms
 from .compat import bump_versions
-from .norms import norm_dtype, norms, real
+from .dtypes import norm_dtype, real
+from .formula import is_adapted
+from .norms import norms
 from .options import Options
-
-if TYPE_CHECKING:
-    from .dispatch import Part
-    from .functional import Group
 
 # where DTensor lives: from torch 2.5 on, and in 2.4. A program that has loaded neither has no sharded tensors.
 _MODULES = ("torch.distributed.tensor", "torch.distributed._tensor")
@@ -54,6 +52,11 @@ def local(tensor: Tensor) -> Tensor:
     with torch.no_grad():  # with gradients it would be a view in a graph
         part: Any = tensor.to_local()
     return part if type(part) is Tensor else part.wait()  # a collective is still under way
+
+
+def local_of(item: Any) -> Any:
+    """As `local`, of a tensor or a named tensor."""
+    return local(item[1] if isinstance(item, tuple) else item)
 
 
 def check_not_flattened(params: Iterable[Any], where: str) -> None:
@@ -148,8 +151,8 @@ class Sharded:
 
     def local(self, group: Group) -> Group:
         """A group with local parts in place of sharded tensors; gradients are laid out as their parameters first."""
-        params, grads, momentum_buffers, options, first_steps = group
-        buffers = momentum_buffers if options.momentum != 0 else [None] * len(params)
+        params, grads = group.params, group.grads
+        buffers = group.momentum_buffers if group.options.momentum != 0 else [None] * len(params)
         for param, grad, buffer in zip(params, grads, buffers, strict=True):
             self._check(param, grad, buffer)
         laid_out: list[Any] = [
@@ -158,12 +161,10 @@ class Sharded:
             else grad
             for param, grad in zip(params, grads, strict=True)
         ]
-        return (
-            [self._part_of[id(param)] if id(param) in self._part_of else local(param) for param in params],
-            [local(grad) for grad in laid_out],
-            [None if buffer is None else local(buffer) for buffer in buffers],
-            options,
-            first_steps,
+        return group._replace(
+            params=[self._part_of[id(param)] if id(param) in self._part_of else local(param) for param in params],
+            grads=[local(grad) for grad in laid_out],
+            momentum_buffers=[None if buffer is None else local(buffer) for buffer in buffers],
         )
 
     def _check(self, param: Any, grad: Any, buffer: Any) -> None:
@@ -186,48 +187,45 @@ class Sharded:
                 f"placements, {param.placements}; load checkpoints through torch.distributed.checkpoint.state_dict"
             )
 
-    def finish(self, groups: Sequence[Group]) -> None:
+    def finish(self, groups: Sequence[Group], stepped: Sequence[Group]) -> None:
         """After the step: new buffers become DTensors like their parameters; what was written is marked as written."""
         written: list[Tensor] = []
-        for params, _, buffers, options, _ in groups:
-            for i, param in enumerate(params):
+        for group, local_group in zip(groups, stepped, strict=True):
+            for i, param in enumerate(group.params):
+                buffer = local_group.momentum_buffers[i]
+                # a first step that was skipped may have made none
+                has_buffer = group.options.momentum != 0 and buffer is not None
+                if has_buffer and group.momentum_buffers[i] is None:
+                    group.momentum_buffers[i] = self._like(param, buffer) if isinstance(param, self._kind) else buffer
                 if isinstance(param, self._kind):
                     written.append(param)
-                    # a first step that was skipped may have made none
-                    if options.momentum != 0 and buffers[i] is not None:
-                        buffers[i] = buffer = self._like(param, buffers[i])
-                        written.append(buffer)
+                    if has_buffer:
+                        written.append(group.momentum_buffers[i])  # type: ignore[arg-type]
         bump_versions(written)
 
     def _like(self, param: Any, buffer: Any) -> Any:
-        if isinstance(buffer, self._kind):
-            return buffer
         layout = {"shape": param.shape, "stride": param.stride()}
         return self._kind.from_local(buffer, param.device_mesh, param.placements, run_check=False, **layout)
 
     def exchange(
-        self,
-        measured: Sequence[tuple[Part, Options, Tensor | None]],
-        found_inf: Tensor | None,
-        nonfinite: Tensor | None,
-    ) -> tuple[list[Tensor | None], Tensor | None, Tensor | None]:
+        self, buckets: Sequence[Bucket], measured: list[Norms], found_inf: Tensor | None, nonfinite: Tensor | None
+    ) -> tuple[list[Norms], Tensor | None, Tensor | None]:
         """Norms of whole tensors from those of local parts, and the decisions of all ranks; every rank calls it.
 
         Args:
-            measured: parts of the step and what is known of their tensors here, shape (rows, n): of adapted ones first
-                param norms, then direction norms.
+            buckets: those of the step.
+            measured: the norms of each here.
             found_inf: 1-element tensor, not 0 where this rank has a reason not to step; None on all ranks or on none.
             nonfinite: the same, for a reason that counts for ``skip_nonfinite`` only; None where this rank has none.
 
         Returns:
-            The same with norms of whole tensors, shape (2, n) for adapted ones; the two flags, as 0-dim tensors;
-            the second counts for ``skip_nonfinite`` only.
+            The norms of whole tensors; the two flags, as 0-dim tensors; the second counts for ``skip_nonfinite`` only.
         """
         # asked of each dimension alone, for which all its ranks answer alike: some may be outside of other meshes
         asked = [ranks for ranks in self._joined if self._rows[ranks] or self._skips or found_inf is not None]
         if not asked:
-            return [rows for _, _, rows in measured], found_inf, nonfinite
-        table = self._table(measured, found_inf, nonfinite)
+            return measured, found_inf, nonfinite
+        table = self._table(buckets, measured, found_inf, nonfinite)
         for ranks in asked:
             rows, (group, device_type) = self._rows[ranks], self._joined[ranks]
             alone = len(rows) == len(self._parts)
@@ -244,27 +242,28 @@ class Sharded:
         flags = table[-1] != 0
         whole = table.sqrt()
         return (
-            [self._whole(part, rows, whole) for part, _, rows in measured],
+            [self._whole(bucket, known, whole) for bucket, known in zip(buckets, measured, strict=True)],
             None if found_inf is None else flags[0],
             flags[1],
         )
 
     def _table(
         self,
-        measured: Sequence[tuple[Part, Options, Tensor | None]],
+        buckets: Sequence[Bucket],
+        measured: Sequence[Norms],
         found_inf: Tensor | None,
         nonfinite: Tensor | None,
     ) -> Tensor:
         """Squares of what this rank has of the norms, a row a tensor; then the row of the flags."""
-        device = self._device(measured)
+        device = self._device(buckets)
         dtype = self._dtype(range(len(self._parts)))
         pieces = [torch.zeros(1, 2, device=device)]  # of what has no gradient, or nothing of which is here
         count = 1
         place = [0] * len(self._parts)
-        for part, options, rows in measured:
-            if rows is not None and is_adapted(options):
-                pieces.append(rows[:2].t())
-                for param in part.params:
+        for bucket, known in zip(buckets, measured, strict=True):
+            if known.param is not None and known.direction is not None:
+                pieces.append(torch.stack([known.param, known.direction], dim=1))
+                for param in bucket.params:
                     if id(param) in self._row:
                         place[self._row[id(param)]] = count
                     count += 1
@@ -290,21 +289,22 @@ class Sharded:
         wide = any(norm_dtype(self._parts[row].dtype.to_real()) == torch.float64 for row in rows)
         return torch.float64 if wide else torch.float32
 
-    def _device(self, measured: Sequence[tuple[Part, Options, Tensor | None]]) -> torch.device:
+    def _device(self, buckets: Sequence[Bucket]) -> torch.device:
         if self._parts:
             return self._parts[0].device
-        return next((part.params[0].device for part, _, _ in measured), torch.device("cpu"))
+        return next((bucket.params[0].device for bucket in buckets), torch.device("cpu"))
 
-    def _whole(self, part: Part, rows: Tensor | None, whole: Tensor) -> Tensor | None:
-        if rows is None:
-            return None
-        norms_here = rows[:2].t()
+    def _whole(self, bucket: Bucket, known: Norms, whole: Tensor) -> Norms:
+        if known.param is None or known.direction is None:
+            return known
+        norms_here = torch.stack([known.param, known.direction], dim=1)
         n = whole.size(0)
-        place = [self._row.get(id(param), n + i) for i, param in enumerate(part.params)]
+        place = [self._row.get(id(param), n + i) for i, param in enumerate(bucket.params)]
         if all(index >= n for index in place):
-            return rows
+            return known
         both = torch.cat([whole.to(norms_here), norms_here])
-        return both[_index(tuple(place), both.device)].t()
+        param, direction = both[_index(tuple(place), both.device)].t().contiguous().unbind()
+        return known._replace(param=param, direction=direction)
 
 
 def _is_laid_out_as(tensor: Any, param: Any) -> bool:

@@ -3,28 +3,30 @@
 ``_fused_sgd_`` computes v = m v + (1 - dampening) (g + weight_decay w) and w -= lr v in one pass. With weight_decay = c / b,
 dampening = 1 - b and lr = q that is LARS. Bytes a float32 parameter: 20, and 8 for the norms where the cache does not serve
 them. The kernel ignores strides, writes nonsense for half types in some versions and bumps no version counter: `serves`
-says where it is right, the counters are bumped here.
+says where it is right, and `update` bumps the counters.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
-from collections import deque
+from collections.abc import Iterator
 from functools import cache
 from operator import attrgetter
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, cast  # noqa: UP035  as in functional.py
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from .coefficients import Number, coefficients, is_adapted, sign
-from .compat import bump_versions, operations_are_seen
-from .known_lists import known
+from fastlars.buckets import Bucket, Memory, Norms
+from fastlars.compat import bump_versions, operations_are_seen
+from fastlars.formula import Number, coefficients, is_adapted, sign
+from fastlars.norms import ROW, flat_norm, norms
+from fastlars.options import Options
+
+from .eager import make_buffers, measure
 from .layouts import are_laid_out_alike
-from .norms import ROW, flat_norm
-from .options import Options
 
 # Tensors up to this size are stacked with others of their shape: calls for each would cost more than the work.
 SMALL = 12 * 1024
@@ -39,46 +41,86 @@ VIEWS = 8192
 # 1 - b is passed in double precision, and b is taken back from it: exactly for a float32 b of this size and above.
 SMALLEST_B = 2.0**-29
 
-_WORK: Dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
+_WORK: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
 _PLAIN = {Tensor, torch.nn.Parameter}
 _dtype, _is_cpu = attrgetter("dtype"), attrgetter("is_cpu")
 
 
-def serves(params: List[Tensor], *others: List[Tensor]) -> bool:
-    """Whether the kernel, which walks over memory, computes these right: parameters, their gradients and their buffers."""
-    tensors = [*params, *(tensor for other in others for tensor in other)]
-    # by map: it is asked of every tensor in every step, and a loop takes twice as long
-    return (
-        all(map(_is_cpu, tensors))
-        and _PLAIN.issuperset(map(type, tensors))
-        and {torch.float32}.issuperset(map(_dtype, tensors))
-        and not any(map(Tensor.is_neg, tensors))
-        # it would go on beyond the end of the smaller one
-        and all(all(map(Tensor.is_same_size, params, other)) for other in others)
-        and (all(map(Tensor.is_contiguous, tensors)) or all(map(are_laid_out_alike, params, *others)))
-    )
+class FusedCPU:
+    """Float32 tensors in CPU memory, laid out like their gradients and buffers."""
+
+    name = "fused"
+    takes_scale = False
+    traceable = False
+
+    def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:  # noqa: ARG002
+        """On the CPU where it is asked for, and by default for adapted groups: torch's SGD is fused only where one asks."""
+        if options.fused is None and options.foreach is None and not options.differentiable:
+            # a list, which takes half the time of a generator
+            return bool(is_adapted(options)) and all([param.is_cpu for param in params])  # noqa: C419
+        return bool(options.fused) and any(param.is_cpu for param in params)
+
+    def serves(self, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]) -> bool:
+        """Whether the kernel, which walks over memory, computes these right."""
+        others = [grads, momentum_buffers] if momentum_buffers else [grads]
+        tensors = [*params, *grads, *momentum_buffers]
+        # map, because a loop takes twice as long over a model's tensors
+        return (
+            all(map(_is_cpu, tensors))
+            and _PLAIN.issuperset(map(type, tensors))
+            and {torch.float32}.issuperset(map(_dtype, tensors))
+            and not any(map(Tensor.is_neg, tensors))
+            # it would go on beyond the end of the smaller one
+            and all(all(map(Tensor.is_same_size, params, other)) for other in others)
+            and (all(map(Tensor.is_contiguous, tensors)) or all(map(are_laid_out_alike, params, *others)))
+        )
+
+    def plan(self, params: list[Tensor]) -> Plan:
+        """Which tensors are stacked and which are stepped alone."""
+        return _plan(params)
+
+    def measure(self, bucket: Bucket, now: bool) -> Norms:
+        """Gradient norms for ``skip_nonfinite``; the others are taken by `update`, while the tensor is in cache."""
+        if now:
+            return measure(bucket, foreach=False)
+        return Norms(grad=norms(bucket.grads, foreach=False) if bucket.options.skip_nonfinite else None)
+
+    @torch.no_grad()
+    def update(self, bucket: Bucket, norms: Norms, gate: Tensor | None) -> None:
+        """Stacks first, then tensor by tensor."""
+        if gate is not None and gate.any():  # on the CPU: reading it waits for nothing
+            return
+        first_step = bucket.is_first_step
+        params, grads, buffers = bucket.params, bucket.grads, make_buffers(bucket)
+        known = None if norms.param is None or norms.direction is None else torch.stack([norms.param, norms.direction])
+        workspace = _take_workspace(bucket.memory)
+        fused = _Fused(bucket.options, first_step, workspace)
+        for stacks in _workspaces_full(bucket.plan.small):
+            places = [i for _, stack in stacks for i in stack]
+            fused.stacked(
+                [(shape, [params[i] for i in stack], [grads[i] for i in stack]) for shape, stack in stacks],
+                [buffers[i] for i in places] if buffers else [],
+                None if known is None else (known[0, places], known[1, places]),
+            )
+        numbers = None if known is None else known.tolist()
+        for i in bucket.plan.alone:
+            pair = None if numbers is None else (numbers[0][i], numbers[1][i])
+            fused.alone(params[i], grads[i], buffers[i : i + 1], pair)
+        _keep_workspace(bucket.memory, workspace)
+        bump_versions(params + buffers)
 
 
 class Plan(NamedTuple):
     """The places in a list of tensors that are stacked with others of their shape, and of those that are stepped alone."""
 
-    small: Dict[torch.Size, List[int]]
-    alone: List[int]
+    small: dict[torch.Size, list[int]]
+    alone: list[int]
 
 
-def plan(params: List[Tensor], *others: List[Tensor]) -> Optional[Plan]:
-    """The plan of tensors that are all served, None of others."""
-    return known(_plan_if_served, params, *others)
-
-
-def _plan_if_served(params: List[Tensor], *others: List[Tensor]) -> Optional[Plan]:
-    return _plan(params) if serves(params, *others) else None
-
-
-def _plan(params: List[Tensor]) -> Plan:
-    small: Dict[torch.Size, List[int]] = {}
-    alone: List[int] = []
-    shape: Optional[torch.Size] = None
+def _plan(params: list[Tensor]) -> Plan:
+    small: dict[torch.Size, list[int]] = {}
+    alone: list[int] = []
+    shape: torch.Size | None = None
     for i, param in enumerate(params):
         # what depends on the shape is asked when it changes: most neighbours are alike
         if param.shape != shape:
@@ -97,7 +139,7 @@ class _Stack(NamedTuple):
     grads: Tensor
     weight_rows: Tensor
     grad_rows: Tensor
-    directions: List[Tensor]  # the gradients one by one
+    directions: list[Tensor]  # the gradients one by one
 
 
 class _Workspace:
@@ -106,7 +148,7 @@ class _Workspace:
     def __init__(self) -> None:
         with torch.inference_mode(False):  # whatever makes it first
             self.weights, self.grads = (torch.empty(STACK, **_WORK) for _ in range(2))
-        self.stacks: Dict[Tuple[int, torch.Size], _Stack] = {}
+        self.stacks: dict[tuple[int, torch.Size], _Stack] = {}
         self.views = 0
 
     def stack(self, start: int, shape: torch.Size, n: int) -> _Stack:
@@ -130,59 +172,24 @@ class _Workspace:
         return stack
 
 
-# The workspace that no step uses now. Steps at the same time make their own; the last one to end leaves it here.
-_SPARE: deque[_Workspace] = deque(maxlen=1)
-
-
-def _workspace(spare: deque[_Workspace]) -> _Workspace:
-    try:
-        return spare.pop()
-    except IndexError:  # not asked first: another thread may take it in between
+def _take_workspace(memory: Memory | None) -> _Workspace:
+    # To a mode that traces the step, memory from before is a constant.
+    if memory is None or memory.workspace is None or operations_are_seen():
         return _Workspace()
+    workspace: _Workspace = memory.workspace
+    memory.workspace = None  # a step that fails leaves nothing behind
+    return workspace
 
 
-@torch.no_grad()
-def step(
-    params: List[Tensor],
-    grads: List[Tensor],
-    momentum_buffers: List[Optional[Tensor]],
-    options: Options,
-    norms: Optional[Tensor] = None,
-    plan: Optional[Plan] = None,
-) -> None:
-    """Step tensors that are served, all at their first step or all past it.
-
-    ``norms``: param norms and direction norms, shape (2, n), where they are known because the tensors are parts of
-    larger ones. ``plan``: that of these tensors, where it is known.
-    """
-    first_step = options.momentum != 0 and momentum_buffers[0] is None
-    if first_step:
-        momentum_buffers[:] = [torch.zeros_like(param) for param in params]
-    buffers = cast(List[Tensor], momentum_buffers)
-    small, alone = _plan(params) if plan is None else plan
-    # To what traces a step, memory from before is a constant; and memory that is made there may be no real tensor.
-    spare = deque() if operations_are_seen() else _SPARE
-    workspace = _workspace(spare)
-    fused = _Fused(options, first_step, workspace)
-    for stacks in _workspaces_full(small):
-        places = [i for _, stack in stacks for i in stack]
-        fused.stacked(
-            [(shape, [params[i] for i in stack], [grads[i] for i in stack]) for shape, stack in stacks],
-            [buffers[i] for i in places] if buffers else [],
-            None if norms is None else (norms[0, places], norms[1, places]),
-        )
-    numbers = None if norms is None else norms.tolist()
-    for i in alone:
-        known = None if numbers is None else (numbers[0][i], numbers[1][i])
-        fused.alone(params[i], grads[i], buffers[i : i + 1], known)
-    if type(workspace.weights) is Tensor:  # a function mode may have made it another
-        spare.append(workspace)
-    bump_versions(params + buffers)
+def _keep_workspace(memory: Memory | None, workspace: _Workspace) -> None:
+    # memory made while a mode is active may be no real tensor
+    if memory is not None and type(workspace.weights) is Tensor and not operations_are_seen():
+        memory.workspace = workspace
 
 
-def _workspaces_full(places: Dict[torch.Size, List[int]]) -> Iterator[List[Tuple[torch.Size, List[int]]]]:
+def _workspaces_full(places: dict[torch.Size, list[int]]) -> Iterator[list[tuple[torch.Size, list[int]]]]:
     """The places of tensors by shape, at most STACK elements at a time."""
-    full: List[Tuple[torch.Size, List[int]]] = []
+    full: list[tuple[torch.Size, list[int]]] = []
     room = STACK
     for shape, stack in places.items():
         start = 0
@@ -212,14 +219,14 @@ class _Fused:
 
     def stacked(
         self,
-        stacks: List[Tuple[torch.Size, List[Tensor], List[Tensor]]],
-        buffers: List[Tensor],
-        norms: Optional[Tuple[Tensor, Tensor]],
+        stacks: list[tuple[torch.Size, list[Tensor], list[Tensor]]],
+        buffers: list[Tensor],
+        norms: tuple[Tensor, Tensor] | None,
     ) -> None:
         """Small tensors: copied to a workspace, those of one shape as rows of a matrix; one call of the kernel."""
-        weights: List[Tensor] = []
-        directions: List[Tensor] = []
-        updates: List[Tensor] = []
+        weights: list[Tensor] = []
+        directions: list[Tensor] = []
+        updates: list[Tensor] = []
         start = 0
         for shape, params, grads in stacks:
             stack = self.workspace.stack(start, shape, len(params))
@@ -243,11 +250,11 @@ class _Fused:
                 direction.addcmul_(weights[i], c[i])
         self._sgd([param for _, params, _ in stacks for param in params], updates, buffers)
 
-    def alone(self, param: Tensor, grad: Tensor, buffer: List[Tensor], norms: Optional[Tuple[float, float]]) -> None:
+    def alone(self, param: Tensor, grad: Tensor, buffer: list[Tensor], norms: tuple[float, float] | None) -> None:
         """A tensor by itself: norms, then one call of the kernel, which reads again what is still in cache."""
         if norms is None and self.adapted:
             norms = (_norm(param), self._direction_norm(param, grad))
-        b, c = cast(Tuple[float, float], self._coefficients(norms))
+        b, c = cast(tuple[float, float], self._coefficients(norms))
         if self.options.momentum == 0 and b != 0 and math.isfinite(c / b):
             self._sgd([param], [grad], [], weight_decay=c / b, factor=b)
         elif not self.options.nesterov and SMALLEST_B <= abs(b) < math.inf:
@@ -256,7 +263,7 @@ class _Fused:
         else:
             self._block_by_block(param, grad, buffer, b, c)
 
-    def _block_by_block(self, param: Tensor, grad: Tensor, buffer: List[Tensor], b: float, c: float) -> None:
+    def _block_by_block(self, param: Tensor, grad: Tensor, buffer: list[Tensor], b: float, c: float) -> None:
         """What one call cannot do, through a workspace that holds the direction of a block."""
         workspace = self.workspace.grads
         blocks = [torch.split(_flat(tensor), STACK) for tensor in (param, grad, *buffer)]
@@ -268,9 +275,9 @@ class _Fused:
 
     def _sgd(
         self,
-        params: List[Tensor],
-        grads: List[Tensor],
-        buffers: List[Tensor],
+        params: list[Tensor],
+        grads: list[Tensor],
+        buffers: list[Tensor],
         weight_decay: float = 0.0,
         dampening: float = 0.0,
         factor: float = 1.0,
@@ -288,13 +295,13 @@ class _Fused:
             is_first_step=False,
         )
 
-    def _coefficients(self, norms: Optional[Tuple[Number, Number]]) -> Tuple[Number, Number]:
+    def _coefficients(self, norms: tuple[Number, Number] | None) -> tuple[Number, Number]:
         return coefficients(norms, self.lr, self.first_step, self.options)
 
-    def _row_norms(self, matrices: List[Tensor]) -> Tensor:
+    def _row_norms(self, matrices: list[Tensor]) -> Tensor:
         return torch.cat([_norms_of_rows(matrix) for matrix in matrices])
 
-    def _row_direction_norms(self, weights: List[Tensor], grads: List[Tensor]) -> Tensor:
+    def _row_direction_norms(self, weights: list[Tensor], grads: list[Tensor]) -> Tensor:
         if self.options.trust_denominator == "separate":
             return self._row_norms(grads)
         decay = self.options.weight_decay
@@ -323,7 +330,7 @@ def _norm(tensor: Tensor) -> float:
 
 
 @cache
-def _matrix(numel: int) -> Optional[Tuple[Tuple[int, int], Tuple[int, int]]]:
+def _matrix(numel: int) -> tuple[tuple[int, int], tuple[int, int]] | None:
     """Size and strides of this many elements as a matrix of long rows; None where there is none, or it has too many."""
     row = _row(numel)
     return None if row == 0 or numel > row * ROWS else ((numel // row, row), (row, 1))
@@ -342,3 +349,6 @@ def _norms_of_rows(matrix: Tensor) -> Tensor:
 def _row(numel: int) -> int:
     """The longest row, up to ROW, into which this many elements fall without a rest; 0 if it is a short one."""
     return next((row for row in range(ROW, ROW // 16, -1) if numel % row == 0), 0)
+
+
+FUSED_CPU = FusedCPU()

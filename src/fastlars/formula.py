@@ -1,4 +1,4 @@
-"""From norms to the two numbers a tensor: the formula of LARS and every option that enters it.
+"""From norms to two numbers a tensor: the formula of LARS and every option that enters it.
 
 With s = -1 when maximizing and else 1, r = lr if lr_in_momentum else 1, and k = 1 on a tensor's first step or
 without momentum, else 1 - dampening, every variant of LARS is
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from .compat import is_scripting
-from .norms import norm_dtype
+from .dtypes import norm_dtype
 from .options import Options
 
-# The formula takes norms as tensors of any shape or, where the host knows them, as numbers. TorchScript, which reads
-# annotations when it runs, has one type a name: there all are tensors.
+# Norms are tensors of any shape or, where the host knows them, numbers. TorchScript, which reads annotations when it
+# compiles, needs one type per name: there all are tensors.
 if TYPE_CHECKING:
     Number = Union[float, Tensor]
     Condition = Union[bool, Tensor]
@@ -41,19 +41,19 @@ def where(condition: Condition, if_true: Number, if_false: float) -> Number:
 
 
 def is_nonzero(param_norm: Number, direction_norm: Number) -> Condition:
-    """Whether there is a ratio to take. Not `> 0`: a NaN norm must reach the parameters, as it does in the formula."""
+    """Whether there is a ratio to take. Not `> 0`, because a NaN norm must reach the parameters."""
     return (param_norm != 0) & (direction_norm != 0)
 
 
 def trust_ratio(nonzero: Condition, param_norm: Number, direction_norm: Number, lr: Number, options: Options) -> Number:
     """lam, the trust ratio. ``direction_norm`` is |g| for "separate" and |g + weight_decay * w| for "joint".
 
-    ``nonzero`` is what `is_nonzero` says of the norms: whoever asks for the ratio may need it too.
+    ``nonzero`` is what `is_nonzero` says of the norms; callers may need it too.
     """
     denominator = direction_norm + options.eps
     if options.trust_denominator == "separate":
         denominator = denominator + options.weight_decay * param_norm
-    # the inner `where`: no division by 0 on the side that is not taken, whose gradient would be NaN
+    # the inner `where` avoids a division by 0 in the branch not taken, whose gradient would be NaN
     ratio = options.trust_coefficient * param_norm / where(nonzero, denominator, 1.0)
     if options.trust_clip:
         # min(ratio / lr, 1), and 1 at lr = 0; a NaN stays one
@@ -82,12 +82,17 @@ def coefficients(
 
 
 def _scaled(ratio: Number, lr: Number, first_step: bool, options: Options) -> Number:
-    """The ratio times k and r; factors of 1 are left out, for each is an operation of its own."""
+    """The ratio times k and r; factors of 1 are left out, because each is an operation of its own."""
     if options.momentum != 0 and options.dampening != 0 and not first_step:
         ratio = ratio * (1 - options.dampening)
     if options.lr_in_momentum:
         ratio = ratio * lr
     return ratio
+
+
+def sign(options: Options) -> float:
+    """The factor s that makes a gradient the one to descend along."""
+    return -1.0 if options.maximize else 1.0
 
 
 def on_device(value: Tensor, like: Tensor) -> Tensor:
@@ -104,8 +109,3 @@ def scalar_lr(lr: Union[float, Tensor], like: Tensor) -> Number:
         return torch.full((), lr, dtype=norm_dtype(like.dtype), device=like.device)
     else:
         return lr
-
-
-def sign(options: Options) -> float:
-    """The factor s that makes a gradient the one to descend along."""
-    return -1.0 if options.maximize else 1.0

@@ -1,7 +1,5 @@
 """How tensors lie in memory: what kernels that walk over memory, whatever the strides, need to know."""
 
-from typing import List, Tuple  # noqa: UP035  as in functional.py
-
 from torch import Tensor
 
 
@@ -11,12 +9,12 @@ def are_laid_out_alike(tensor: Tensor, *others: Tensor) -> bool:
     return all(_effective_strides(other) == strides for other in others) and _is_dense(strides)
 
 
-def _effective_strides(tensor: Tensor) -> List[Tuple[int, int]]:
+def _effective_strides(tensor: Tensor) -> list[tuple[int, int]]:
     """(stride, size) of the dimensions that matter: one of size 1 may have any stride."""
     return [(stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size != 1]
 
 
-def _is_dense(strides: List[Tuple[int, int]]) -> bool:
+def _is_dense(strides: list[tuple[int, int]]) -> bool:
     """Whether a tensor of these strides fills its stretch of memory, each element once."""
     expected = 1
     for stride, size in sorted(strides):

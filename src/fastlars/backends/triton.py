@@ -1,9 +1,9 @@
-"""The fused step on CUDA: which tensors it serves, tables of addresses on the device, and three launches a part.
+"""The fused step on CUDA: which tensors it serves, tables of addresses on the device, and three launches a bucket.
 
-`partial_sums` and `coefficients` measure, `update` writes; `fused_cuda_kernels.py` says what they compute. All three find
-their tensors in a table on the device, so their number does not depend on the number of tensors. A table is never
-rewritten: it belongs to the addresses and sizes it was made from, and is found again by them. The host reads nothing from
-the device and, while addresses stay, allocates nothing there. Triton is imported where fused=True is asked for on CUDA.
+`partial_sums` and `norms` measure, `update` writes; `triton_kernels.py` says what they compute. All three find their tensors
+in a table on the device, so their number does not depend on the number of tensors. A table is never rewritten: it belongs to
+the addresses and sizes it was made from, and is found again by them. The host reads nothing from the device and, while
+addresses stay, allocates nothing there. Triton is imported when fused=True is asked for on CUDA.
 """
 
 from __future__ import annotations
@@ -15,23 +15,21 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, repeat
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .coefficients import is_adapted
-from .compat import bump_versions
-from .known_lists import known
-from .layouts import are_laid_out_alike
-from .options import Options
-from .sharding import local
+from fastlars.buckets import Bucket, Norms
+from fastlars.compat import bump_versions
+from fastlars.formula import is_adapted
+from fastlars.options import Options
 
-if TYPE_CHECKING:
-    from .dispatch import Part
+from .eager import make_buffers
+from .layouts import are_laid_out_alike
 
 CHUNK = 2048  # elements a program: 8 a thread, at most 48 registers and no spills from sm_80 to sm_100
-BLOCK = 2048  # partial sums that `coefficients` adds at a time
+BLOCK = 2048  # partial sums that `norms` adds at a time
 # Of scale * g + weight_decay * w the compiler would fuse one product with the sum, and which one depends on whether there is
 # a scale: with a GradScaler norms would have other bits, though it scales by powers of two.
 LAUNCH_SUMS = {"num_warps": 8, "enable_fp_fusion": False}
@@ -42,13 +40,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})  # a subclass may mean anything
 CAPABILITY = (8, 0)  # the oldest GPUs that Triton supports; before, there is no bfloat16 conversion
 
-KEPT_STEPS = 16  # a table that so many calls of `measure` did not use is dropped
+KEPT_STEPS = 16  # a table that so many steps did not use is dropped
 CAPTURES = 4  # graphs that can capture a step before an eager step is needed again
 
 
-def check_fused(params: Iterable[Any], where: str) -> None:
-    """Raise where ``fused=True`` cannot be honoured for these tensors, or named tensors."""
-    tensors = [local(item[1] if isinstance(item, tuple) else item) for item in params]
+def check_fused(params: Iterable[Tensor], where: str) -> None:
+    """Raise where ``fused=True`` cannot be honoured for these tensors."""
+    tensors = list(params)
     for i, param in enumerate(tensors):
         if isinstance(param, Tensor) and not (param.is_cpu or param.is_cuda):
             raise RuntimeError(
@@ -121,25 +119,14 @@ def serves(param: Tensor, grad: Tensor, buffer: Tensor | None) -> bool:
     return are_laid_out_alike(param, grad, buffer)
 
 
-def serves_all(params: list[Tensor], *others: list[Tensor]) -> bool:
-    """Whether the kernels serve all of these, gradients and buffers, in one part: of one device and dtypes."""
-    return bool(known(_are_one_part, params, *others))
-
-
-def _are_one_part(params: list[Tensor], grads: list[Tensor], buffers: Sequence[Tensor | None] = ()) -> bool:
-    alike = len({(param.device, param.dtype, grad.dtype) for param, grad in zip(params, grads)}) == 1
-    return alike and all(serves(*each) for each in zip(params, grads, buffers or repeat(None)))
-
-
 @dataclass(eq=False)
 class _Table:
     """What the kernels of one part read and write besides its tensors, in device memory."""
 
-    rows: Tensor  # int64, six a tensor: see `fused_cuda_kernels.py`
+    rows: Tensor  # int64, six a tensor: see `triton_kernels.py`
     chunk_tensor: Tensor  # int32, the row of every chunk
     sums: Tensor  # (chunks, 3)
     norms: Tensor  # (3, n)
-    coefficients: Tensor  # (n, 2): b and c
     last_use: int = 0
 
 
@@ -148,28 +135,24 @@ class Tables:
 
     def __init__(self) -> None:
         """Without any table."""
-        self._calls = 0
+        self.now = 0
         self._tables: dict[tuple[Any, ...], _Table] = {}
-        self._flags: dict[tuple[torch.device, int, int], Tensor] = {}
         # by device and sizes, pinned memory for captures, which must not allocate it
         self._spares: dict[tuple[torch.device, tuple[int, ...]], list[Tensor]] = {}
         self._captured: list[Tensor] = []
         self._lock = threading.Lock()  # the functional form's tables serve all threads
 
-    def begin(self) -> None:
-        """A step begins; tables are dropped by their age in steps."""
-        self._calls += 1
-
-    def table(self, part: Part) -> _Table:
-        """The table of a part on the current stream of its device, which is the current device."""
+    def table(self, bucket: Bucket, now: int) -> _Table:
+        """The table of a bucket, for step number ``now``, on the current stream of its device, the current device."""
         with self._lock:
-            return self._table(part)
+            self.now = now
+            return self._table(bucket)
 
-    def _table(self, part: Part) -> _Table:
-        device = part.params[0].device
-        tensors = chain(part.params, part.grads, part.momentum_buffers)
-        addresses = tuple(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]  # `measure` made the buffers
-        sizes = tuple(map(Tensor.numel, part.params))
+    def _table(self, bucket: Bucket) -> _Table:
+        device = bucket.params[0].device
+        tensors = chain(bucket.params, bucket.grads, bucket.momentum_buffers)
+        addresses = tuple(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]  # buffers are made before
+        sizes = tuple(map(Tensor.numel, bucket.params))
         if _is_capturing(device):
             return self._captured_table(device, addresses, sizes)
 
@@ -183,11 +166,11 @@ class Tables:
         if not self._spares.get((device, sizes)):
             length = table.rows.numel() + (table.chunk_tensor.numel() + 1) // 2
             self._spares[device, sizes] = list(_pinned(device, CAPTURES, length).unbind())
-        table.last_use = self._calls
+        table.last_use = self.now
         return table
 
     def _drop_old(self) -> None:
-        self._tables = {k: table for k, table in self._tables.items() if table.last_use >= self._calls - KEPT_STEPS}
+        self._tables = {k: table for k, table in self._tables.items() if table.last_use >= self.now - KEPT_STEPS}
         used = {(device, sizes) for device, _, sizes, _ in self._tables}
         self._spares = {k: spares for k, spares in self._spares.items() if k in used}
 
@@ -202,15 +185,6 @@ class Tables:
             "capturing a fused LARS step needs an eager step of the same tensors and options before it (which compiles "
             f"the kernels and makes the state), and another one after every {CAPTURES} captures; nothing has changed"
         )
-
-    def flag(self, device: torch.device) -> Tensor:
-        """A 1-element int32 tensor that says whether a gradient of this step is not finite; `measure` sets it to 0."""
-        if _is_capturing(device):
-            return torch.empty(1, dtype=torch.int32, device=device)
-        key = (device, _stream(device), threading.get_ident())
-        if key not in self._flags:
-            self._flags[key] = torch.empty(1, dtype=torch.int32, device=device)
-        return self._flags[key]
 
 
 def _host_table(
@@ -248,131 +222,124 @@ def _new_table(host: Tensor, n: int, device: torch.device) -> _Table:
         chunk_tensor=table[6 * n :].view(torch.int32)[:chunks],
         sums=torch.empty(chunks, 3, dtype=torch.float32, device=device),
         norms=torch.empty(3, n, dtype=torch.float32, device=device),
-        coefficients=torch.empty(n, 2, dtype=torch.float32, device=device),
     )
 
 
-@dataclass(frozen=True, eq=False)
-class Measured:
-    """A part between `measure` and `update`, within one step: the next one overwrites its tensors."""
+class Triton:
+    """Float32, bfloat16 and float16 tensors on NVIDIA GPUs, dense and laid out like their gradients and buffers."""
 
-    part: Part
-    options: Options
-    table: _Table
-    flag: Tensor | None
-    norms: Tensor  # what functional.measure returns: (rows, n), float32; the last row's are the gradients' with skip_nonfinite
+    name = "fused (Triton)"
+    takes_scale = True
+    traceable = False
 
-    @property
-    def coefficients(self) -> Tensor:
-        """b and c, shape (n, 2), float32: `update` reads them; who knows better (sharded norms) writes them anew."""
-        return self.table.coefficients
+    def __init__(self) -> None:
+        """With tables for the functional form, whose calls have no optimizer to keep them."""
+        self._tables = Tables()
 
+    def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:  # noqa: ARG002
+        """Where it is asked for."""
+        return bool(options.fused) and not all(param.is_cpu for param in params)
 
-def measure(steps: Sequence[tuple[Part, Options]], grad_scale: Tensor | None, tables: Tables) -> list[Measured]:
-    """Norms and coefficients of all parts of a step, whose tensors are all served: two launches a part.
+    def serves(self, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]) -> bool:
+        """Whether the kernels, which walk over memory, compute these right."""
+        return all(serves(*each) for each in zip(params, grads, momentum_buffers or repeat(None)))
 
-    A part without momentum buffers gets zeros. With ``skip_nonfinite``, a gradient that is not finite in any part that
-    sets it stops the update of all that set it, on their device.
-    """
-    tables.begin()
-    flags: dict[torch.device, Tensor] = {}
-    return [_measure(part, options, grad_scale, tables, flags) for part, options in steps]
+    def plan(self, params: list[Tensor]) -> None:
+        """Nothing: tables are found by addresses."""
 
-
-def _measure(
-    part: Part, options: Options, grad_scale: Tensor | None, tables: Tables, flags: dict[torch.device, Tensor]
-) -> Measured:
-    kernels = _kernels()
-    device = part.params[0].device
-    first_step = options.momentum != 0 and part.momentum_buffers[0] is None
-    if first_step:
-        part.momentum_buffers[:] = [torch.zeros_like(param) for param in part.params]
-    adapted = bool(is_adapted(options))  # numpy's scalars make numpy's bools, which are no constants to Triton
-    joint = adapted and options.trust_denominator == "joint"
-    grad_norm = options.skip_nonfinite or (adapted and not joint)
-    rows = adapted + joint + grad_norm
-    scale = _scalar(grad_scale, device)
-    with torch.cuda.device_of(part.params[0]):  # type: ignore[no-untyped-call]  # torch's
-        table = tables.table(part)
-        flag, reset = None, 0
-        if options.skip_nonfinite:
-            reset = int(device not in flags)
-            flag = flags[device] = flags[device] if device in flags else tables.flag(device)
-        if rows:
+    def measure(self, bucket: Bucket, now: bool) -> Norms:  # noqa: ARG002
+        """All norms in two launches."""
+        make_buffers(bucket)  # the table holds their addresses
+        options, device, n = bucket.options, bucket.params[0].device, len(bucket.params)
+        adapted = bool(is_adapted(options))  # numpy's scalars make numpy's bools, which are no constants to Triton
+        joint = adapted and options.trust_denominator == "joint"
+        grad_norm = bool(options.skip_nonfinite) or (adapted and not joint)
+        kernels = _kernels()
+        with torch.cuda.device_of(bucket.params[0]):  # type: ignore[no-untyped-call]  # torch's
+            table = self._table(bucket)
+            if not (adapted or grad_norm):
+                return Norms(kept=table)
             kernels.partial_sums[(table.sums.size(0),)](
                 table.rows,
                 table.chunk_tensor,
                 table.sums,
-                scale,
-                flag,
-                part.params[0],
-                part.grads[0],
+                _scalar(bucket.grad_scale, device),
+                bucket.params[0],
+                bucket.grads[0],
                 float(options.weight_decay),
-                reset,
                 CHUNK=CHUNK,
                 ADAPTED=adapted,
                 JOINT=joint,
                 GRAD_NORM=grad_norm,
-                MAXIMIZE=options.maximize,
+                MAXIMIZE=bool(options.maximize),
                 **LAUNCH_SUMS,
             )
-        kernels.coefficients[(len(part.params),)](
-            table.rows,
-            table.sums,
-            table.norms,
-            table.coefficients,
-            *_lr(options.lr, device),
-            scale,
-            flag,
-            float(options.weight_decay),
-            float(options.trust_coefficient),
-            float(options.eps),
-            1.0 if options.momentum == 0 or first_step else 1.0 - float(options.dampening),
-            BLOCK=BLOCK,
-            ADAPTED=adapted,
-            JOINT=joint,
-            GRAD_NORM=grad_norm,
-            CLIP=options.trust_clip,
-            LR_IN_MOMENTUM=options.lr_in_momentum,
-            MAXIMIZE=options.maximize,
-            **LAUNCH_FEW,
-        )
-    return Measured(part, options, table, flag, table.norms[:rows])
+            kernels.norms[(n,)](
+                table.rows,
+                table.sums,
+                table.norms,
+                BLOCK=BLOCK,
+                ADAPTED=adapted,
+                JOINT=joint,
+                GRAD_NORM=grad_norm,
+                **LAUNCH_FEW,
+            )
+        param, direction, grad = table.norms.unbind()
+        if not adapted:
+            return Norms(grad=grad, kept=table)
+        return Norms(param, direction if joint else grad, grad if grad_norm else None, kept=table)
+
+    def update(self, bucket: Bucket, norms: Norms, gate: Tensor | None) -> None:
+        """Parameters and buffers in one launch, which begins with the formula."""
+        options, device = bucket.options, bucket.params[0].device
+        table: _Table = norms.kept
+        with torch.cuda.device_of(bucket.params[0]):  # type: ignore[no-untyped-call]  # torch's
+            _kernels().update[(table.sums.size(0),)](
+                table.rows,
+                table.chunk_tensor,
+                norms.param,
+                norms.direction,
+                *_lr(options.lr, device),
+                _scalar(bucket.grad_scale, device),
+                _scalar(gate, device),
+                bucket.params[0],
+                bucket.grads[0],
+                float(options.momentum),
+                float(options.weight_decay),
+                float(options.trust_coefficient),
+                float(options.eps),
+                1.0 if options.momentum == 0 or bucket.is_first_step else 1.0 - float(options.dampening),
+                CHUNK=CHUNK,
+                ADAPTED=norms.param is not None,
+                JOINT=options.trust_denominator == "joint",
+                CLIP=bool(options.trust_clip),
+                DECAYS=bool(options.weight_decay != 0),
+                MOMENTUM=bool(options.momentum != 0),
+                NESTEROV=bool(options.nesterov),
+                LR_IN_MOMENTUM=bool(options.lr_in_momentum),
+                MAXIMIZE=bool(options.maximize),
+                **LAUNCH,
+            )
+        bump_versions([*bucket.params, *make_buffers(bucket)])
+
+    def _table(self, bucket: Bucket) -> _Table:
+        """The table of a bucket on the current stream of its device, which is the current device."""
+        if bucket.memory is None:
+            return self._tables.table(bucket, self._tables.now + 1)
+        if bucket.memory.tables is None:
+            bucket.memory.tables = Tables()
+        tables: Tables = bucket.memory.tables
+        return tables.table(bucket, bucket.memory.steps)
 
 
-def update(measured: Measured, found_inf: Tensor | None) -> None:
-    """Write parameters and momentum buffers of a part: one launch.
-
-    ``found_inf``: 1-element tensor; where it is not 0, nothing changes.
-    """
-    part, options, table = measured.part, measured.options, measured.table
-    device = part.params[0].device
-    with torch.cuda.device_of(part.params[0]):  # type: ignore[no-untyped-call]  # torch's
-        _kernels().update[(table.sums.size(0),)](
-            table.rows,
-            table.chunk_tensor,
-            table.coefficients,
-            *_lr(options.lr, device),
-            _scalar(found_inf, device),
-            measured.flag,
-            part.params[0],
-            part.grads[0],
-            float(options.momentum),
-            CHUNK=CHUNK,
-            DECAYS=bool(options.weight_decay != 0),
-            MOMENTUM=bool(options.momentum != 0),
-            NESTEROV=options.nesterov,
-            LR_IN_MOMENTUM=options.lr_in_momentum,
-            **LAUNCH,
-        )
-    bump_versions([*part.params, *(buffer for buffer in part.momentum_buffers if buffer is not None)])
+TRITON = Triton()
 
 
 def _kernels() -> Any:
     # here, so that `import fastlars` loads no triton
-    from . import fused_cuda_kernels  # noqa: PLC0415
+    from . import triton_kernels  # noqa: PLC0415
 
-    return fused_cuda_kernels
+    return triton_kernels
 
 
 def _lr(lr: float | Tensor, device: torch.device) -> tuple[Tensor | None, float]:
@@ -398,6 +365,16 @@ def _stream(device: torch.device) -> int:
 def is_capturing() -> bool:
     """Whether a CUDA graph captures what runs on the current stream."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]  # torch's
+
+
+def check_captured(params: list[Tensor], momentum_buffers: list[Tensor | None], momentum: float, where: str) -> None:
+    """Raise where the graph being captured would make a buffer: every replay would fill it with zeros."""
+    for i, (param, buffer) in enumerate(zip(params, momentum_buffers)):
+        if momentum != 0 and buffer is None and param.is_cuda:
+            raise RuntimeError(
+                f"{where}: capturing a LARS step needs an eager step of the same tensors before it, which makes their momentum "
+                f"buffers; tensor {i} of those with a gradient has none. Nothing has changed"
+            )
 
 
 def _is_capturing(device: torch.device) -> bool:

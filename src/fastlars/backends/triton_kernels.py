@@ -2,8 +2,8 @@
 
 Every tensor is cut into chunks of CHUNK elements, and a program takes one chunk. A kernel finds its tensors in a table of
 int64, a row a tensor: the addresses of parameter, gradient and momentum buffer, the number of elements, and the first and
-past-the-last of its chunks; chunk_tensor_ptr holds the row of every chunk. Arithmetic is float32, in `coefficients`
-float64. Sums are made in a fixed order, without atomics: the same bits every run.
+past-the-last of its chunks; chunk_tensor_ptr holds the row of every chunk. Arithmetic is float32; `norms` adds in float64.
+Sums are made in a fixed order, without atomics: the same bits every run.
 
 A chunk whose addresses are multiples of 16 bytes and whose length is one of 8 is loaded and stored 16 bytes at a time (the
 VECTOR branches tell the compiler so); others, of odd length or at odd addresses, go element by element.
@@ -13,7 +13,7 @@ VECTOR branches tell the compiler so); others, of odd length or at odd addresses
 # What stands below is a language of its own, and types are checked where triton is not installed, too.
 import triton
 import triton.language as tl
-from triton.runtime.driver import driver  # noqa: F401  for `fused_cuda.refusal`
+from triton.runtime.driver import driver  # noqa: F401  for `triton.refusal`
 
 
 @triton.jit
@@ -82,17 +82,15 @@ def _store_partial_sums(
         tl.store(sums_ptr + 2, tl.sum(g * g))
 
 
-@triton.jit(do_not_specialize=["grad_scale_ptr", "param_ptr", "grad_ptr", "reset"])
+@triton.jit(do_not_specialize=["grad_scale_ptr", "param_ptr", "grad_ptr"])
 def partial_sums(
     table_ptr,
     chunk_tensor_ptr,
     sums_ptr,
     grad_scale_ptr,
-    flag_ptr,
     param_ptr,
     grad_ptr,
     weight_decay,
-    reset,
     CHUNK: tl.constexpr,
     ADAPTED: tl.constexpr,
     JOINT: tl.constexpr,
@@ -101,12 +99,9 @@ def partial_sums(
 ):
     """Sums of squares of every chunk: of w, of s g + weight_decay w (JOINT) and of s g (GRAD_NORM), as rows of three.
 
-    Reads 8 bytes a float32 parameter. The first program sets the flag of `coefficients` to 0 where ``reset`` is not 0.
+    Reads 8 bytes a float32 parameter.
     """
     chunk = tl.program_id(0)
-    if flag_ptr is not None:
-        if (chunk == 0) & (reset != 0):
-            tl.store(flag_ptr, 0)
     tensor = tl.load(chunk_tensor_ptr + chunk)
     param, grad, _, start, count = _chunk(table_ptr, tensor, chunk, CHUNK)
     scale = _scale(grad_scale_ptr, MAXIMIZE)
@@ -132,29 +127,48 @@ def _norm(sums_ptr, first, last, BLOCK: tl.constexpr):
     return tl.sqrt(tl.sum(total))
 
 
-@triton.jit(do_not_specialize=["lr_ptr", "grad_scale_ptr"])
-def coefficients(
+@triton.jit
+def norms(
     table_ptr,
     sums_ptr,
     norms_ptr,
-    coefficients_ptr,
-    lr_ptr,
-    lr,
-    grad_scale_ptr,
-    flag_ptr,
-    weight_decay,
-    trust_coefficient,
-    eps,
-    keep,
     BLOCK: tl.constexpr,
     ADAPTED: tl.constexpr,
     JOINT: tl.constexpr,
     GRAD_NORM: tl.constexpr,
+):
+    """The norms of every tensor, one a program, from the sums of its chunks.
+
+    norms_ptr gets rows of n: |w|, |s g + weight_decay w| (JOINT) and |s g| (GRAD_NORM).
+    """
+    tensor = tl.program_id(0)
+    first = tl.load(table_ptr + tensor * 6 + 4)
+    last = tl.load(table_ptr + tensor * 6 + 5)
+    norm_ptr = norms_ptr + tensor
+    if ADAPTED:
+        tl.store(norm_ptr, _norm(sums_ptr, first, last, BLOCK).to(tl.float32))
+    if JOINT:
+        tl.store(norm_ptr + tl.num_programs(0), _norm(sums_ptr + 1, first, last, BLOCK).to(tl.float32))
+    if GRAD_NORM:
+        tl.store(norm_ptr + 2 * tl.num_programs(0), _norm(sums_ptr + 2, first, last, BLOCK).to(tl.float32))
+
+
+@triton.jit
+def _coefficients(
+    param_norm,
+    direction_norm,
+    rate,
+    scale,
+    weight_decay,
+    trust_coefficient,
+    eps,
+    keep,
+    ADAPTED: tl.constexpr,
+    JOINT: tl.constexpr,
     CLIP: tl.constexpr,
     LR_IN_MOMENTUM: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
 ):
-    """Norms and then b and c of every tensor, one a program: the formula of `coefficients.py`, and no other.
+    """b and c of a tensor from its norms: the formula of `formula.py`, and no other.
 
     With s = 1 / grad_scale (negative when maximizing), r = lr if LR_IN_MOMENTUM else 1, and ``keep`` = 1 on a tensor's
     first step or without momentum, else 1 - dampening:
@@ -164,25 +178,12 @@ def coefficients(
         zero norm: ratio = 1, and decay = 0 unless JOINT; else decay = weight_decay
         b = keep * r * ratio * s        c = keep * r * ratio * decay
 
-    norms_ptr gets rows of n: param norms, direction norms, gradient norms, those that there are. The flag becomes 1 where
-    a gradient norm is not finite.
     Source: You, Gitman, Ginsburg, arXiv 1708.03888, Eq. 6 and Algorithm 1.
     """
-    tensor = tl.program_id(0)
-    one = tl.full([], 1.0, tl.float64)
-    rate = one * lr if lr_ptr is None else tl.load(lr_ptr).to(tl.float64)
-    scale = one * _scale(grad_scale_ptr, MAXIMIZE)
+    one = tl.full([], 1.0, tl.float32)
     ratio = one
     decay = one * weight_decay
-    first = tl.load(table_ptr + tensor * 6 + 4)
-    last = tl.load(table_ptr + tensor * 6 + 5)
-    norm_ptr = norms_ptr + tensor
-    grad_norm = one
-    if GRAD_NORM:
-        grad_norm = _norm(sums_ptr + 2, first, last, BLOCK)
     if ADAPTED:
-        param_norm = _norm(sums_ptr, first, last, BLOCK)
-        direction_norm = _norm(sums_ptr + 1, first, last, BLOCK) if JOINT else grad_norm
         # != 0 and not > 0: a NaN norm must reach the parameters, as it does in the formula
         nonzero = (param_norm != 0) & (direction_norm != 0)
         denominator = direction_norm + eps
@@ -195,22 +196,10 @@ def coefficients(
         ratio = tl.where(nonzero, ratio, one)
         if not JOINT:
             decay = tl.where(nonzero, decay, 0.0 * one)
-        tl.store(norm_ptr, param_norm.to(tl.float32))
-        norm_ptr += tl.num_programs(0)
-        if JOINT:
-            tl.store(norm_ptr, direction_norm.to(tl.float32))
-            norm_ptr += tl.num_programs(0)
-    if GRAD_NORM:
-        tl.store(norm_ptr, grad_norm.to(tl.float32))
-        if flag_ptr is not None:
-            # every program that writes writes 1: no order to depend on
-            if (grad_norm == float("inf")) | (grad_norm != grad_norm):  # noqa: PLR0124  NaN
-                tl.store(flag_ptr, 1)
     ratio = ratio * keep
     if LR_IN_MOMENTUM:
         ratio = ratio * rate
-    tl.store(coefficients_ptr + tensor * 2, (ratio * scale).to(tl.float32))
-    tl.store(coefficients_ptr + tensor * 2 + 1, (ratio * decay).to(tl.float32))
+    return ratio * scale, ratio * decay
 
 
 @triton.jit
@@ -250,42 +239,54 @@ def _update(
     tl.store(param_ptrs, w - rate * step, mask=mask, eviction_policy="evict_first")
 
 
-@triton.jit(do_not_specialize=["lr_ptr", "found_inf_ptr", "param_ptr", "grad_ptr"])
+@triton.jit(do_not_specialize=["lr_ptr", "grad_scale_ptr", "gate_ptr", "param_ptr", "grad_ptr"])
 def update(
     table_ptr,
     chunk_tensor_ptr,
-    coefficients_ptr,
+    param_norms_ptr,
+    direction_norms_ptr,
     lr_ptr,
     lr,
-    found_inf_ptr,
-    flag_ptr,
+    grad_scale_ptr,
+    gate_ptr,
     param_ptr,
     grad_ptr,
     momentum,
+    weight_decay,
+    trust_coefficient,
+    eps,
+    keep,
     CHUNK: tl.constexpr,
+    ADAPTED: tl.constexpr,
+    JOINT: tl.constexpr,
+    CLIP: tl.constexpr,
     DECAYS: tl.constexpr,
     MOMENTUM: tl.constexpr,
     NESTEROV: tl.constexpr,
     LR_IN_MOMENTUM: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
 ):
-    """v = momentum v + b g + c w and w -= q v, with q = 1 if LR_IN_MOMENTUM else lr.
+    """v = momentum v + b g + c w and w -= q v, with q = 1 if LR_IN_MOMENTUM else lr, and b and c of `_coefficients`.
 
     NESTEROV: w -= q (b g + c w + momentum v). Without MOMENTUM: w -= q (b g + c w), and there is no v.
-    Nothing is read or written where found_inf or the flag is not 0. Moves 20 bytes a float32 parameter. It walks the
-    chunks backwards: what `partial_sums` read last is what the L2 cache still holds.
+    Nothing is read or written where the gate is not 0. Moves 20 bytes a float32 parameter. It walks the chunks backwards:
+    what `partial_sums` read last is what the L2 cache still holds.
     """
     chunk = tl.num_programs(0) - 1 - tl.program_id(0)
     tensor = tl.load(chunk_tensor_ptr + chunk)
     param, grad, buffer, start, count = _chunk(table_ptr, tensor, chunk, CHUNK)
-    if found_inf_ptr is not None:
-        count = tl.where(tl.load(found_inf_ptr) != 0, 0, count)
-    if flag_ptr is not None:
-        count = tl.where(tl.load(flag_ptr) != 0, 0, count)
-    rate = tl.full([], 1.0, tl.float32)
-    if not LR_IN_MOMENTUM:
-        rate = rate * lr if lr_ptr is None else tl.load(lr_ptr).to(tl.float32)
-    b = tl.load(coefficients_ptr + tensor * 2)
-    c = tl.load(coefficients_ptr + tensor * 2 + 1)
+    if gate_ptr is not None:
+        count = tl.where(tl.load(gate_ptr) != 0, 0, count)
+    one = tl.full([], 1.0, tl.float32)
+    rate = one * lr if lr_ptr is None else tl.load(lr_ptr).to(tl.float32)
+    param_norm = tl.load(param_norms_ptr + tensor) if ADAPTED else one
+    direction_norm = tl.load(direction_norms_ptr + tensor) if ADAPTED else one
+    b, c = _coefficients(
+        param_norm, direction_norm, rate, _scale(grad_scale_ptr, MAXIMIZE),
+        weight_decay, trust_coefficient, eps, keep, ADAPTED, JOINT, CLIP, LR_IN_MOMENTUM,
+    )  # fmt: skip
+    if LR_IN_MOMENTUM:
+        rate = one
     if ((param | grad | buffer) % 16 == 0) & (count % 8 == 0):
         _update(
             param, grad, buffer, start, count, b, c, rate, momentum,

@@ -1,0 +1,82 @@
+"""The nouns of a step: `Group` comes in, is sorted into `Bucket`s, each with its `Norms` and the `Backend` that steps it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from .options import Options
+
+
+class Memory:
+    """Caches that an optimizer keeps between steps, one attribute per file that uses it. Copies and pickles are empty."""
+
+    def __init__(self) -> None:
+        """Empty."""
+        self.steps = 0  # so far, for caches that age
+        self.assignments: dict[int, Any] = {}  # backends/__init__.py: one per group
+        self.workspace: Any = None  # backends/fused_cpu.py
+        self.tables: Any = None  # backends/triton.py
+
+    def __reduce__(self) -> tuple[type[Memory], tuple[()]]:
+        """Without content."""
+        return Memory, ()
+
+
+class Group(NamedTuple):
+    """The tensors that one call of `lars`, or one param group, steps."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    momentum_buffers: list[Tensor | None]  # None before the first step; not read without momentum
+    options: Options
+    number: int = 0  # which group of its optimizer
+    memory: Memory | None = None  # None in graphs and in the functional form
+
+
+class Bucket(NamedTuple):
+    """Tensors of one group that one backend steps together: of one device and dtype, all at their first step or none."""
+
+    backend: Backend
+    indices: list[int]  # places in the lists of the group
+    params: list[Tensor]
+    grads: list[Tensor]
+    momentum_buffers: list[Tensor | None]  # empty without momentum
+    options: Options
+    is_first_step: bool = False  # with momentum, whose buffers are then None
+    grad_scale: Tensor | None = None  # what the backend has to divide gradients by
+    plan: Any = None  # what `Backend.plan` returned for these tensors
+    memory: Memory | None = None
+
+
+class Norms(NamedTuple):
+    """Norms of the n tensors of a bucket, each of shape (n,) or None where no one needs it."""
+
+    param: Tensor | None = None  # |w|
+    direction: Tensor | None = None  # |g|, or with trust_denominator="joint" |g + weight_decay * w|
+    grad: Tensor | None = None  # |g|, for skip_nonfinite
+    kept: Any = None  # what the backend keeps for its `update`
+
+
+class Backend(Protocol):
+    """One implementation of the step. A new one is a file in this folder and an entry of `BACKENDS`."""
+
+    name: str  # as repr shows it
+    takes_scale: bool  # whether it divides gradients by the scale of a GradScaler itself
+    traceable: bool  # whether torch.compile may trace it; if not, the step leaves the graph
+
+    def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:
+        """Whether it is for a group of these options and devices; ``gated`` steps may be skipped or have scaled gradients."""
+
+    def serves(self, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]) -> bool:
+        """Whether it steps all of these, by layout and dtype; there may be no buffers yet."""
+
+    def plan(self, params: list[Tensor]) -> Any:
+        """What can be known of a bucket before its steps; it depends on the metadata of tensors only."""
+
+    def measure(self, bucket: Bucket, now: bool) -> Norms:
+        """Norms of the bucket; a backend may leave those of w and g to `update`, unless they are needed ``now``."""
+
+    def update(self, bucket: Bucket, norms: Norms, gate: Tensor | None) -> None:
+        """Write parameters and buffers; nothing where the 1-element tensor ``gate`` is not 0. New buffers go into the bucket."""

@@ -1,0 +1,28 @@
+"""What a dtype means for the arithmetic: where norms are taken, and complex tensors as pairs of real numbers.
+
+TorchScript compiles these functions too.
+"""
+
+import torch
+from torch import Tensor
+
+
+def is_half(dtype: torch.dtype) -> bool:
+    """Whether arithmetic in this dtype is done in float32."""
+    return dtype == torch.float16 or dtype == torch.bfloat16
+
+
+def norm_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of norms and coefficients of tensors of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def real(tensor: Tensor) -> Tensor:
+    """A complex tensor as a real one of the same norm, shape (..., 2); others as they are."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def is_conjugate(tensor: Tensor) -> bool:
+    """Whether this is a lazy conjugate view, whose memory holds other bits than it shows."""
+    # in this order, because torch.compile stops at is_conj()
+    return tensor.is_complex() and tensor.is_conj()

@@ -1,0 +1,56 @@
+"""One step, from top to bottom: sort into buckets, measure all, decide, move all."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .backends import split
+from .buckets import Group, Norms
+from .formula import on_device
+from .sharding import Sharded
+
+
+def step(
+    groups: list[Group],
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    shards: Sharded | None = None,
+) -> None:
+    """Step all groups; new momentum buffers are put into their lists.
+
+    All buckets are measured before any is updated, because one gradient may stop all that ask for it, and because
+    sharded tensors exchange their norms at once.
+    """
+    local = groups if shards is None else [shards.local(group) for group in groups]
+    buckets_of = [split(group, grad_scale, found_inf) for group in local]
+    buckets = [bucket for each in buckets_of for bucket in each]
+
+    # 1. Measure: nothing has moved yet.
+    norms = [bucket.backend.measure(bucket, shards is not None) for bucket in buckets]
+
+    # 2. Decide, on all ranks alike.
+    gated = [known for bucket, known in zip(buckets, norms) if bucket.options.skip_nonfinite]
+    skip = any_nonfinite(gated, found_inf) if gated else found_inf
+    if shards is not None:
+        norms, found_inf, skip = shards.exchange(buckets, norms, found_inf, skip)
+
+    # 3. Move.
+    for bucket, known in zip(buckets, norms):
+        bucket.backend.update(bucket, known, skip if bucket.options.skip_nonfinite else found_inf)
+
+    for group, each in zip(local, buckets_of):
+        for bucket in each:
+            if bucket.is_first_step and bucket.momentum_buffers is not group.momentum_buffers:
+                for i, buffer in zip(bucket.indices, bucket.momentum_buffers):
+                    group.momentum_buffers[i] = buffer
+    if shards is not None:
+        shards.finish(groups, local)
+
+
+def any_nonfinite(norms: list[Norms], found_inf: Tensor | None) -> Tensor:
+    """Whether ``found_inf`` is set or a gradient norm is not finite, as a 0-dim bool tensor."""
+    flags = [(~known.grad.isfinite()).any() for known in norms if known.grad is not None]
+    if found_inf is not None:
+        flags.append(found_inf.reshape(()) != 0)
+    return torch.stack([on_device(flag, flags[0]) for flag in flags]).any()
