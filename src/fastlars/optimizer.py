@@ -148,24 +148,8 @@ class LARS(Optimizer):
         fused: bool | None = None,
     ) -> None:
         """See the class."""
-        defaults = Options(
-            lr,
-            momentum,
-            dampening,
-            weight_decay,
-            nesterov,
-            trust_coefficient,
-            eps,
-            adapt,
-            trust_clip,
-            trust_denominator,
-            lr_in_momentum,
-            skip_nonfinite,
-            maximize,
-            foreach,
-            differentiable,
-            fused,
-        )._asdict()
+        given = locals()
+        defaults = {name: given[name] for name in NAMES}
         self._memory = Memory()
         self._checked: dict[int, list[Any]] = {}
         check_options({**defaults, "lr": 0.0} if _is_missing(lr) else defaults, "LARS")

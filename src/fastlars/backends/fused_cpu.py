@@ -26,7 +26,7 @@ from fastlars.norms import ROW, flat_norm, norms
 from fastlars.options import Options
 
 from .eager import make_buffers, measure
-from .layouts import are_laid_out_alike
+from .layouts import can_be_walked
 
 # Tensors up to this size are stacked with others of their shape: calls for each would cost more than the work.
 SMALL = 12 * 1024
@@ -42,7 +42,6 @@ VIEWS = 8192
 SMALLEST_B = 2.0**-29
 
 _WORK: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
-_PLAIN = {Tensor, torch.nn.Parameter}
 _dtype, _is_cpu = attrgetter("dtype"), attrgetter("is_cpu")
 
 
@@ -64,15 +63,10 @@ class FusedCPU:
         """Whether the kernel, which walks over memory, computes these right."""
         others = [grads, momentum_buffers] if momentum_buffers else [grads]
         tensors = [*params, *grads, *momentum_buffers]
-        # map, because a loop takes twice as long over a model's tensors
         return (
             all(map(_is_cpu, tensors))
-            and _PLAIN.issuperset(map(type, tensors))
             and {torch.float32}.issuperset(map(_dtype, tensors))
-            and not any(map(Tensor.is_neg, tensors))
-            # it would go on beyond the end of the smaller one
-            and all(all(map(Tensor.is_same_size, params, other)) for other in others)
-            and (all(map(Tensor.is_contiguous, tensors)) or all(map(are_laid_out_alike, params, *others)))
+            and can_be_walked(params, *others)
         )
 
     def plan(self, params: list[Tensor]) -> Plan:

@@ -26,7 +26,7 @@ from fastlars.formula import is_adapted
 from fastlars.options import Options
 
 from .eager import make_buffers
-from .layouts import are_laid_out_alike
+from .layouts import PLAIN, can_be_walked
 
 CHUNK = 2048  # elements a program: 8 a thread, at most 48 registers and no spills from sm_80 to sm_100
 BLOCK = 2048  # partial sums that `norms` adds at a time
@@ -37,7 +37,6 @@ LAUNCH_FEW = {"num_warps": 16, "enable_fp_fusion": True}  # one program a tensor
 LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PLAIN = frozenset({Tensor, torch.nn.Parameter})  # a subclass may mean anything
 CAPABILITY = (8, 0)  # the oldest GPUs that Triton supports; before, there is no bfloat16 conversion
 
 KEPT_STEPS = 16  # a table that so many steps did not use is dropped
@@ -66,7 +65,7 @@ def refusal(params: Sequence[Tensor]) -> str | None:
     if torch.version.hip is not None:
         return f"fused=True is for NVIDIA GPUs, and this is torch for ROCm; {way_out}"
     for i, param in enumerate(params):
-        if type(param) not in _PLAIN:
+        if type(param) not in PLAIN:
             return f"fused=True on CUDA needs plain tensors, got {type(param).__name__} at position {i}; {way_out}"
         if param.dtype not in DTYPES:
             return (
@@ -93,30 +92,6 @@ def _cannot_launch() -> str | None:
     except Exception as error:  # noqa: BLE001  of compilers, linkers and drivers: no list is complete
         return f"{type(error).__name__}: {error}"
     return None
-
-
-def serves(param: Tensor, grad: Tensor, buffer: Tensor | None) -> bool:
-    """Whether the kernels, which walk over memory, compute these tensors right; all are on one device.
-
-    Addresses need not be aligned: where they are not, the kernels go element by element.
-    """
-    buffer = param if buffer is None else buffer
-    if type(param) not in _PLAIN or type(grad) not in _PLAIN or type(buffer) not in _PLAIN:
-        return False
-    if param.dtype not in DTYPES or grad.dtype not in DTYPES or buffer.dtype != param.dtype:
-        return False
-    if grad.device != param.device or buffer.device != param.device:
-        return False
-    if param.is_neg() or grad.is_neg() or buffer.is_neg():
-        return False
-    if not (param.is_same_size(grad) and param.is_same_size(buffer)):
-        return False  # they would go on beyond the end of the smaller one
-    if param.is_contiguous() and grad.is_contiguous() and buffer.is_contiguous():
-        return True
-    same_strides = grad.stride() == buffer.stride() == param.stride()
-    if same_strides and param.dim() == 4 and param.is_contiguous(memory_format=torch.channels_last):
-        return True  # without a loop over dimensions for each of a model's tensors
-    return are_laid_out_alike(param, grad, buffer)
 
 
 @dataclass(eq=False)
@@ -241,8 +216,16 @@ class Triton:
         return bool(options.fused) and not all(param.is_cpu for param in params)
 
     def serves(self, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]) -> bool:
-        """Whether the kernels, which walk over memory, compute these right."""
-        return all(serves(*each) for each in zip(params, grads, momentum_buffers or repeat(None)))
+        """Whether the kernels, which walk over memory, compute these right.
+
+        Addresses need not be aligned: where they are not, the kernels go element by element.
+        """
+        others = [grads, momentum_buffers] if momentum_buffers else [grads]
+        return (
+            all(p.dtype in DTYPES and g.dtype in DTYPES and g.device == p.device for p, g in zip(params, grads))
+            and all(v.dtype == p.dtype and v.device == p.device for p, v in zip(params, momentum_buffers))
+            and can_be_walked(params, *others)
+        )
 
     def plan(self, params: list[Tensor]) -> None:
         """Nothing: tables are found by addresses."""
