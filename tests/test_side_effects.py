@@ -263,7 +263,7 @@ def test_temporaries_fit_a_bucket(
 ) -> None:
     """At most three lists, of parameters, buffers and gradients, each of one bucket or, single-tensor, one tensor."""
     in_bucket = 2
-    monkeypatch.setattr(norms.buckets, "__defaults__", (in_bucket * SIZE,))
+    monkeypatch.setattr(norms.chunks, "__defaults__", (in_bucket * SIZE,))
     options = {**OPTIONS, **ROUTES}[name]
     recorder = second_step(options, implementation, dtype, device, "float")
     half, skip, foreach = (

@@ -1,8 +1,4 @@
-"""The step in TorchScript, which knows neither classes nor fused kernels: one group, tensor by tensor.
-
-``foreach=True`` runs the same loop: TorchScript takes a foreach op in place for a write to its list, not to the tensors
-there, and out of place one costs temporaries of parameter size.
-"""
+"""The step in TorchScript, which knows neither classes nor fused kernels: one group, and the same formula and update."""
 
 from typing import List, Optional  # noqa: UP035  TorchScript reads these spellings in every version
 
@@ -43,27 +39,71 @@ def scripted_step(
             flag = ~norm(real(grads[i])).isfinite()
             skip = flag if skip is None else skip | on_device(flag, skip)
 
+    old_buffers: List[Tensor] = []
     for i, param in enumerate(params):
-        old = [param]
         if options.momentum != 0:
             buffer = momentum_buffers[i]
             made = torch.zeros_like(param) if buffer is None else buffer
             momentum_buffers[i] = made
-            old.append(made)
-        # half types and gated steps on copies, as in backends/eager.py
-        half = is_half(param.dtype)
-        on_copies = skip is not None or half or is_conjugate(param)
-        dtype = torch.float32 if half else param.dtype
-        new = [tensor.resolve_conj().to(dtype, copy=True) for tensor in old] if on_copies else old
-        written = [real(tensor) for tensor in new]
-        step_size = scalar_lr(options.lr, written[0])
+            old_buffers.append(made)
+    new_params = [_writable(tensor, skip is not None) for tensor in params]
+    new_buffers = [_writable(tensor, skip is not None) for tensor in old_buffers]
+    foreach = options.foreach
+    if foreach is not None and foreach:
+        _multi_tensor_update(new_params, grads, new_buffers, b, c, options)
+    else:
+        for i, param in enumerate(new_params):
+            w = real(param)
+            step_size = scalar_lr(options.lr, w)
+            if options.lr_in_momentum:
+                step_size = scalar_lr(1.0, w)
+            v = [real(tensor) for tensor in new_buffers[i : i + 1]]
+            single_tensor_update([w], [real(grads[i])], v, [b[i]], [c[i]], step_size, options)
+    for target, source in zip(params + old_buffers, new_params + new_buffers):
+        if skip is not None or is_half(target.dtype) or is_conjugate(target):
+            value = source.to(target.dtype)
+            target.copy_(value if skip is None else torch.where(on_device(skip, target), target, value))
+
+
+def _writable(tensor: Tensor, gated: bool) -> Tensor:
+    """The tensor; of half types, in gated steps and of conjugate views a copy, as in backends/eager.py."""
+    half = is_half(tensor.dtype)
+    if not (gated or half or is_conjugate(tensor)):
+        return tensor
+    return tensor.resolve_conj().to(torch.float32 if half else tensor.dtype, copy=True)
+
+
+def _multi_tensor_update(
+    params: List[Tensor],
+    grads: List[Tensor],
+    momentum_buffers: List[Tensor],
+    b: List[Tensor],
+    c: List[Tensor],
+    options: Options,
+) -> None:
+    """Out of place, and then written tensor by tensor.
+
+    TorchScript takes a foreach op in place for a write to its list, not to the tensors there, and drops it if the list
+    was made in the script and is not used again.
+    """
+    weights = [real(param) for param in params]
+    directions = torch._foreach_mul([real(grad).to(w.dtype) for grad, w in zip(grads, weights)], b)
+    if options.weight_decay != 0:
+        directions = torch._foreach_addcmul(directions, weights, c)
+    if options.momentum != 0:
+        buffers = [real(buffer) for buffer in momentum_buffers]
+        velocities = torch._foreach_add(torch._foreach_mul(buffers, options.momentum), directions)
+        for buffer, velocity in zip(buffers, velocities):
+            buffer.copy_(velocity)
+        if options.nesterov:
+            directions = torch._foreach_add(directions, velocities, alpha=options.momentum)
+        else:
+            directions = velocities
+    for w, direction in zip(weights, directions):
+        step_size = scalar_lr(options.lr, w)
         if options.lr_in_momentum:
-            step_size = scalar_lr(1.0, written[0])
-        single_tensor_update(written[:1], [real(grads[i])], written[1:], [b[i]], [c[i]], step_size, options)
-        if on_copies:
-            for target, source in zip(old, new):
-                value = source.to(target.dtype)
-                target.copy_(value if skip is None else torch.where(on_device(skip, target), target, value))
+            step_size = scalar_lr(1.0, w)
+        w.addcmul_(direction, torch.as_tensor(-step_size))
 
 
 def _coefficients(param: Tensor, grad: Tensor, first_step: bool, options: Options) -> List[Tensor]:

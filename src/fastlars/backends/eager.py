@@ -55,13 +55,8 @@ def make_buffers(bucket: Bucket) -> list[Tensor]:
 
 
 def copies(tensors: list[Tensor], dtype: torch.dtype, foreach: bool) -> list[Tensor]:
-    """Copies in ``dtype``, with the strides kept even if they leave gaps: kernels round bfloat16 by layout."""
-    new = [
-        torch.empty_like(t, dtype=dtype)
-        if t.dtype != dtype
-        else torch.empty_strided(t.shape, t.stride(), dtype=dtype, device=t.device)
-        for t in tensors
-    ]
+    """Copies in ``dtype``."""
+    new = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
     if new:  # foreach ops refuse empty lists
         write_back(new, tensors, None, foreach)
     return new

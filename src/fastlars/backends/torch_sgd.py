@@ -36,9 +36,9 @@ class TorchSGD:
         self.traceable = ours.traceable
 
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:
-        """Groups that are not adapted; torch knows gates where the host may read them, in the fused step on CPU."""
-        reads_gate = self._fused and not self._ours.takes_scale
-        return is_torch_sgd(options) and (reads_gate or not gated) and self._ours.wants(params, options, gated)
+        """Groups that are not adapted. torch's SGD knows no gate: the host reads it, on the CPU, where nothing waits."""
+        reads_gate = not gated or (all(param.is_cpu for param in params) and not torch.compiler.is_compiling())
+        return is_torch_sgd(options) and reads_gate and self._ours.wants(params, options, gated)
 
     def serves(self, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]) -> bool:
         """As ours; the fused kernel takes gradients of the parameter's dtype only."""
