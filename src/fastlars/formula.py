@@ -101,6 +101,15 @@ def on_device(value: Tensor, like: Tensor) -> Tensor:
     return value.reshape(()).to(device=like.device, non_blocking=like.device.type != "cpu")
 
 
+def unscaled(grad: Tensor, grad_scale: Tensor) -> Tensor:
+    """A gradient divided by grad_scale, with the bits of ``GradScaler.unscale_``."""
+    inverse = on_device(grad_scale, grad).to(torch.float32).reciprocal()
+    # not in float16: numbers too small for it are why there is a scale
+    dtype = torch.float32 if grad.dtype == torch.float16 else grad.dtype
+    # converted last because of two 0-dim tensors the product has the wider dtype
+    return (grad.to(dtype) * inverse).to(dtype)
+
+
 def scalar_lr(lr: Union[float, Tensor], like: Tensor) -> Number:
     """A tensor lr as a 0-dim tensor on ``like``'s device, in the dtype of its norms; a float as it is."""
     if isinstance(lr, Tensor):

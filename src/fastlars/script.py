@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .backends.eager import single_tensor_update
 from .dtypes import is_conjugate, is_half, real
-from .formula import coefficients, is_adapted, on_device, scalar_lr, sign
+from .formula import coefficients, is_adapted, on_device, scalar_lr, sign, unscaled
 from .norms import joint_norm, norm
 from .options import Options
 
@@ -25,7 +25,7 @@ def scripted_step(
     if fused is not None and fused:
         raise RuntimeError("fused=True cannot be scripted; leave fused=None or use foreach=True")
     if grad_scale is not None:
-        grads = [_unscaled(grad, grad_scale) for grad in grads]
+        grads = [unscaled(grad, grad_scale) for grad in grads]
     b: List[Tensor] = []
     c: List[Tensor] = []
     skip: Optional[Tensor] = None if found_inf is None else found_inf.reshape(()) != 0
@@ -116,9 +116,3 @@ def _coefficients(param: Tensor, grad: Tensor, first_step: bool, options: Option
     else:
         b, c = coefficients((norm(w), norm(g)), lr, first_step, options)
     return [torch.as_tensor(b), torch.as_tensor(c)]
-
-
-def _unscaled(grad: Tensor, grad_scale: Tensor) -> Tensor:
-    inverse = on_device(grad_scale, grad).to(torch.float32).reciprocal()
-    dtype = torch.float32 if grad.dtype == torch.float16 else grad.dtype
-    return (grad.to(dtype) * inverse).to(dtype)

@@ -6,13 +6,12 @@ from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from fastlars.buckets import Backend, Bucket, Group
 from fastlars.compat import metadata_guard
 from fastlars.dtypes import is_conjugate
-from fastlars.formula import on_device
+from fastlars.formula import unscaled
 from fastlars.options import Options
 
 from .eager import FOREACH, SINGLE
@@ -70,7 +69,7 @@ def split(group: Group, grad_scale: Tensor | None = None, found_inf: Tensor | No
         of_bucket = grads if whole else [grads[i] for i in indices]
         rest = grad_scale if backend.takes_scale else None
         if grad_scale is not None and not backend.takes_scale:
-            of_bucket = _unscaled(of_bucket, grad_scale)
+            of_bucket = [unscaled(grad, grad_scale) for grad in of_bucket]
         momentum_buffers = buffers if whole or not buffers else [buffers[i] for i in indices]
         buckets.append(
             Bucket(
@@ -175,12 +174,3 @@ def check_sizes(param: Tensor, grad: Tensor, buffer: Tensor | None) -> None:
             f"a parameter of shape {param.shape} has a momentum buffer of shape {buffer.shape}; after resizing a "
             "parameter delete its state (optimizer.state.pop(param)), or create a new optimizer"
         )
-
-
-def _unscaled(grads: list[Tensor], grad_scale: Tensor) -> list[Tensor]:
-    """Gradients divided by grad_scale, with the bits of ``GradScaler.unscale_``."""
-    inverse = on_device(grad_scale, grads[0]).to(torch.float32).reciprocal()
-    # not in float16: numbers too small for it are why there is a scale
-    dtype = torch.float32 if grads[0].dtype == torch.float16 else grads[0].dtype
-    # the last conversion because of two 0-dim tensors the product has the wider dtype
-    return [(grad.to(dtype) * inverse).to(dtype) for grad in grads]
