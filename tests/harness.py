@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import LR_FACTORS, STEPS, Options, tolerance
+from cases import HISTORIES, LR_FACTORS, PAIRWISE, STEPS, Options, tolerance
 from fastlars import LARS, fused_cpu, known_lists
 from reference import ReferenceLARS
 
@@ -19,8 +19,15 @@ IMPLEMENTATIONS: dict[str, Options] = {
     "fused": {"fused": True},
 }
 implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+option_sets = pytest.mark.parametrize("name", PAIRWISE)
 # the warning itself is tested in test_unadapted.py
 ignore_nothing_adapted = pytest.mark.filterwarnings("ignore:LARS adapts no parameter:UserWarning")
+
+
+def mixed_grads(params: Sequence[Tensor], step: int, offset: int) -> list[Tensor | None]:
+    """Another history for every tensor; the offset moves them over the layouts."""
+    names = list(HISTORIES)
+    return [HISTORIES[names[(i + offset) % len(names)]](param, step, i) for i, param in enumerate(params)]
 
 
 def set_grads(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:

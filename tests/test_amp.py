@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.amp import GradScaler
 
 import harness
-from cases import BASE, OPTIONS, REAL, Options, make_grads, make_params
+from cases import BASE, OPTIONS, PAIRWISE, REAL, Options, make_grads, make_params, pairwise
 from fastlars import LARS
-from harness import IMPLEMENTATIONS, buffers_of, ignore_nothing_adapted, implementations, set_grads
+from harness import IMPLEMENTATIONS, buffers_of, ignore_nothing_adapted, implementations, option_sets, set_grads
 from recording import Recorder, fake_cuda
 from reference import ReferenceLARS
 
 pytestmark = ignore_nothing_adapted
-MAY_SKIP = [name for name, options in OPTIONS.items() if not (options.get("momentum") and options.get("dampening"))]
+MAY_SKIP = [name for name, options in PAIRWISE.items() if not (options.get("momentum") and options.get("dampening"))]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]  # unscaling float16 gradients is refused by the scaler
 FEW = ["momentum", "nesterov-joint", "momentum-unadapted", "clip-maximize", "everything"]
 
@@ -69,9 +69,7 @@ BEFORE_STEP = [nothing, clip]
 
 
 # ---------------------------------------------------------------- the bits
-@pytest.mark.parametrize("before_step", BEFORE_STEP)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", MAY_SKIP)
+@pytest.mark.parametrize(("name", "dtype", "before_step"), pairwise([*MAY_SKIP, "zero_lr"], DTYPES, BEFORE_STEP))
 def test_both_protocols_give_the_same_bits(name: str, dtype: torch.dtype, before_step: Callable[..., None]) -> None:
     """Steps 0 and 3 overflow, and the scale is no power of two once it has grown.
 
@@ -110,7 +108,7 @@ def test_a_scale_beyond_the_squares_of_gradients() -> None:
 
 
 @implementations
-@pytest.mark.parametrize("name", OPTIONS)
+@option_sets
 def test_equals_reference(name: str, implementation: Options) -> None:
     """Also with dampening and momentum, for which the protocol is the default one whatever fused says."""
     params = make_params(torch.float32)
@@ -163,8 +161,7 @@ def test_float16_gradients_are_unscaled_in_float32() -> None:
 
 
 # ---------------------------------------------------------------- overflows
-@pytest.mark.parametrize("dtype", REAL, ids=str)
-@pytest.mark.parametrize("name", MAY_SKIP)
+@pytest.mark.parametrize(("name", "dtype"), [(name, REAL[i % len(REAL)]) for i, name in enumerate(MAY_SKIP)])
 def test_an_overflow_on_the_first_step(name: str, dtype: torch.dtype) -> None:
     """No parameter changes, buffers are zeros, and the next step is a first step."""
     skipped, fresh = (LARS(make_params(dtype), **OPTIONS[name], fused=True) for _ in range(2))
