@@ -10,16 +10,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cases import BASE, OPTIONS, Options, make_grads, make_params
+from cases import BASE, OPTIONS, Options, make_grads, make_params, pairwise
 from fastlars import LARS, lars, norms
-from harness import IMPLEMENTATIONS, buffers_of, ignore_nothing_adapted, implementations, set_grads
+from harness import IMPLEMENTATIONS, buffers_of, ignore_nothing_adapted, implementations, option_sets, set_grads
 from recording import Recorder, fake_cuda
 
 pytestmark = ignore_nothing_adapted
 # the fused ones have tests of their own: that on CPU reads and stacks CPU tensors, that on CUDA cannot launch on fake ones
 NOT_FUSED = ("single", "foreach")
 not_fused = pytest.mark.parametrize("implementation", [IMPLEMENTATIONS[name] for name in NOT_FUSED], ids=NOT_FUSED)
-option_sets = pytest.mark.parametrize("name", OPTIONS)
 DTYPES = (torch.float32, torch.bfloat16, torch.complex64)
 # one route of `functional.update` each: in place, torch's SGD, on copies, torch's SGD on copies
 ROUTES: dict[str, Options] = {
@@ -144,9 +143,10 @@ class Factors(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("lr", LRS)
-@pytest.mark.parametrize("name", ["momentum", "nesterov-joint", "base", "everything"])
+@pytest.mark.parametrize(
+    ("name", "lr", "dtype"),
+    pairwise(["momentum", "nesterov-joint", "base", "everything"], LRS, [torch.float32, torch.float64, torch.bfloat16]),
+)
 def test_foreach_gives_cuda_what_it_can_step_in_few_launches(name: str, lr: str, dtype: torch.dtype) -> None:
     """From torch 2.11 on (pull request 172731): a first factor of 0-dim tensors, of the dtype and device of the others."""
     with fake_cuda():
@@ -164,10 +164,11 @@ def test_foreach_gives_cuda_what_it_can_step_in_few_launches(name: str, lr: str,
             assert target.dtype == targets[0].dtype
 
 
-@not_fused
-@pytest.mark.parametrize("shape", [(), (1,)])
-@pytest.mark.parametrize("name", ["momentum", "nesterov-joint", "unadapted", "clip-maximize", "skip_nonfinite"])
-def test_no_host_read_of_scale_and_overflow(name: str, shape: tuple[int, ...], implementation: Options) -> None:
+@pytest.mark.parametrize(
+    ("name", "shape", "implementation"),
+    pairwise(["momentum", "nesterov-joint", "unadapted", "clip-maximize", "skip_nonfinite"], [(), (1,)], NOT_FUSED),
+)
+def test_no_host_read_of_scale_and_overflow(name: str, shape: tuple[int, ...], implementation: str) -> None:
     with fake_cuda(), torch.no_grad():
         for group in cuda_groups():
             params = group["params"]
@@ -180,7 +181,7 @@ def test_no_host_read_of_scale_and_overflow(name: str, shape: tuple[int, ...], i
                     grad_scale=torch.full(shape, 8.0, device="cuda"),
                     found_inf=torch.zeros(shape, device="cuda"),
                     **OPTIONS[name],
-                    **implementation,
+                    **IMPLEMENTATIONS[implementation],
                 )
             assert not recorder.reads and not recorder.arrivals
 
@@ -238,31 +239,36 @@ def is_in_place(options: Options) -> bool:
     return is_adapted(options) and options.get("trust_denominator") != "joint" and not options.get("skip_nonfinite")
 
 
-@not_fused
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("name", [name for name in OPTIONS if is_in_place(OPTIONS[name])])
-def test_no_temporary_of_parameter_size(name: str, device: str, implementation: Options) -> None:
-    for dtype in (torch.float32, torch.complex64):
-        for lr in ("float", "tensor"):
-            recorder = second_step(OPTIONS[name], implementation, dtype, device, lr)
-            assert recorder.peak < SIZE / 10
+IN_PLACE = ["momentum-clip", "dampening-maximize", "nesterov-paper", "base", "adapt", "paper-maximize"]
 
 
-@not_fused
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "name",
-    [
-        *("momentum", "joint", "nesterov-joint", "joint-maximize", "adapted"),
-        *("skip_nonfinite", "skip_nonfinite-unadapted", "everything"),  # "unadapted" alone is torch's own SGD
-    ],
+    ("name", "device", "dtype", "lr", "implementation"),
+    pairwise(IN_PLACE, ["cpu", "cuda"], [torch.float32, torch.complex64], ["float", "tensor"], NOT_FUSED),
+)
+def test_no_temporary_of_parameter_size(
+    name: str, device: str, dtype: torch.dtype, lr: str, implementation: str
+) -> None:
+    assert is_in_place(OPTIONS[name])
+    recorder = second_step(OPTIONS[name], IMPLEMENTATIONS[implementation], dtype, device, lr)
+    assert recorder.peak < SIZE / 10
+
+
+BUCKETED = [
+    *("momentum", "joint", "nesterov-joint", "joint-maximize", "adapted"),
+    *("skip_nonfinite", "skip_nonfinite-unadapted", "everything"),  # "unadapted" alone is torch's own SGD
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "device", "how"),
+    pairwise(BUCKETED, [torch.float32, torch.bfloat16], ["cpu", "cuda"], NOT_FUSED),
 )
 def test_temporaries_fit_a_bucket(
-    name: str, dtype: torch.dtype, device: str, implementation: Options, monkeypatch: pytest.MonkeyPatch
+    name: str, dtype: torch.dtype, device: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At most three lists, of parameters, buffers and gradients, each of one bucket or, single-tensor, one tensor."""
-    in_bucket = 2
+    in_bucket, implementation = 2, IMPLEMENTATIONS[how]
     monkeypatch.setattr(norms.buckets, "__defaults__", (in_bucket * SIZE,))
     options = {**OPTIONS, **ROUTES}[name]
     recorder = second_step(options, implementation, dtype, device, "float")
