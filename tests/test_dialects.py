@@ -12,7 +12,6 @@ import sources
 from fastlars import DIALECTS, LARS
 from fastlars.dialects import ABOUT
 from fastlars.options import NAMES
-from harness import implementations
 from reference import Array, norm, to_array
 from sources import SOURCES, Direction, M, Momentum, Source, torch_sgd
 
@@ -69,7 +68,6 @@ def test_every_row_says_something_new_and_has_a_source() -> None:
     assert len({tuple(sorted(options.items())) for options in DIALECTS.values()}) == len(DIALECTS)
 
 
-@implementations
 @pytest.mark.parametrize(
     ("name", "nesterov"),
     [
@@ -79,12 +77,12 @@ def test_every_row_says_something_new_and_has_a_source() -> None:
         if source.nesterov or not nesterov
     ],
 )
-def test_a_row_is_the_formula_of_its_source(name: str, nesterov: bool, implementation: dict[str, Any]) -> None:
+def test_a_row_is_the_formula_of_its_source(name: str, nesterov: bool) -> None:
     source = SOURCES[name]
     row = DIALECTS[source.dialect]
     # ratios on either side of lr, so that a clip shows; and the row's own coefficient
     for c in (0.1, 5.0, row.get("trust_coefficient", 0.001)):
-        for decay in (0.05, 1e-4):
+        for decay, implementation in ((0.05, {"foreach": False}), (1e-4, {"foreach": True}), (0.05, {"fused": True})):
             options = {**row, "trust_coefficient": c, "weight_decay": decay, "nesterov": nesterov}
             for kind, (w, grads) in TENSORS.items():
                 if kind not in source.differs_on:

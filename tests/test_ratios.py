@@ -252,6 +252,7 @@ def test_tensorboard_shows_what_the_page_writes(tmp_path: Path, monkeypatch: pyt
         assert shown == pytest.approx({step: ratios[name] for step, ratios in history.items()}, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_documents_picture_can_be_made_again(tmp_path: Path) -> None:
     for module in ("matplotlib", "sklearn"):
         pytest.importorskip(module, reason="the demo has its own dependencies: group demo")

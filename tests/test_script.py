@@ -178,6 +178,7 @@ def test_the_function_itself() -> None:
     torch.testing.assert_close(w, torch.tensor([3.0, 3.5]))
 
 
+@pytest.mark.slow
 def test_who_does_not_script_sees_no_warning() -> None:
     program = """
 import torch, warnings

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cases import BASE, OPTIONS, Options, make_grads, make_params, pairwise
+from cases import BASE, OPTIONS, PAIRWISE, Options, make_grads, make_params, pairwise
 from fastlars import LARS, lars, norms
 from harness import IMPLEMENTATIONS, buffers_of, ignore_nothing_adapted, implementations, option_sets, set_grads
 from recording import Recorder, fake_cuda
@@ -99,19 +99,17 @@ def test_a_host_read_would_be_seen(read: Any) -> None:
     assert recorder.reads or recorder.arrivals
 
 
-@not_fused
-@option_sets
-def test_no_host_read(name: str, implementation: Options) -> None:
-    for make_lr in LRS.values():
-        with fake_cuda():
-            options = {**OPTIONS[name], "lr": make_lr(OPTIONS[name]["lr"])}
-            optimizer = LARS(cuda_groups(), **options, **implementation)
-            with Recorder() as recorder:
-                for _ in range(2):
-                    optimizer.step()
-        assert not recorder.reads and not recorder.arrivals
-        assert all(recorder.departures)
-        assert recorder.names
+@pytest.mark.parametrize(("name", "lr", "implementation"), pairwise(PAIRWISE, LRS, NOT_FUSED))
+def test_no_host_read(name: str, lr: str, implementation: str) -> None:
+    with fake_cuda():
+        options = {**OPTIONS[name], "lr": LRS[lr](OPTIONS[name]["lr"])}
+        optimizer = LARS(cuda_groups(), **options, **IMPLEMENTATIONS[implementation])
+        with Recorder() as recorder:
+            for _ in range(2):
+                optimizer.step()
+    assert not recorder.reads and not recorder.arrivals
+    assert all(recorder.departures)
+    assert recorder.names
 
 
 @not_fused
