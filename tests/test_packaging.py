@@ -49,7 +49,11 @@ def test_the_citation_has_the_version_of_the_package() -> None:
 @pytest.mark.parametrize("package", ["triton", "torch._dynamo", "torch.distributed", "matplotlib"])
 def test_importing_loads_no_optional_part_of_torch(package: str) -> None:
     """Beyond what torch itself loads, which differs between versions."""
-    of_package = {name for name in loaded("torch, fastlars") if name == package or name.startswith(package + ".")}
+    of_package = {
+        name
+        for name in loaded("torch, fastlars, fastlars.fused_cuda")
+        if name == package or name.startswith(package + ".")
+    }
     assert of_package <= loaded("torch")
 
 
