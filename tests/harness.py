@@ -1,15 +1,17 @@
 """What the tests do again and again: set gradients, read buffers, and step beside the reference."""
 
 import contextlib
+import functools
+import inspect
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from cases import HISTORIES, LR_FACTORS, PAIRWISE, STEPS, Options, tolerance
+from cases import HISTORIES, LR_FACTORS, PAIRWISE, STEPS, Options, pairwise, tolerance
 from fastlars import LARS, fused_cpu, known_lists
 from reference import ReferenceLARS
 
@@ -20,6 +22,40 @@ IMPLEMENTATIONS: dict[str, Options] = {
 }
 implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
 option_sets = pytest.mark.parametrize("name", PAIRWISE)
+Test = Callable[..., None]
+
+
+def pairs(names: str, *columns: Iterable[Any]) -> pytest.MarkDecorator:
+    """Cases in which any two values of two columns meet."""
+    # the default for functions, whose text differs from process to process
+    return pytest.mark.parametrize(names.split(), pairwise(*columns), ids=lambda x: None if callable(x) else str(x))
+
+
+def loop_over(names: str, values: Iterable[Any]) -> Callable[[Test], Test]:
+    """As `pytest.mark.parametrize`, but one case: for values that one code path takes. What fails is told with its values."""
+
+    def decorate(test: Test) -> Test:
+        given = names.split()
+        rows = [value if len(given) > 1 else (value,) for value in values]
+
+        @functools.wraps(test)
+        def loop(**others: Any) -> None:
+            for row in rows:
+                chosen = dict(zip(given, row, strict=True))
+                try:
+                    test(**others, **chosen)
+                except Exception as error:
+                    error.add_note(f"with {chosen}")
+                    raise
+
+        signature = inspect.signature(test)
+        left = [parameter for name, parameter in signature.parameters.items() if name not in given]
+        loop.__signature__ = signature.replace(parameters=left)  # type: ignore[attr-defined]
+        return loop
+
+    return decorate
+
+
 # the warning itself is tested in test_unadapted.py
 ignore_nothing_adapted = pytest.mark.filterwarnings("ignore:LARS adapts no parameter:UserWarning")
 

@@ -130,7 +130,9 @@ def group(world: int, device: str = "cpu") -> Iterator[Group]:
 
 def fixture(*worlds: int) -> Any:
     """A module's fixture ``ranks``: the session's groups of these sizes, one after the other."""
-    params = [pytest.param((world, "cpu"), id=f"{world} ranks", marks=pytest.mark.slow) for world in worlds]
+    # two show what another torch breaks
+    marks = {world: [pytest.mark.slow, *([pytest.mark.version] if world == 2 else [])] for world in worlds}
+    params = [pytest.param((world, "cpu"), id=f"{world} ranks", marks=marks[world]) for world in worlds]
     params += [pytest.param((world, "cuda"), id=f"{world} GPUs", marks=pytest.mark.cuda) for world in worlds]
 
     @pytest.fixture(scope="module", params=params)

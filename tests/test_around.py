@@ -14,9 +14,9 @@ from torch.optim import SGD, Optimizer, lr_scheduler, swa_utils
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import harness
-from cases import BASE, OPTIONS, Options, make_grads, make_params, pairwise
+from cases import BASE, OPTIONS, Options, make_grads, make_params
 from fastlars import LARS
-from harness import IMPLEMENTATIONS, buffers_of, ignore_nothing_adapted, implementations, option_sets, set_grads
+from harness import IMPLEMENTATIONS, buffers_of, ignore_nothing_adapted, implementations, option_sets, pairs, set_grads
 from reference import ReferenceLARS
 
 pytestmark = ignore_nothing_adapted
@@ -67,7 +67,7 @@ def test_these_are_all_schedulers() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The epoch parameter:UserWarning")  # torch 2.4's SequentialLR, of its own code
-@pytest.mark.parametrize(("name", "how", "tensor_lr"), pairwise(SCHEDULERS, IMPLEMENTATIONS, [False, True]))
+@pairs("name how tensor_lr", SCHEDULERS, IMPLEMENTATIONS, [False, True])
 def test_schedulers(name: str, how: str, tensor_lr: bool) -> None:
     """Each step is the reference's at the lr and momentum that the same scheduler gives torch's SGD."""
     lr = torch.tensor(BASE["lr"]) if tensor_lr else BASE["lr"]

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from cases import BASE, OPTIONS, STEPS, Options, make_grads, make_params, pairwise
+from cases import BASE, OPTIONS, STEPS, Options, make_grads, make_params
 from fastlars import LARS
-from harness import IMPLEMENTATIONS, assert_equals, buffers_of, ignore_nothing_adapted, set_grads
+from harness import IMPLEMENTATIONS, assert_equals, buffers_of, ignore_nothing_adapted, loop_over, pairs, set_grads
 from reference import ReferenceLARS
 
 pytestmark = ignore_nothing_adapted
@@ -85,7 +85,7 @@ WAYS: dict[str, Callable[[LARS], LARS]] = {
 
 
 # ---------------------------------------------------------------- of this optimizer
-@pytest.mark.parametrize(("chosen", "dtype", "way", "how"), pairwise(OPTION_SETS, DTYPES, WAYS, IMPLEMENTATIONS))
+@pairs("chosen dtype way how", OPTION_SETS, DTYPES, WAYS, IMPLEMENTATIONS)
 def test_a_round_trip_at_any_step_changes_no_bit(chosen: str, dtype: torch.dtype, way: str, how: str) -> None:
     for saved_at in range(STEPS):
         groups: list[dict[str, Any]] = [
@@ -201,7 +201,7 @@ MOMENTUM: list[Options] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "of", "how"), pairwise(MOMENTUM, FORMATS, IMPLEMENTATIONS))
+@pairs("options of how", MOMENTUM, FORMATS, IMPLEMENTATIONS)
 def test_their_checkpoints_go_on(options: Options, of: str, how: str) -> None:
     keys = FORMATS[of]
     values = {**PEERS, "lr": 0.5, "initial_lr": 0.5, "trust_coefficient": 0.1, "eps": 1e-6, **options}
@@ -260,7 +260,7 @@ def goes_on_as_sgd(
     return optimizer
 
 
-@pytest.mark.parametrize(("of", "dtype", "foreach"), pairwise(SGD_OPTIONS, DTYPES, [None, False, True]))
+@pairs("of dtype foreach", SGD_OPTIONS, DTYPES, [None, False, True])
 def test_checkpoints_of_sgd_go_on(of: str, dtype: torch.dtype, foreach: bool | None) -> None:
     sgd = torch.optim.SGD(make_params(dtype, layouts=LAYOUTS), **{"lr": 0.5, **SGD_OPTIONS[of]}, foreach=foreach)
     # torch._foreach_mul_ rounds its factor to a half dtype on the CPU and mul_ does not: in torch's SGD with momentum,
@@ -287,7 +287,7 @@ def test_checkpoints_of_older_versions_of_sgd_go_on() -> None:
     goes_on_as_sgd(sgd, edit)
 
 
-@pytest.mark.parametrize("options", SGD_OPTIONS.values(), ids=SGD_OPTIONS)
+@loop_over("options", SGD_OPTIONS.values())
 def test_checkpoints_of_fused_sgd_go_on(options: Options) -> None:
     # no late gradients: torch's fused SGD raises where only some tensors are at their first step
     sgd = torch.optim.SGD(make_params(torch.float32, layouts=LAYOUTS), **{"lr": 0.5, **options}, fused=True)

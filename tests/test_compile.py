@@ -15,9 +15,9 @@ from torch._dynamo.utils import counters
 from torch.optim.lr_scheduler import LambdaLR
 
 import fastlars
-from cases import Options, pairwise
+from cases import Options
 from fastlars import LARS
-from harness import IMPLEMENTATIONS, ignore_nothing_adapted, implementations
+from harness import IMPLEMENTATIONS, ignore_nothing_adapted, implementations, pairs
 from recording import Recorder
 
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
@@ -25,7 +25,7 @@ TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 # renamed in torch 2.6
 RECOMPILE_LIMIT = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
 
-slow = pytest.mark.slow
+slow, version = pytest.mark.slow, pytest.mark.version
 pytestmark = [
     ignore_nothing_adapted,
     # torch's own, from inside its compiler
@@ -145,6 +145,7 @@ OPTIONS: dict[str, Options] = {"plain": {}, "dampening": {"dampening": 0.25}, "s
 
 
 @slow
+@version
 @pytest.mark.parametrize(
     ("implementation", "name", "wrap"),
     [
@@ -225,10 +226,7 @@ def without_dampening(step: Callable[[], Any], group: dict[str, Any]) -> None:
 
 
 @slow
-@pytest.mark.parametrize(
-    ("foreach", "again", "then"),
-    pairwise([False, True], ["eager", "compiled"], ["nothing", "load", "clear", "undamped"]),
-)
+@pairs("foreach again then", [False, True], ["eager", "compiled"], ["nothing", "load", "clear", "undamped"])
 def test_a_first_step_that_does_not_compile_comes_again(foreach: bool, again: str, then: str) -> None:
     def fails(_graph: Any, _inputs: Any) -> Any:
         raise ArithmeticError
@@ -264,7 +262,7 @@ def test_a_first_step_that_does_not_compile_comes_again(foreach: bool, again: st
     [
         ("aot_eager", "single"),
         ("aot_eager", "foreach"),
-        *[pytest.param("inductor", each, marks=slow) for each in ("single", "foreach")],
+        *[pytest.param("inductor", each, marks=[slow, version]) for each in ("single", "foreach")],
     ],
 )
 def test_other_backends(backend: str, implementation: str) -> None:
@@ -454,6 +452,7 @@ COUNTED = pytest.mark.parametrize(
 
 
 @slow
+@version
 @COUNTED
 def test_no_more_breaks_and_compilations_than_sgd(implementation: str, dampening: float) -> None:
     breaks, first, later = [], [], []

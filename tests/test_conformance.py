@@ -20,7 +20,7 @@ import pages
 from cases import BASE, Options, pairwise, tolerance
 from fastlars import functional
 from fastlars.options import NAMES
-from harness import IMPLEMENTATIONS, buffers_of, ignore_nothing_adapted, implementations
+from harness import IMPLEMENTATIONS, buffers_of, ignore_nothing_adapted, implementations, loop_over
 from optimizer_info import CANNOT, LARS, info
 
 pytestmark = ignore_nothing_adapted
@@ -32,7 +32,7 @@ ERRORS = {
 }
 on_cuda = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_cuda)])
-inputs = pytest.mark.parametrize("given", INPUTS.values(), ids=INPUTS)
+inputs = loop_over("given", INPUTS.values())
 
 
 def everywhere(**given: Any) -> Iterator[Options]:
@@ -236,9 +236,7 @@ def test_zero_gradients_without_decay_change_nothing(given: Options) -> None:
 
 
 # ---------------------------------------------------------------- state
-@pytest.mark.parametrize(
-    ("named", "desc"), pairwise([(False, False), (True, False), (False, True), (True, True)], INPUTS)[::2], ids=str
-)
+@loop_over("named desc", pairwise([(False, False), (True, False), (False, True), (True, True)], INPUTS)[::2])
 def test_state_dicts_are_deterministic_with_and_without_names(named: tuple[bool, bool], desc: str) -> None:
     """A run goes on from a state dict, of named tensors or not, as if it had not stopped; names, if any, stay."""
     for options in everywhere(**INPUTS[desc]):

@@ -12,6 +12,7 @@ import sources
 from fastlars import DIALECTS, LARS
 from fastlars.dialects import ABOUT
 from fastlars.options import NAMES
+from harness import loop_over
 from reference import Array, norm, to_array
 from sources import SOURCES, Direction, M, Momentum, Source, torch_sgd
 
@@ -90,14 +91,14 @@ def test_a_row_is_the_formula_of_its_source(name: str, nesterov: bool) -> None:
                     assert_equal(ours(w, grads, **options, **implementation), expected, f"{kind}, {c=}, {decay=}")
 
 
-@pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
+@loop_over("source", SOURCES.values())
 def test_without_weight_decay_a_row_adapts_what_its_source_adapts(source: Source) -> None:
     options = {**DIALECTS[source.dialect], "trust_coefficient": 0.1}
     options.setdefault("adapt", False)  # as None means here, but the first step would warn
     assert_equal(ours(W, GRADS, **options), theirs(source, W, GRADS, 0.0, 0.1), "no decay")
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
+@loop_over("dialect", DIALECTS)
 def test_a_group_that_is_not_adapted_stays_so_in_every_row(dialect: str) -> None:
     param = torch.nn.Parameter(torch.tensor(W))
     optimizer = LARS([{"params": [param], "adapt": False}], lr=0.5, momentum=M, **DIALECTS[dialect])
@@ -155,7 +156,7 @@ def test_every_difference_in_the_table_is_tested_here() -> None:
     assert sorted(told) == sorted((difference.dialect, case) for case, difference in DIFFERENCES.items())
 
 
-@pytest.mark.parametrize("difference", DIFFERENCES.values(), ids=DIFFERENCES)
+@loop_over("difference", DIFFERENCES.values())
 def test_a_source_differs_as_its_row_says(difference: Difference) -> None:
     w, g, dampening = difference.w, difference.g, difference.dampening
     d = difference.direction(w, g, LR, DECAY, C)

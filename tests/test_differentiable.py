@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from cases import OPTIONS, PAIRWISE, SPECIAL, Options, pairwise
+from cases import OPTIONS, PAIRWISE, SPECIAL, Options
 from fastlars import LARS
-from harness import ignore_nothing_adapted
+from harness import ignore_nothing_adapted, pairs
 
 pytestmark = ignore_nothing_adapted
 STEPS = 3
@@ -55,7 +55,7 @@ def check(options: Options, shape: Sequence[int], dtype: torch.dtype, *, tensor_
     assert gradcheck(run, (inputs[0], lr, *inputs[1:]), fast_mode=True)
 
 
-@pytest.mark.parametrize(("name", "late", "tensor_lr"), pairwise(PAIRWISE, [True, False], [True, False]))
+@pairs("name late tensor_lr", PAIRWISE, [True, False], [True, False])
 def test_gradients_through_steps(name: str, late: bool, tensor_lr: bool) -> None:
     torch.manual_seed(0)
     # the last: more than a row of the norms
@@ -78,9 +78,7 @@ def test_every_entry_of_the_jacobian(name: str) -> None:
 
 
 # ---------------------------------------------------------------- zero norms
-@pytest.mark.parametrize(
-    ("name", "zero", "tensor_lr"), pairwise([*PAIRWISE, *SPECIAL], ["param", "grad", "both"], [True, False])
-)
+@pairs("name zero tensor_lr", [*PAIRWISE, *SPECIAL], ["param", "grad", "both"], [True, False])
 def test_zero_norms(name: str, zero: str, tensor_lr: bool) -> None:
     """The formula jumps there; what is asked for is the derivative of the branch that is taken: d = g, or with decay."""
     # without eps, a division by zero on the side that is not taken would bring NaN to the derivative

@@ -33,7 +33,9 @@ from harness import (
     buffers_of,
     ignore_nothing_adapted,
     implementations,
+    loop_over,
     mixed_grads,
+    option_sets,
     run,
     set_grads,
 )
@@ -41,7 +43,7 @@ from reference import ReferenceLARS
 
 DTYPES = REAL + COMPLEX
 SETS = [*PAIRWISE, *SPECIAL]
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+dtypes = loop_over("dtype", DTYPES)
 pytestmark = ignore_nothing_adapted
 
 
@@ -54,8 +56,8 @@ def test_equals_reference(name: str, implementation: Options) -> None:
     run(groups, OPTIONS[name], lambda ps, step: mixed_grads(ps, step, offset), implementation)
 
 
-@pytest.mark.parametrize(
-    ("name", "history", "implementation"),
+@loop_over(
+    "name history implementation",
     pairwise(["momentum-clip", "dampening-joint", "nesterov-paper", "unadapted-maximize"], HISTORIES, IMPLEMENTATIONS),
 )
 def test_equals_reference_in_every_history(name: str, history: str, implementation: str) -> None:
@@ -99,8 +101,8 @@ def test_options_are_per_group_and_groups_may_mix_dtypes(implementation: Options
     run(groups, {"lr": 1.0}, lambda ps, step: mixed_grads(ps, step, 0), implementation)
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype", "implementation"),
+@loop_over(
+    "name dtype implementation",
     pairwise(["skip_nonfinite", "everything", "everything_but_adapt", "everything_but_joint"], DTYPES, IMPLEMENTATIONS),
 )
 def test_skip_nonfinite_leaves_its_groups_alone(name: str, dtype: torch.dtype, implementation: str) -> None:
@@ -139,7 +141,7 @@ def test_a_gradient_that_is_not_finite_shows_without_skip_nonfinite(implementati
 
 
 @implementations
-@pytest.mark.parametrize("feature", [name for name in FEATURES if name not in ("adapt", "skip_nonfinite")])
+@loop_over("feature", [name for name in FEATURES if name not in ("adapt", "skip_nonfinite")])
 def test_flipping_an_option_changes_the_result(feature: str, implementation: Options) -> None:
     """adapt=True says what weight decay already does; skip_nonfinite needs a gradient that is not finite."""
     needs = {"no_decay": {"adapt": True}, "paper": {"momentum": 0.9}, "dampening": {"momentum": 0.9}}
@@ -168,7 +170,7 @@ def test_joint_norm_of_zero_keeps_the_decay(dtype: torch.dtype, implementation: 
 
 
 @implementations
-@pytest.mark.parametrize("option", ["trust_coefficient", "eps", "adapt"])
+@loop_over("option", ["trust_coefficient", "eps", "adapt"])
 def test_numbers_and_adapt_change_the_result(option: str, implementation: Options) -> None:
     results = []
     for value in {"trust_coefficient": (0.1, 0.2), "eps": (0.0, 0.5), "adapt": (True, False)}[option]:
@@ -180,8 +182,8 @@ def test_numbers_and_adapt_change_the_result(option: str, implementation: Option
     assert not torch.allclose(*results, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("name", "lr_dtype", "shape", "implementation"),
+@loop_over(
+    "name lr_dtype shape implementation",
     pairwise(
         ["momentum-clip", "nesterov-paper", "unadapted-paper", "base", "unadapted"],
         [torch.float32, torch.float64],
@@ -209,7 +211,7 @@ def test_tensor_lr_as_float_lr(name: str, lr_dtype: torch.dtype, shape: tuple[in
 
 
 @implementations
-@pytest.mark.parametrize("name", ["momentum", "nesterov-joint", "momentum-unadapted"])
+@loop_over("name", ["momentum", "nesterov-joint", "momentum-unadapted"])
 def test_float32_gradients_of_bfloat16_parameters(name: str, implementation: Options) -> None:
     params = make_params(torch.bfloat16)
     if not hasattr(params[0], "grad_dtype"):
@@ -243,7 +245,7 @@ def test_frozen_and_unfrozen_layers(implementation: Options) -> None:
         assert_equals(reference, optimizer, f"step {step}")
 
 
-@pytest.mark.parametrize("name", SETS)
+@option_sets
 def test_implementations_agree_state_by_state(name: str) -> None:
     results = []
     for implementation in IMPLEMENTATIONS.values():

@@ -9,7 +9,15 @@ from torch import Tensor
 from cases import BASE, COMPLEX, OPTIONS, REAL, Options, make_grads, make_params, pairwise
 from fastlars import LARS, dispatch, functional, lars
 from fastlars import options as fields
-from harness import IMPLEMENTATIONS, buffers_of, ignore_nothing_adapted, implementations, option_sets, set_grads
+from harness import (
+    IMPLEMENTATIONS,
+    buffers_of,
+    ignore_nothing_adapted,
+    implementations,
+    loop_over,
+    option_sets,
+    set_grads,
+)
 from reference import ReferenceLARS, to_array
 
 pytestmark = ignore_nothing_adapted
@@ -117,7 +125,7 @@ def poisoned(params: list[Tensor], value: float) -> list[Tensor]:
     return grads
 
 
-@pytest.mark.parametrize(("name", "shape", "implementation"), pairwise(NAMES, [(), (1,)], IMPLEMENTATIONS))
+@loop_over("name shape implementation", pairwise(NAMES, [(), (1,)], IMPLEMENTATIONS))
 def test_nothing_changes_on_overflow(name: str, shape: tuple[int, ...], implementation: str) -> None:
     options = {**OPTIONS[name], **IMPLEMENTATIONS[implementation]}
     for dtype in DTYPES:
@@ -134,7 +142,7 @@ def test_nothing_changes_on_overflow(name: str, shape: tuple[int, ...], implemen
 
 
 @implementations
-@pytest.mark.parametrize("name", [name for name in NAMES if OPTIONS[name].get("momentum")])
+@loop_over("name", [name for name in NAMES if OPTIONS[name].get("momentum")])
 def test_an_overflow_on_the_first_step_leaves_no_buffer_or_zeros(name: str, implementation: Options) -> None:
     """The next step must be a first step."""
     results = []
@@ -150,7 +158,7 @@ def test_an_overflow_on_the_first_step_leaves_no_buffer_or_zeros(name: str, impl
     assert same_bits(*results)
 
 
-@pytest.mark.parametrize(("name", "found_inf", "implementation"), pairwise(NAMES, [None, False], IMPLEMENTATIONS))
+@loop_over("name found_inf implementation", pairwise(NAMES, [None, False], IMPLEMENTATIONS))
 def test_gradients_are_divided_by_grad_scale(name: str, found_inf: bool | None, implementation: str) -> None:
     params = tensors(torch.float64)
     reference = ReferenceLARS([{"params": params}], **OPTIONS[name])
@@ -170,10 +178,8 @@ def test_gradients_are_divided_by_grad_scale(name: str, found_inf: bool | None, 
 
 
 @implementations
-@pytest.mark.parametrize("adapt", [True, False])
-@pytest.mark.parametrize(
-    "skip", [{"found_inf": torch.zeros(())}, {"skip_nonfinite": True}], ids=["found_inf", "option"]
-)
+@loop_over("adapt", [True, False])
+@loop_over("skip", [{"found_inf": torch.zeros(())}, {"skip_nonfinite": True}])
 def test_dampening_refuses_a_step_that_may_be_skipped(skip: Options, adapt: bool, implementation: Options) -> None:
     params = tensors(torch.float32)
     buffers: list[Tensor | None] = [None] * len(params)
@@ -188,7 +194,7 @@ def test_dampening_refuses_a_step_that_may_be_skipped(skip: Options, adapt: bool
 
 
 @implementations
-@pytest.mark.parametrize("name", ["base", "momentum-joint", "nesterov-paper", "skip_nonfinite", "momentum-unadapted"])
+@loop_over("name", ["base", "momentum-joint", "nesterov-paper", "skip_nonfinite", "momentum-unadapted"])
 def test_conjugate_views_are_updated(name: str, implementation: Options) -> None:
     """Their real view is a copy: an update of it would be lost."""
     values, grads = torch.randn(2, 5, 3, dtype=torch.complex64)

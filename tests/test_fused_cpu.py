@@ -10,7 +10,7 @@ from torch import Tensor
 from cases import MEMORY, OPTIONS, PAIRWISE, SPECIAL, Options, Subclass, make_grads, tolerance
 from fastlars import LARS, dispatch, fused_cpu, lars
 from fastlars.options import Options as AllOptions
-from harness import ignore_nothing_adapted, run, set_grads, stacked
+from harness import ignore_nothing_adapted, loop_over, run, set_grads, stacked
 from reference import ReferenceLARS
 
 pytestmark = ignore_nothing_adapted
@@ -186,7 +186,7 @@ def test_a_step_takes_few_calls(
     assert len(sizes) == calls and sum(sizes) == sum(p.numel() for p in params)
 
 
-@pytest.mark.parametrize("scale", [1e-15, 1e-11, 1e-9, 1e-4, 1e6])
+@loop_over("scale", [1e-15, 1e-11, 1e-9, 1e-4, 1e6])
 def test_any_size_of_the_trust_ratio(scale: float) -> None:
     """dampening = 1 - b loses b where b is small."""
     generator = torch.Generator().manual_seed(0)
@@ -222,7 +222,7 @@ def test_a_power_of_two_on_a_gradient_changes_no_bit(size: int, trust_coefficien
 
 
 @pytest.mark.parametrize("name", ["momentum", "base", "nesterov", "joint", "momentum-unadapted"])
-@pytest.mark.parametrize("size", [10, 20_000], ids=["stacked", "alone"])
+@loop_over("size", [10, 20_000])
 def test_version_counters_move(name: str, size: int) -> None:
     param = torch.nn.Parameter(torch.randn(size))
     optimizer = LARS([param], fused=True, **OPTIONS[name])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cases import MEMORY, OPTIONS, Subclass
 from fastlars import LARS, fused_cpu, known_lists, lars
-from harness import set_grads
+from harness import loop_over, set_grads
 
 
 def in_one_call(monkeypatch: pytest.MonkeyPatch, lists: list[list[Tensor]]) -> bool:
@@ -24,7 +24,7 @@ def in_one_call(monkeypatch: pytest.MonkeyPatch, lists: list[list[Tensor]]) -> b
     return not asked
 
 
-@pytest.mark.parametrize("place", range(3), ids=["param", "grad", "buffer"])
+@loop_over("place", range(3))
 @pytest.mark.parametrize("changed", [*MEMORY, "shape", "expanded", "subclass", "meta", "another_order"])
 def test_a_list_that_is_known_is_served_as_one_that_is_not(
     changed: str, place: int, monkeypatch: pytest.MonkeyPatch

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from cases import BASE, OPTIONS, Options, make_grads, make_params, pairwise
+from cases import BASE, OPTIONS, Options, make_grads, make_params
 from fastlars import LARS, fused_cpu, lars, norms
-from harness import IMPLEMENTATIONS, buffers_of, ignore_nothing_adapted, implementations, set_grads
+from harness import IMPLEMENTATIONS, buffers_of, ignore_nothing_adapted, implementations, loop_over, pairs, set_grads
 from reference import norm, to_array, trust_ratio
 
 pytestmark = ignore_nothing_adapted
@@ -84,7 +84,7 @@ def test_the_norm_of_the_fused_step() -> None:
 
 @implementations
 @pytest.mark.parametrize("denominator", ["separate", "joint"])
-@pytest.mark.parametrize("size", [4096, 4097, 10_007, fused_cpu.SMALL, 1 << 18, (1 << 20) + 1])
+@loop_over("size", [4096, 4097, 10_007, fused_cpu.SMALL, 1 << 18, (1 << 20) + 1])
 def test_norms_in_a_step(size: int, denominator: str, implementation: Options) -> None:
     """An implementation may take its norms by other means. With lr = 1e6 a parameter shows its ratio to 1e-7."""
     options = {**BASE, "lr": 1e6, "trust_denominator": denominator}
@@ -152,9 +152,7 @@ def test_views_that_are_negated_or_conjugated_later() -> None:
 
 # ---------------------------------------------------------------- half types, cancellation
 @implementations
-@pytest.mark.parametrize(
-    ("dtype", "value"), [(torch.float16, 300.0), (torch.bfloat16, 300.0), (torch.bfloat16, 1e15)], ids=str
-)
+@loop_over("dtype value", [(torch.float16, 300.0), (torch.bfloat16, 300.0), (torch.bfloat16, 1e15)])
 @pytest.mark.parametrize("denominator", ["separate", "joint"])
 def test_half_types_do_not_overflow(
     denominator: str, dtype: torch.dtype, value: float, implementation: Options
@@ -173,8 +171,8 @@ def test_half_types_do_not_overflow(
 
 
 @foreach_or_not
-@pytest.mark.parametrize("sign", [1.0, -1.0])
-@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@loop_over("sign", [1.0, -1.0])
+@loop_over("dtype", DTYPES[:3])
 def test_joint_norm_where_gradient_and_decay_cancel(dtype: torch.dtype, sign: float, foreach: bool) -> None:
     """From |g|, |w| and their dot product: NaN, or off by 0.6 (float32)."""
     decay = 0.05
@@ -194,7 +192,7 @@ class Elsewhere(Tensor):
 
 
 @foreach_or_not
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@loop_over("dtype", DTYPES)
 def test_what_runs_on_accelerators(dtype: torch.dtype, foreach: bool) -> None:
     """In numbers too: half types go through float32."""
     params, grads = ([(torch.rand(size) * 300).to(dtype) for size in (5, 4097, 70_000)] for _ in range(2))
@@ -215,8 +213,8 @@ def test_what_runs_on_accelerators(dtype: torch.dtype, foreach: bool) -> None:
         )
 
 
-@pytest.mark.parametrize(
-    ("sizes", "expected"),
+@loop_over(
+    "sizes expected",
     [
         ([1 << 23, 1 << 23], [[0, 1]]),
         ([1 << 23, (1 << 23) + 1], [[0], [1]]),
@@ -296,7 +294,7 @@ def assert_same_bits(actual: list[Any], expected: list[Any]) -> None:
         assert left.dtype == right.dtype and left.device == right.device and torch.equal(left, right)
 
 
-@pytest.mark.parametrize(("name", "surroundings", "how"), pairwise(NAMES, SURROUNDINGS, IMPLEMENTATIONS))
+@pairs("name surroundings how", NAMES, SURROUNDINGS, IMPLEMENTATIONS)
 def test_same_bits_in_all_surroundings(name: str, surroundings: str, how: str) -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.complex64):
         for lr in (OPTIONS[name]["lr"], torch.tensor(OPTIONS[name]["lr"])):
@@ -306,7 +304,7 @@ def test_same_bits_in_all_surroundings(name: str, surroundings: str, how: str) -
 
 
 @implementations
-@pytest.mark.parametrize("extra", [{}, {"trust_clip": True}, {"momentum": 1}, {"adapt": False}], ids=str)
+@loop_over("extra", [{}, {"trust_clip": True}, {"momentum": 1}, {"adapt": False}])
 def test_whole_numbers_as_options(extra: Options, implementation: Options) -> None:
     numbers = {"lr": 1, "weight_decay": 1, "eps": 0, "trust_coefficient": 1, "momentum": 0, "dampening": 0, **extra}
     floats = {key: value if isinstance(value, bool) else float(value) for key, value in numbers.items()}
@@ -318,7 +316,7 @@ def test_whole_numbers_as_options(extra: Options, implementation: Options) -> No
 
 
 # ---------------------------------------------------------------- grad_scale
-@pytest.mark.parametrize(("name", "dtype", "how"), pairwise(NAMES, [*DTYPES, torch.complex64], IMPLEMENTATIONS))
+@pairs("name dtype how", NAMES, [*DTYPES, torch.complex64], IMPLEMENTATIONS)
 def test_power_of_two_as_grad_scale(name: str, dtype: torch.dtype, how: str) -> None:
     """The same bits as of gradients that were never scaled; but scaled float16 ones go through float32, not torch's SGD."""
     results = []

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import fastlars
+from harness import loop_over
 
 of_the_wheel = pytest.mark.skipif(
     os.environ.get("FASTLARS_EXPECT_WHEEL") != "1", reason="fastlars need not be the built wheel outside nox"
@@ -63,7 +64,7 @@ OF_OS = {"fork", "geteuid", "getuid", "killpg", "mkfifo", "nice", "sched_setaffi
 OF_SIGNAL = {"SIGUSR1", "SIGUSR2", "SIGALRM", "SIGHUP", "SIGKILL", "alarm"}
 
 
-@pytest.mark.parametrize("file", sorted(Path(fastlars.__file__).parent.rglob("*.py")), ids=lambda file: file.name)
+@loop_over("file", sorted(Path(fastlars.__file__).parent.rglob("*.py")))
 def test_the_source_holds_to_no_system(file: Path) -> None:
     """macOS and Windows by construction: no module of one system, no path, no encoding of the machine's."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

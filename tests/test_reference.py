@@ -26,6 +26,7 @@ from cases import (
     pairwise,
     tolerance,
 )
+from harness import loop_over
 from reference import DEFAULTS, ReferenceLARS, is_adapted, norm, to_array, trust_ratio
 
 W = [3.0, 4.0]
@@ -142,7 +143,7 @@ def test_unknown_and_missing_options_are_refused() -> None:
         ReferenceLARS([{"params": [W]}])
 
 
-@pytest.mark.parametrize("options", [o for o in all_options() if o["momentum"] and not o["lr_in_momentum"]][::7])
+@loop_over("options", [o for o in all_options() if o["momentum"] and not o["lr_in_momentum"]][::7])
 def test_lr_in_momentum_differs_only_when_lr_changes(options: dict[str, Any]) -> None:
     # trust_clip reads lr, but the same lr in both
     for factors, same in [((1.0, 1.0, 1.0), True), ((1.0, 0.5, 2.0), False)]:
@@ -163,9 +164,7 @@ SGD_OPTIONS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "history"), [(n, h) for i, n in enumerate(SGD_OPTIONS) for h in list(HISTORIES)[i % 2 :: 2]]
-)
+@loop_over("name history", [(n, h) for i, n in enumerate(SGD_OPTIONS) for h in list(HISTORIES)[i % 2 :: 2]])
 def test_sgd_in_double_precision(name: str, history: str) -> None:
     """Over several steps without realigning, lr changing."""
     options = SGD_OPTIONS[name]
@@ -190,7 +189,7 @@ def test_sgd_in_double_precision(name: str, history: str) -> None:
 
 
 @pytest.mark.parametrize("history", HISTORIES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
+@loop_over("dtype", [torch.float32, torch.complex64])
 def test_the_tolerance_fits_one_step_of_sgd(dtype: torch.dtype, history: str) -> None:
     params = make_params(dtype)
     options = {"lr": 0.5, "momentum": 0.9, "dampening": 0.25, "weight_decay": 0.05}
@@ -215,7 +214,7 @@ def test_the_tolerance_fits_one_step_of_sgd(dtype: torch.dtype, history: str) ->
     assert detected == (history != "never")
 
 
-@pytest.mark.parametrize("dtype", REAL + COMPLEX, ids=str)
+@loop_over("dtype", REAL + COMPLEX)
 def test_cases_are_what_they_say(dtype: torch.dtype) -> None:
     params = make_params(dtype)
     by_name = dict(zip(LAYOUTS, params, strict=True))

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from cases import make_grads, make_params, pairwise
 from fastlars import LARS
 from fastlars.schedules import linear_scaling, sqrt_scaling, warmup_cosine, warmup_polynomial
+from harness import loop_over
 
 # schedule, what is left of lr at this share of the decay
 SCHEDULES: dict[str, tuple[Callable[..., LambdaLR], Callable[[float], float]]] = {
@@ -78,7 +79,7 @@ def test_values(schedule: str) -> None:
 
 
 @schedules
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@loop_over("dtype", [torch.float32, torch.float64])
 def test_a_tensor_lr_is_written_in_place(schedule: str, dtype: torch.dtype) -> None:
     lr = torch.tensor(8.0, dtype=dtype)
     optimizer = make(lr)
@@ -110,7 +111,7 @@ WAYS: dict[str, Callable[..., Any]] = {
 }
 
 
-@pytest.mark.parametrize(("schedule", "saved_at", "way"), pairwise(SCHEDULES, [1, 2, 3, 6, 7], WAYS))
+@loop_over("schedule saved_at way", pairwise(SCHEDULES, [1, 2, 3, 6, 7], WAYS))
 def test_a_saved_run_goes_on(schedule: str, saved_at: int, way: str) -> None:
     build = SCHEDULES[schedule][0]
     optimizer = make(torch.tensor(8.0, dtype=torch.float64))
@@ -126,8 +127,8 @@ def test_a_saved_run_goes_on(schedule: str, saved_at: int, way: str) -> None:
             assert torch.equal(param, other)
 
 
-@pytest.mark.parametrize("build", [warmup_polynomial, warmup_cosine])
-@pytest.mark.parametrize(("warmup", "total"), [(-1, 5), (5, 5), (6, 5), (0, 0), (float("nan"), 5), (0, float("nan"))])
+@loop_over("build", [warmup_polynomial, warmup_cosine])
+@loop_over("warmup total", [(-1, 5), (5, 5), (6, 5), (0, 0), (float("nan"), 5), (0, float("nan"))])
 def test_lengths_are_checked_before_anything_changes(build: Callable[..., LambdaLR], warmup: Any, total: Any) -> None:
     optimizer = make()
     before = copy.deepcopy(optimizer.state_dict())
@@ -137,14 +138,14 @@ def test_lengths_are_checked_before_anything_changes(build: Callable[..., Lambda
     assert optimizer.state_dict() == before
 
 
-@pytest.mark.parametrize("power", [0, -1.0, float("nan")])
+@loop_over("power", [0, -1.0, float("nan")])
 def test_power_is_checked(power: float) -> None:
     with pytest.raises(ValueError, match=f"power must be > 0, got {power}"):
         warmup_polynomial(make(), 1, 5, power)
 
 
 @pytest.mark.parametrize("build", [warmup_polynomial, warmup_cosine])
-@pytest.mark.parametrize("end_factor", [-0.1, 1.5, 8.0, float("nan")])
+@loop_over("end_factor", [-0.1, 1.5, 8.0, float("nan")])
 def test_end_factor_is_a_share(build: Callable[..., LambdaLR], end_factor: float) -> None:
     with pytest.raises(ValueError, match=f"end_factor must be 0 to 1, a share of lr, got {end_factor}"):
         build(make(), 1, 5, end_factor=end_factor)
@@ -166,8 +167,8 @@ def test_groups_keep_their_proportion(schedule: str) -> None:
     assert [other / lr for lr, other in seen] == pytest.approx([0.5 / 8.0] * 10)
 
 
-@pytest.mark.parametrize(
-    ("scaled", "published"),
+@loop_over(
+    "scaled published",
     [
         (linear_scaling(0.3, 4096), 4.8),  # SimCLR, 0.3 * 4096 / 256
         (linear_scaling(0.2, 4096), 3.2),  # BYOL

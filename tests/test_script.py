@@ -14,7 +14,7 @@ import harness
 from cases import COMPLEX, OPTIONS, PAIRWISE, REAL, make_params
 from fastlars import LARS
 from fastlars.options import NAMES, Options
-from harness import IMPLEMENTATIONS, ignore_nothing_adapted, mixed_grads, option_sets
+from harness import IMPLEMENTATIONS, ignore_nothing_adapted, loop_over, mixed_grads, option_sets
 
 pytestmark = [
     ignore_nothing_adapted,
@@ -106,8 +106,8 @@ def test_equals_reference(name: str, implementation: str, scripted: Any, monkeyp
 
 
 @pytest.mark.parametrize("implementation", SCRIPTED)
-@pytest.mark.parametrize("name", ["momentum", "nesterov-joint", "unadapted", "clip-paper", "no_decay"])
-@pytest.mark.parametrize("found", [False, True])
+@loop_over("name", ["momentum", "nesterov-joint", "unadapted", "clip-paper", "no_decay"])
+@loop_over("found", [False, True])
 def test_scale_and_gate_equal_eager(name: str, implementation: str, found: bool, scripted: Any) -> None:
     options = Options(**{**OPTIONS[name], "lr": torch.tensor([0.3]), **IMPLEMENTATIONS[implementation]})
     results = []

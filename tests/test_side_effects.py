@@ -12,7 +12,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import BASE, OPTIONS, PAIRWISE, Options, make_grads, make_params, pairwise
 from fastlars import LARS, lars, norms
-from harness import IMPLEMENTATIONS, buffers_of, ignore_nothing_adapted, implementations, option_sets, set_grads
+from harness import (
+    IMPLEMENTATIONS,
+    buffers_of,
+    ignore_nothing_adapted,
+    implementations,
+    loop_over,
+    option_sets,
+    pairs,
+    set_grads,
+)
 from recording import Recorder, fake_cuda
 
 pytestmark = ignore_nothing_adapted
@@ -48,7 +57,7 @@ def test_gradients_are_never_written(name: str, implementation: Options) -> None
 
 # ---------------------------------------------------------------- versions
 @implementations
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@loop_over("dtype", DTYPES)
 @pytest.mark.parametrize("route", ROUTES)
 def test_versions_increase(route: str, dtype: torch.dtype, implementation: Options) -> None:
     params = make_params(dtype)
@@ -99,7 +108,7 @@ def test_a_host_read_would_be_seen(read: Any) -> None:
     assert recorder.reads or recorder.arrivals
 
 
-@pytest.mark.parametrize(("name", "lr", "implementation"), pairwise(PAIRWISE, LRS, NOT_FUSED))
+@pairs("name lr implementation", PAIRWISE, LRS, NOT_FUSED)
 def test_no_host_read(name: str, lr: str, implementation: str) -> None:
     with fake_cuda():
         options = {**OPTIONS[name], "lr": LRS[lr](OPTIONS[name]["lr"])}
@@ -141,8 +150,8 @@ class Factors(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(
-    ("name", "lr", "dtype"),
+@loop_over(
+    "name lr dtype",
     pairwise(["momentum", "nesterov-joint", "base", "everything"], LRS, [torch.float32, torch.float64, torch.bfloat16]),
 )
 def test_foreach_gives_cuda_what_it_can_step_in_few_launches(name: str, lr: str, dtype: torch.dtype) -> None:
@@ -162,8 +171,8 @@ def test_foreach_gives_cuda_what_it_can_step_in_few_launches(name: str, lr: str,
             assert target.dtype == targets[0].dtype
 
 
-@pytest.mark.parametrize(
-    ("name", "shape", "implementation"),
+@loop_over(
+    "name shape implementation",
     pairwise(["momentum", "nesterov-joint", "unadapted", "clip-maximize", "skip_nonfinite"], [(), (1,)], NOT_FUSED),
 )
 def test_no_host_read_of_scale_and_overflow(name: str, shape: tuple[int, ...], implementation: str) -> None:
@@ -185,7 +194,7 @@ def test_no_host_read_of_scale_and_overflow(name: str, shape: tuple[int, ...], i
 
 
 @not_fused
-@pytest.mark.parametrize("name", ["momentum", "unadapted", "clip-maximize", "skip_nonfinite"])
+@loop_over("name", ["momentum", "unadapted", "clip-maximize", "skip_nonfinite"])
 def test_what_comes_to_the_cpu_is_waited_for(name: str, implementation: Options) -> None:
     """Parameters on the CPU, scalars on the device: a non-blocking copy would be read before it has arrived."""
     with fake_cuda():
@@ -240,8 +249,8 @@ def is_in_place(options: Options) -> bool:
 IN_PLACE = ["momentum-clip", "dampening-maximize", "nesterov-paper", "base", "adapt", "paper-maximize"]
 
 
-@pytest.mark.parametrize(
-    ("name", "device", "dtype", "lr", "implementation"),
+@loop_over(
+    "name device dtype lr implementation",
     pairwise(IN_PLACE, ["cpu", "cuda"], [torch.float32, torch.complex64], ["float", "tensor"], NOT_FUSED),
 )
 def test_no_temporary_of_parameter_size(
@@ -258,10 +267,7 @@ BUCKETED = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype", "device", "how"),
-    pairwise(BUCKETED, [torch.float32, torch.bfloat16], ["cpu", "cuda"], NOT_FUSED),
-)
+@pairs("name dtype device how", BUCKETED, [torch.float32, torch.bfloat16], ["cpu", "cuda"], NOT_FUSED)
 def test_temporaries_fit_a_bucket(
     name: str, dtype: torch.dtype, device: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import SWALR
 
 from cases import Options, make_grads, make_params
 from fastlars import LARS
-from harness import ignore_nothing_adapted, implementations, set_grads
+from harness import ignore_nothing_adapted, implementations, loop_over, set_grads
 
 pytestmark = ignore_nothing_adapted
 
@@ -170,7 +170,7 @@ def test_load_state_dict(options: Options, error: type[Exception], message: str)
     refuses(optimizer, error, f"param group 1: {message}", lambda o: o.load_state_dict(state_dict))
 
 
-@pytest.mark.parametrize("value", [1, np.float32(0.5), np.float64(0.5), np.int64(1)], ids=lambda v: type(v).__name__)
+@loop_over("value", [1, np.float32(0.5), np.float64(0.5), np.int64(1)])
 @implementations
 def test_numpy_scalars_and_integers_are_numbers(value: Any, implementation: Options) -> None:
     params = make_params(torch.float32)
@@ -254,7 +254,7 @@ PARAMS: list[tuple[Callable[[LARS], Any], type[Exception], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("params", "error", "message"), PARAMS)
+@loop_over("params error message", PARAMS)
 def test_params(params: Callable[[LARS], Any], error: type[Exception], message: str) -> None:
     refuses(make(), error, message, lambda o: o.add_param_group({"params": params(o)}))
 
@@ -269,10 +269,9 @@ def test_what_is_no_group(group: Any, error: type[Exception], message: str) -> N
 
 
 @implementations
-@pytest.mark.parametrize(
+@loop_over(
     "edit",
     [{"lr": "x"}, {"lr": None}, {"momentum": None}, {"eps": -1.0}, {"trust_denominator": "jiont"}, {"nesterov": 2}],
-    ids=str,
 )
 def test_what_is_written_into_a_group_later(edit: Options, implementation: Options) -> None:
     """In the first step and in a later one; no group has moved when it is told."""
@@ -330,8 +329,8 @@ def test_sparse_gradients(implementation: Options) -> None:
     assert fresh in optimizer.state  # the step that follows a refusal is a whole one
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("shape", [(9, 9), (1,), (2, 6), ()], ids=str)
+@loop_over("momentum", [0.0, 0.9])
+@loop_over("shape", [(9, 9), (1,), (2, 6), ()])
 @implementations
 def test_a_parameter_that_was_resized(implementation: Options, shape: tuple[int, ...], momentum: float) -> None:
     optimizer = make()  # a kernel that walks over memory would write beyond the old buffer
