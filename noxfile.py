@@ -23,8 +23,7 @@ NEWEST = "torch>=2.4"  # whatever the resolver finds for this Python and machine
 ON_CPU = "not cuda and not mps"
 EVERYWHERE = ("cpu", "cuda", "mps")
 
-# Floor, newest and one between run on every device. .ci/run insists on the cells tagged "gate": the cpu cells of the floor
-# and the one between; the newest torch is in `quick`.
+# Floor, newest and one between run on every device.
 VERSIONS = [
     ("3.11", "2.4.1", EVERYWHERE),
     ("3.12", "2.6.0", ("cpu",)),
@@ -34,12 +33,15 @@ VERSIONS = [
     ("3.13", "2.15.0", EVERYWHERE),
     ("3.14", "2.15.0", ("cpu",)),
 ]
-GATE = ("2.4.1", "2.13.0")
+# the floor and one between: .ci/run asks them what another torch may break, and the newest, in `quick` and `full`, everything
+GATE = [(python, torch) for python, torch, _ in VERSIONS if torch in ("2.4.1", "2.13.0")]
+# no torch can break these, or another session runs them
+NOT_OF_A_VERSION = ("benchmarks", "demo", "figures", "study", "typing")
 CELLS = [
     nox.param(
         *(python, torch, device),
         id=f"py{python.replace('.', '')}-torch{torch}-{device}",
-        tags=[device, "gate"] if device == "cpu" and torch in GATE else [device],
+        tags=[device],
     )
     for python, torch, devices in VERSIONS
     for device in devices
@@ -50,21 +52,38 @@ FRAMEWORKS = ("accelerate", "lightly", "lightning", "timm", "transformers")
 
 @nox.session
 def quick(session: nox.Session) -> None:
-    """The README's test command: the suite and the demo's tests, this Python, newest torch."""
+    """The README's test command: what is not slow, on this Python and the newest torch."""
     install(session, NEWEST, "--group", "test", "--group", "demo", "--group", "pages")
-    pytest(session, ON_CPU)
+    suite(session, f"not slow and {ON_CPU}")
+
+
+@nox.session
+def full(session: nox.Session) -> None:
+    """The whole suite, what is slow too, on this Python and the newest torch."""
+    install(session, NEWEST, "--group", "test", "--group", "demo", "--group", "pages")
+    suite(session, ON_CPU)
 
 
 @nox.session
 @nox.parametrize("python,torch,device", CELLS)
 def tests(session: nox.Session, torch: str, device: str) -> None:
-    """The suite on one Python, torch and device."""
+    """The whole suite on one Python, torch and device."""
     if not present(device):
         session.skip(f"this machine has no {device} device")
-    # the interpreters of their Tritons read nonsense with NumPy 2, or fail
-    numpy = ["numpy<2"] if torch in ("2.4.1", "2.6.0", "2.8.0", "2.10.0") else []
-    install(session, f"torch=={torch}", *numpy, "--group", "test")
-    pytest(session, ON_CPU if device == "cpu" else device)
+    install_torch(session, torch)
+    if device == "cpu":
+        suite(session, ON_CPU)
+    else:
+        pytest(session, device)
+
+
+@nox.session
+@nox.parametrize("python,torch", GATE)
+def gate(session: nox.Session, torch: str) -> None:
+    """What another torch may break: what is not slow, and of that the tests marked `version`."""
+    install_torch(session, torch)
+    others = [f"--ignore=tests/test_{name}.py" for name in NOT_OF_A_VERSION]
+    suite(session, f"(not slow or version) and {ON_CPU}", *others)
 
 
 @nox.session
@@ -80,7 +99,7 @@ def nightly(session: nox.Session) -> None:
     install(session, NEWEST, "--group", "test")  # which the torch that is there satisfies
     session.run("python", "-c", "import torch; print('torch', torch.__version__)")
     pytest(session, ON_CPU, "tests/test_private_names.py")  # what broke, before all that breaks because of it
-    pytest(session, ON_CPU)
+    suite(session, ON_CPU)
 
 
 @nox.session
@@ -209,6 +228,13 @@ def build(session: nox.Session) -> None:
     session.run("python", "-I", "-c", "import fastlars; print(fastlars.__version__, fastlars.__file__)")
 
 
+def install_torch(session: nox.Session, torch: str) -> None:
+    """Install the wheel of this checkout beside one version of torch, and what its tests need."""
+    # the interpreters of their Tritons read nonsense with NumPy 2, or fail
+    numpy = ["numpy<2"] if torch in ("2.4.1", "2.6.0", "2.8.0", "2.10.0") else []
+    install(session, f"torch=={torch}", *numpy, "--group", "test")
+
+
 def install(session: nox.Session, *requirements: str) -> None:
     """Install `requirements` and the wheel of this checkout, which is built once a run."""
     folder = Path(wheel_folder().name)
@@ -224,14 +250,15 @@ def wheel_folder() -> "TemporaryDirectory[str]":
     return TemporaryDirectory(prefix="fastlars-wheel-")
 
 
-def pytest(session: nox.Session, marked: str, *files: str) -> None:
-    """Run the tests, of `files` if given, that the mark expression `marked` selects; they expect to import the wheel."""
-    environment = {"FASTLARS_EXPECT_WHEEL": "1"}
-    if marked == ON_CPU and not files:
-        # the whole suite: a process a core, with a thread each; the tests of a file stay together, who share processes
-        files = ("-n", "auto", "--dist", "loadfile")
-        environment["OMP_NUM_THREADS"] = "1"
-    session.run("python", "-m", "pytest", "-m", marked, *files, *session.posargs, env=environment)
+def suite(session: nox.Session, marked: str, *options: str) -> None:
+    """Run all tests that the mark expression selects, in a process a core, with a thread each, that take work from each other."""
+    pytest(session, marked, "-n", "auto", "--dist", "worksteal", *options, OMP_NUM_THREADS="1")
+
+
+def pytest(session: nox.Session, marked: str, *options: str, **environment: str) -> None:
+    """Run the tests that the mark expression `marked` selects; they expect to import the wheel."""
+    environment["FASTLARS_EXPECT_WHEEL"] = "1"
+    session.run("python", "-m", "pytest", "-m", marked, *options, *session.posargs, env=environment)
 
 
 def present(device: str) -> bool:

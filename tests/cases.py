@@ -4,7 +4,7 @@ Drawn on the CPU in double precision from fixed seeds, then cast: the same value
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -73,11 +73,6 @@ def is_valid(options: Options) -> bool:
     return not (dampening and momentum and (options.get("nesterov") or options.get("skip_nonfinite")))
 
 
-def adapts_nothing(options: Options) -> bool:
-    """True where the first step warns: no group is adapted although none said adapt=False."""
-    return options.get("adapt") is None and options.get("weight_decay", 0.0) == 0
-
-
 def _combine(*names: str) -> Options:
     return {key: value for options in (BASE, *(FEATURES[name] for name in names)) for key, value in options.items()}
 
@@ -103,6 +98,50 @@ def _named_options() -> dict[str, Options]:
 
 
 OPTIONS: dict[str, Options] = _named_options()
+
+
+def pairwise(*columns: Iterable[Any], valid: Callable[..., bool] = lambda *_: True) -> list[tuple[Any, ...]]:
+    """Valid rows, few of all, in which any two values that can stand in one row do so at least once.
+
+    Where the code treats two options together, one of these rows shows it; which third value stands beside them does not matter.
+    """
+    values = [list(column) for column in columns]
+    everything = itertools.product(*(range(len(column)) for column in values))
+    rows = {row: set(itertools.combinations(enumerate(row), 2)) for row in everything if valid(*_row(values, row))}
+    missing = set().union(*rows.values())
+    chosen = []
+    while missing:
+        chosen.append(max(rows, key=lambda row: len(rows[row] & missing)))
+        missing -= rows[chosen[-1]]
+    return [_row(values, row) for row in chosen]
+
+
+def _row(values: Sequence[Sequence[Any]], places: Sequence[int]) -> tuple[Any, ...]:
+    return tuple(column[place] for column, place in zip(values, places, strict=True))
+
+
+# Options that mean something only together are one column.
+_COLUMNS: tuple[tuple[Options, ...], ...] = (
+    ({"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}, {"momentum": 0.9, "dampening": 0.25}, {"momentum": 0.0}),
+    ({}, {"weight_decay": 0.0, "adapt": True}, {"adapt": False}, {"weight_decay": 0.0}),
+    ({}, {"trust_denominator": "joint"}),
+    ({}, {"trust_clip": True}),
+    ({}, {"lr_in_momentum": True}),
+    ({}, {"skip_nonfinite": True}),
+    ({}, {"maximize": True}),
+)
+
+
+def _together(*chosen: Options) -> Options:
+    return {key: value for options in (BASE, *chosen) for key, value in options.items()}
+
+
+# any two values of any two columns: what most tests go through
+PAIRWISE: dict[str, Options] = {
+    f"pairwise_{i}": _together(*chosen)
+    for i, chosen in enumerate(pairwise(*_COLUMNS, valid=lambda *chosen: is_valid(_together(*chosen))))
+}
+OPTIONS |= PAIRWISE
 
 
 def all_options() -> Iterator[Options]:

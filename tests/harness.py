@@ -1,14 +1,16 @@
 """What the tests do again and again: set gradients, read buffers, and step beside the reference."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from cases import LR_FACTORS, STEPS, Options, tolerance
+from cases import HISTORIES, LR_FACTORS, PAIRWISE, STEPS, Options, pairwise, tolerance
 from fastlars import LARS
 from fastlars.backends import fused_cpu
 from reference import ReferenceLARS
@@ -19,8 +21,49 @@ IMPLEMENTATIONS: dict[str, Options] = {
     "fused": {"fused": True},
 }
 implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+option_sets = pytest.mark.parametrize("name", PAIRWISE)
+Test = Callable[..., None]
+
+
+def pairs(names: str, *columns: Iterable[Any]) -> pytest.MarkDecorator:
+    """Cases in which any two values of two columns meet."""
+    # the default for functions, whose text differs from process to process
+    return pytest.mark.parametrize(names.split(), pairwise(*columns), ids=lambda x: None if callable(x) else str(x))
+
+
+def loop_over(names: str, values: Iterable[Any]) -> Callable[[Test], Test]:
+    """As `pytest.mark.parametrize`, but one case: for values that one code path takes. What fails is told with its values."""
+
+    def decorate(test: Test) -> Test:
+        given = names.split()
+        rows = [value if len(given) > 1 else (value,) for value in values]
+
+        @functools.wraps(test)
+        def loop(**others: Any) -> None:
+            for row in rows:
+                chosen = dict(zip(given, row, strict=True))
+                try:
+                    test(**others, **chosen)
+                except Exception as error:
+                    error.add_note(f"with {chosen}")
+                    raise
+
+        signature = inspect.signature(test)
+        left = [parameter for name, parameter in signature.parameters.items() if name not in given]
+        loop.__signature__ = signature.replace(parameters=left)  # type: ignore[attr-defined]
+        return loop
+
+    return decorate
+
+
 # the warning itself is tested in test_unadapted.py
 ignore_nothing_adapted = pytest.mark.filterwarnings("ignore:LARS adapts no parameter:UserWarning")
+
+
+def mixed_grads(params: Sequence[Tensor], step: int, offset: int) -> list[Tensor | None]:
+    """Another history for every tensor; the offset moves them over the layouts."""
+    names = list(HISTORIES)
+    return [HISTORIES[names[(i + offset) % len(names)]](param, step, i) for i, param in enumerate(params)]
 
 
 def set_grads(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:

@@ -129,16 +129,28 @@ def group(world: int, device: str = "cpu") -> Iterator[Group]:
 
 
 def fixture(*worlds: int) -> Any:
-    """A module's fixture ``ranks``: groups of these sizes, one after the other."""
-    params = [pytest.param((world, "cpu"), id=f"{world} ranks") for world in worlds]
+    """A module's fixture ``ranks``: the session's groups of these sizes, one after the other."""
+    # two show what another torch breaks
+    marks = {world: [pytest.mark.slow, *([pytest.mark.version] if world == 2 else [])] for world in worlds}
+    params = [pytest.param((world, "cpu"), id=f"{world} ranks", marks=marks[world]) for world in worlds]
     params += [pytest.param((world, "cuda"), id=f"{world} GPUs", marks=pytest.mark.cuda) for world in worlds]
 
     @pytest.fixture(scope="module", params=params)
-    def ranks(request: pytest.FixtureRequest) -> Iterator[Group]:
-        with group(*request.param) as each:
-            yield each
+    def ranks(request: pytest.FixtureRequest, groups: Callable[..., Group]) -> Group:
+        return groups(*request.param)
 
     return ranks
+
+
+@contextmanager
+def one_rank() -> Iterator[Rank]:
+    """This process as the only rank of a group over gloo."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield Rank(0, 1, "cpu")
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def _main(rank: Rank, meeting: str, pipe: Any) -> None:

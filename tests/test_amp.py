@@ -11,14 +11,23 @@ from torch import Tensor
 from torch.amp import GradScaler
 
 import harness
-from cases import BASE, OPTIONS, REAL, Options, make_grads, make_params
+from cases import BASE, OPTIONS, PAIRWISE, REAL, Options, make_grads, make_params
 from fastlars import LARS
-from harness import IMPLEMENTATIONS, buffers_of, ignore_nothing_adapted, implementations, set_grads
+from harness import (
+    IMPLEMENTATIONS,
+    buffers_of,
+    ignore_nothing_adapted,
+    implementations,
+    loop_over,
+    option_sets,
+    pairs,
+    set_grads,
+)
 from recording import Recorder, fake_cuda
 from reference import ReferenceLARS
 
 pytestmark = ignore_nothing_adapted
-MAY_SKIP = [name for name, options in OPTIONS.items() if not (options.get("momentum") and options.get("dampening"))]
+MAY_SKIP = [name for name, options in PAIRWISE.items() if not (options.get("momentum") and options.get("dampening"))]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]  # unscaling float16 gradients is refused by the scaler
 FEW = ["momentum", "nesterov-joint", "momentum-unadapted", "clip-maximize", "everything"]
 
@@ -69,9 +78,7 @@ BEFORE_STEP = [nothing, clip]
 
 
 # ---------------------------------------------------------------- the bits
-@pytest.mark.parametrize("before_step", BEFORE_STEP)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", MAY_SKIP)
+@pairs("name dtype before_step", [*MAY_SKIP, "zero_lr"], DTYPES, BEFORE_STEP)
 def test_both_protocols_give_the_same_bits(name: str, dtype: torch.dtype, before_step: Callable[..., None]) -> None:
     """Steps 0 and 3 overflow, and the scale is no power of two once it has grown.
 
@@ -110,7 +117,7 @@ def test_a_scale_beyond_the_squares_of_gradients() -> None:
 
 
 @implementations
-@pytest.mark.parametrize("name", OPTIONS)
+@option_sets
 def test_equals_reference(name: str, implementation: Options) -> None:
     """Also with dampening and momentum, for which the protocol is the default one whatever fused says."""
     params = make_params(torch.float32)
@@ -128,7 +135,7 @@ def test_equals_reference(name: str, implementation: Options) -> None:
         reference.realign(params, harness.started(reference, buffers_of(optimizer)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@loop_over("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_the_flagged_protocol_writes_no_gradient(dtype: torch.dtype) -> None:
     for name in FEW:
         params = make_params(dtype)
@@ -163,8 +170,7 @@ def test_float16_gradients_are_unscaled_in_float32() -> None:
 
 
 # ---------------------------------------------------------------- overflows
-@pytest.mark.parametrize("dtype", REAL, ids=str)
-@pytest.mark.parametrize("name", MAY_SKIP)
+@loop_over("name dtype", [(name, REAL[i % len(REAL)]) for i, name in enumerate(MAY_SKIP)])
 def test_an_overflow_on_the_first_step(name: str, dtype: torch.dtype) -> None:
     """No parameter changes, buffers are zeros, and the next step is a first step."""
     skipped, fresh = (LARS(make_params(dtype), **OPTIONS[name], fused=True) for _ in range(2))
@@ -245,8 +251,8 @@ def two_groups(first: Options, second: Options) -> LARS:
 FUSED: Options = {"fused": True}
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "flagged"),
+@loop_over(
+    "first second flagged",
     [
         (FUSED, FUSED, True),
         (FUSED, {**FUSED, "adapt": False}, True),
@@ -258,7 +264,6 @@ FUSED: Options = {"fused": True}
         (FUSED, {**FUSED, "dampening": 0.1}, True),
         (FUSED, {**FUSED, "momentum": 0.9, "nesterov": True}, True),
     ],
-    ids=str,
 )
 def test_flagged_where_every_group_says_fused(first: Options, second: Options, flagged: bool) -> None:
     optimizer = two_groups(first, second)

@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 import harness
 from cases import BASE, OPTIONS, Options, make_grads, make_params
 from fastlars import LARS
-from harness import buffers_of, ignore_nothing_adapted, implementations, set_grads
+from harness import IMPLEMENTATIONS, buffers_of, ignore_nothing_adapted, implementations, option_sets, pairs, set_grads
 from reference import ReferenceLARS
 
 pytestmark = ignore_nothing_adapted
@@ -67,10 +67,8 @@ def test_these_are_all_schedulers() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The epoch parameter:UserWarning")  # torch 2.4's SequentialLR, of its own code
-@implementations
-@pytest.mark.parametrize("tensor_lr", [False, True])
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_schedulers(name: str, tensor_lr: bool, implementation: Options) -> None:
+@pairs("name how tensor_lr", SCHEDULERS, IMPLEMENTATIONS, [False, True])
+def test_schedulers(name: str, how: str, tensor_lr: bool) -> None:
     """Each step is the reference's at the lr and momentum that the same scheduler gives torch's SGD."""
     lr = torch.tensor(BASE["lr"]) if tensor_lr else BASE["lr"]
     for nesterov in (False, True):
@@ -79,7 +77,7 @@ def test_schedulers(name: str, tensor_lr: bool, implementation: Options) -> None
         optimizer, sgd = (
             cls(ps, **{**some, "lr": lr.clone() if isinstance(lr, Tensor) else lr}, **how)
             for cls, ps, some, how in (
-                (LARS, params, options, implementation),
+                (LARS, params, options, IMPLEMENTATIONS[how]),
                 (SGD, make_params(torch.float32, layouts=LAYOUTS), sgd_of(options), {}),
             )
         )
@@ -275,7 +273,7 @@ def test_names_in_the_profiler(implementation: Options) -> None:
 
 # ---------------------------------------------------------------- gradients
 @implementations
-@pytest.mark.parametrize("name", OPTIONS)
+@option_sets
 def test_gradients_set_to_zero_take_a_step(name: str, implementation: Options) -> None:
     """d is 0 (with decay where the formula keeps it) and v goes on; without a gradient the tensor is left alone."""
     params = make_params(torch.float32)

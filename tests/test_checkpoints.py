@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 from cases import BASE, OPTIONS, STEPS, Options, make_grads, make_params
 from fastlars import LARS
-from harness import assert_equals, buffers_of, ignore_nothing_adapted, implementations, set_grads
+from harness import IMPLEMENTATIONS, assert_equals, buffers_of, ignore_nothing_adapted, loop_over, pairs, set_grads
 from reference import ReferenceLARS
 
 pytestmark = ignore_nothing_adapted
@@ -31,10 +31,7 @@ OPTION_SETS: dict[str, Options] = {
     "paper": {**OPTIONS["momentum-paper"], "skip_nonfinite": True},
     "unadapted": OPTIONS["dampening-unadapted"],
 }
-option_sets = pytest.mark.parametrize("options", OPTION_SETS.values(), ids=OPTION_SETS)
-dtypes = pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.float64], ids=str
-)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.float64]
 # name, default: the same in all three but for lr, which lightly requires in the call
 PEERS = {
     "lr": None,
@@ -88,21 +85,16 @@ WAYS: dict[str, Callable[[LARS], LARS]] = {
 
 
 # ---------------------------------------------------------------- of this optimizer
-@implementations
-@option_sets
-@dtypes
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-def test_a_round_trip_at_any_step_changes_no_bit(
-    way: Callable[[LARS], LARS], dtype: torch.dtype, options: Options, implementation: Options
-) -> None:
+@pairs("chosen dtype way how", OPTION_SETS, DTYPES, WAYS, IMPLEMENTATIONS)
+def test_a_round_trip_at_any_step_changes_no_bit(chosen: str, dtype: torch.dtype, way: str, how: str) -> None:
     for saved_at in range(STEPS):
         groups: list[dict[str, Any]] = [
             {"params": make_params(dtype, layouts=LAYOUTS, seed=1), "name": "first"},
             {"params": make_params(dtype, layouts=LAYOUTS, seed=2), "weight_decay": 0.3, "lr": torch.tensor(0.25)},
         ]
-        optimizer = LARS(groups, **options, **implementation)
+        optimizer = LARS(groups, **OPTION_SETS[chosen], **IMPLEMENTATIONS[how])
         go_on(optimizer, range(saved_at))
-        restored = way(optimizer)
+        restored = WAYS[way](optimizer)
         assert [g.keys() for g in restored.param_groups] == [g.keys() for g in optimizer.param_groups]
         assert restored.param_groups[1]["lr"] is not optimizer.param_groups[1]["lr"]
         for each in (optimizer, restored):
@@ -201,12 +193,17 @@ FORMATS = {
 }
 
 
-@implementations
-@pytest.mark.parametrize("keys", FORMATS.values(), ids=FORMATS)
-@pytest.mark.parametrize(
-    "options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "dampening": 0.25}, {"momentum": 0.9, "nesterov": True}]
-)
-def test_their_checkpoints_go_on(options: Options, keys: tuple[str, ...], implementation: Options) -> None:
+MOMENTUM: list[Options] = [
+    {},
+    {"momentum": 0.9},
+    {"momentum": 0.9, "dampening": 0.25},
+    {"momentum": 0.9, "nesterov": True},
+]
+
+
+@pairs("options of how", MOMENTUM, FORMATS, IMPLEMENTATIONS)
+def test_their_checkpoints_go_on(options: Options, of: str, how: str) -> None:
+    keys = FORMATS[of]
     values = {**PEERS, "lr": 0.5, "initial_lr": 0.5, "trust_coefficient": 0.1, "eps": 1e-6, **options}
     params = make_params(torch.float64, layouts=LAYOUTS)
     groups = [{"params": params[:3], "weight_decay": 0.05}, {"params": params[3:], "weight_decay": 0}]
@@ -227,7 +224,7 @@ def test_their_checkpoints_go_on(options: Options, keys: tuple[str, ...], implem
         for param, value in zip(params, reference.params, strict=True):
             param.copy_(torch.as_tensor(value))
 
-    optimizer = LARS(groups, lr=9.0, trust_coefficient=0.1, eps=1e-6, **implementation)
+    optimizer = LARS(groups, lr=9.0, trust_coefficient=0.1, eps=1e-6, **IMPLEMENTATIONS[how])
     optimizer.load_state_dict(through_a_file(saved))
     for step in range(2, 5):
         grads = make_grads("late", params, step)
@@ -263,11 +260,9 @@ def goes_on_as_sgd(
     return optimizer
 
 
-@pytest.mark.parametrize("foreach", [None, False, True])
-@pytest.mark.parametrize("options", SGD_OPTIONS.values(), ids=SGD_OPTIONS)
-@dtypes
-def test_checkpoints_of_sgd_go_on(dtype: torch.dtype, options: Options, foreach: bool | None) -> None:
-    sgd = torch.optim.SGD(make_params(dtype, layouts=LAYOUTS), **{"lr": 0.5, **options}, foreach=foreach)
+@pairs("of dtype foreach", SGD_OPTIONS, DTYPES, [None, False, True])
+def test_checkpoints_of_sgd_go_on(of: str, dtype: torch.dtype, foreach: bool | None) -> None:
+    sgd = torch.optim.SGD(make_params(dtype, layouts=LAYOUTS), **{"lr": 0.5, **SGD_OPTIONS[of]}, foreach=foreach)
     # torch._foreach_mul_ rounds its factor to a half dtype on the CPU and mul_ does not: in torch's SGD with momentum,
     # whether one tensor is at its first step changes the bits of the others
     history = "dense" if foreach and dtype.itemsize == 2 else "late"
@@ -292,7 +287,7 @@ def test_checkpoints_of_older_versions_of_sgd_go_on() -> None:
     goes_on_as_sgd(sgd, edit)
 
 
-@pytest.mark.parametrize("options", SGD_OPTIONS.values(), ids=SGD_OPTIONS)
+@loop_over("options", SGD_OPTIONS.values())
 def test_checkpoints_of_fused_sgd_go_on(options: Options) -> None:
     # no late gradients: torch's fused SGD raises where only some tensors are at their first step
     sgd = torch.optim.SGD(make_params(torch.float32, layouts=LAYOUTS), **{"lr": 0.5, **options}, fused=True)

@@ -17,10 +17,10 @@ from torch.nn import Parameter
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import pages
-from cases import BASE, Options, tolerance
+from cases import BASE, Options, pairwise, tolerance
 from fastlars import functional
 from fastlars.options import NAMES
-from harness import IMPLEMENTATIONS, buffers_of, ignore_nothing_adapted, implementations
+from harness import IMPLEMENTATIONS, buffers_of, ignore_nothing_adapted, implementations, loop_over
 from optimizer_info import CANNOT, LARS, info
 
 pytestmark = ignore_nothing_adapted
@@ -32,13 +32,24 @@ ERRORS = {
 }
 on_cuda = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_cuda)])
-inputs = pytest.mark.parametrize("given", INPUTS.values(), ids=INPUTS)
+inputs = loop_over("given", INPUTS.values())
 
 
 def everywhere(**given: Any) -> Iterator[Options]:
     """The options with each implementation, on copies: schedulers write into a tensor lr."""
     for implementation in IMPLEMENTATIONS.values():
         yield {**copy.deepcopy(given), **implementation}
+
+
+SCHEDULES = [[], *INFO.scheduler_inputs]
+# with each implementation and each of torch's sets of schedulers, two at a time
+SCHEDULED = pairwise(INPUTS, range(len(SCHEDULES)), IMPLEMENTATIONS, [True, False])
+
+
+def scheduled(desc: str) -> Iterator[tuple[Options, list[Any], bool]]:
+    """The options of these inputs, makers of schedulers, and whether tensors are contiguous."""
+    for _, schedule, implementation, contiguous in (row for row in SCHEDULED if row[0] == desc):
+        yield {**copy.deepcopy(INPUTS[desc]), **IMPLEMENTATIONS[implementation]}, SCHEDULES[schedule], contiguous
 
 
 def small_model(dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Module:
@@ -81,37 +92,39 @@ def goes_right(optimizer: LARS, weight: Tensor, bias: Tensor, x: Tensor, schedul
 
 # ---------------------------------------------------------------- the right direction
 @devices
-@inputs
-@pytest.mark.parametrize("contiguous", [True, False])
-def test_goes_in_the_right_direction_under_schedulers(contiguous: bool, given: Options, device: str) -> None:
-    for options in everywhere(**given):
-        for schedule in ([], *INFO.scheduler_inputs):
-            weight, bias, x = weights(contiguous, device)
-            optimizer = LARS([weight, bias], **copy.deepcopy(options))
-            assert goes_right(optimizer, weight, bias, x, [make(optimizer) for make in schedule])
+@pytest.mark.parametrize("desc", INPUTS)
+def test_goes_in_the_right_direction_under_schedulers(desc: str, device: str) -> None:
+    for options, schedule, contiguous in scheduled(desc):
+        weight, bias, x = weights(contiguous, device)
+        optimizer = LARS([weight, bias], **options)
+        assert goes_right(optimizer, weight, bias, x, [make(optimizer) for make in schedule])
 
 
-@inputs
-def test_groups_have_their_own_lr_and_decay(given: Options) -> None:
+@pytest.mark.parametrize("desc", INPUTS)
+def test_groups_have_their_own_lr_and_decay(desc: str) -> None:
     """With schedulers; an lr of nearly 0 leaves the other group where it is."""
-    for options in everywhere(**given):
-        for schedule in ([], *INFO.scheduler_inputs):
-            weight, bias, x = weights()
-            idle = Parameter(torch.ones(2))
-            groups = [{"params": [weight], **options}, {"params": [bias], **options, "weight_decay": 0.0, "lr": 0.01}]
-            optimizer = LARS([*groups, {"params": [idle]}], lr=1e-28)
-            idle.grad = torch.ones(2)
-            assert goes_right(optimizer, weight, bias, x, [make(optimizer) for make in schedule])
-            assert torch.equal(idle, torch.ones(2))
+    for options, schedule, _ in scheduled(desc):
+        weight, bias, x = weights()
+        idle = Parameter(torch.ones(2))
+        groups = [{"params": [weight], **options}, {"params": [bias], **options, "weight_decay": 0.0, "lr": 0.01}]
+        optimizer = LARS([*groups, {"params": [idle]}], lr=1e-28)
+        idle.grad = torch.ones(2)
+        assert goes_right(optimizer, weight, bias, x, [make(optimizer) for make in schedule])
+        assert torch.equal(idle, torch.ones(2))
 
 
 # ---------------------------------------------------------------- implementations
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
 @devices
-@inputs
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_foreach_and_fused_are_the_loop(dtype: torch.dtype, given: Options, device: str) -> None:
+@pytest.mark.parametrize(
+    ("desc", "dtype"), [(desc, DTYPES[(i + j) % 4]) for i, desc in enumerate(INPUTS) for j in (0, 1)]
+)
+def test_foreach_and_fused_are_the_loop(desc: str, dtype: torch.dtype, device: str) -> None:
     """Seven steps from equal values, one without gradients, a layer frozen for two; a 0-dim tensor; state key by key."""
-    first, *others = [i for i in everywhere(**given) if device == "cpu" or not i.get("fused") or dtype != torch.float64]
+    every = everywhere(**INPUTS[desc])
+    first, *others = [i for i in every if device == "cpu" or not i.get("fused") or dtype != torch.float64]
     for options in others:
         models, optimizers, all_params = [], [], []
         for each in (first, options):
@@ -223,11 +236,10 @@ def test_zero_gradients_without_decay_change_nothing(given: Options) -> None:
 
 
 # ---------------------------------------------------------------- state
-@inputs
-@pytest.mark.parametrize("named", [(False, False), (True, False), (False, True), (True, True)], ids=str)
-def test_state_dicts_are_deterministic_with_and_without_names(named: tuple[bool, bool], given: Options) -> None:
+@loop_over("named desc", pairwise([(False, False), (True, False), (False, True), (True, True)], INPUTS)[::2])
+def test_state_dicts_are_deterministic_with_and_without_names(named: tuple[bool, bool], desc: str) -> None:
     """A run goes on from a state dict, of named tensors or not, as if it had not stopped; names, if any, stay."""
-    for options in everywhere(**given):
+    for options in everywhere(**INPUTS[desc]):
         runs = []
         for with_names in named:
             model = small_model()

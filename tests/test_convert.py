@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fastlars import DIALECTS, LARS, convert_state_dict, param_groups, schedules
-from harness import set_grads
+from harness import loop_over, set_grads
 from reference import Array, norm, to_array
 from sources import SOURCES, M, Source
 
@@ -377,7 +377,7 @@ FOREIGN: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("momentum", [0.0, M])
+@loop_over("momentum", [0.0, M])
 @pytest.mark.parametrize("state", FOREIGN.values(), ids=FOREIGN)
 def test_loading_refuses_state_of_other_optimizers(state: dict[str, Any], momentum: float) -> None:
     optimizer = LARS([Parameter(torch.ones(2, 3))], lr=0.5, momentum=momentum, adapt=True)

@@ -12,7 +12,7 @@ import sources
 from fastlars import DIALECTS, LARS
 from fastlars.dialects import ABOUT
 from fastlars.options import NAMES
-from harness import implementations
+from harness import loop_over
 from reference import Array, norm, to_array
 from sources import SOURCES, Direction, M, Momentum, Source, torch_sgd
 
@@ -69,7 +69,6 @@ def test_every_row_says_something_new_and_has_a_source() -> None:
     assert len({tuple(sorted(options.items())) for options in DIALECTS.values()}) == len(DIALECTS)
 
 
-@implementations
 @pytest.mark.parametrize(
     ("name", "nesterov"),
     [
@@ -79,12 +78,12 @@ def test_every_row_says_something_new_and_has_a_source() -> None:
         if source.nesterov or not nesterov
     ],
 )
-def test_a_row_is_the_formula_of_its_source(name: str, nesterov: bool, implementation: dict[str, Any]) -> None:
+def test_a_row_is_the_formula_of_its_source(name: str, nesterov: bool) -> None:
     source = SOURCES[name]
     row = DIALECTS[source.dialect]
     # ratios on either side of lr, so that a clip shows; and the row's own coefficient
     for c in (0.1, 5.0, row.get("trust_coefficient", 0.001)):
-        for decay in (0.05, 1e-4):
+        for decay, implementation in ((0.05, {"foreach": False}), (1e-4, {"foreach": True}), (0.05, {"fused": True})):
             options = {**row, "trust_coefficient": c, "weight_decay": decay, "nesterov": nesterov}
             for kind, (w, grads) in TENSORS.items():
                 if kind not in source.differs_on:
@@ -92,14 +91,14 @@ def test_a_row_is_the_formula_of_its_source(name: str, nesterov: bool, implement
                     assert_equal(ours(w, grads, **options, **implementation), expected, f"{kind}, {c=}, {decay=}")
 
 
-@pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
+@loop_over("source", SOURCES.values())
 def test_without_weight_decay_a_row_adapts_what_its_source_adapts(source: Source) -> None:
     options = {**DIALECTS[source.dialect], "trust_coefficient": 0.1}
     options.setdefault("adapt", False)  # as None means here, but the first step would warn
     assert_equal(ours(W, GRADS, **options), theirs(source, W, GRADS, 0.0, 0.1), "no decay")
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
+@loop_over("dialect", DIALECTS)
 def test_a_group_that_is_not_adapted_stays_so_in_every_row(dialect: str) -> None:
     param = torch.nn.Parameter(torch.tensor(W))
     optimizer = LARS([{"params": [param], "adapt": False}], lr=0.5, momentum=M, **DIALECTS[dialect])
@@ -157,7 +156,7 @@ def test_every_difference_in_the_table_is_tested_here() -> None:
     assert sorted(told) == sorted((difference.dialect, case) for case, difference in DIFFERENCES.items())
 
 
-@pytest.mark.parametrize("difference", DIFFERENCES.values(), ids=DIFFERENCES)
+@loop_over("difference", DIFFERENCES.values())
 def test_a_source_differs_as_its_row_says(difference: Difference) -> None:
     w, g, dampening = difference.w, difference.g, difference.dampening
     d = difference.direction(w, g, LR, DECAY, C)

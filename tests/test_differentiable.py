@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from cases import OPTIONS, Options
+from cases import OPTIONS, PAIRWISE, SPECIAL, Options
 from fastlars import LARS
-from harness import ignore_nothing_adapted
+from harness import ignore_nothing_adapted, pairs
 
 pytestmark = ignore_nothing_adapted
 STEPS = 3
@@ -55,9 +55,7 @@ def check(options: Options, shape: Sequence[int], dtype: torch.dtype, *, tensor_
     assert gradcheck(run, (inputs[0], lr, *inputs[1:]), fast_mode=True)
 
 
-@pytest.mark.parametrize("tensor_lr", [True, False])
-@pytest.mark.parametrize("late", [True, False])
-@pytest.mark.parametrize("name", OPTIONS)
+@pairs("name late tensor_lr", PAIRWISE, [True, False], [True, False])
 def test_gradients_through_steps(name: str, late: bool, tensor_lr: bool) -> None:
     torch.manual_seed(0)
     # the last: more than a row of the norms
@@ -80,9 +78,7 @@ def test_every_entry_of_the_jacobian(name: str) -> None:
 
 
 # ---------------------------------------------------------------- zero norms
-@pytest.mark.parametrize("tensor_lr", [True, False])
-@pytest.mark.parametrize("zero", ["param", "grad", "both"])
-@pytest.mark.parametrize("name", OPTIONS)
+@pairs("name zero tensor_lr", [*PAIRWISE, *SPECIAL], ["param", "grad", "both"], [True, False])
 def test_zero_norms(name: str, zero: str, tensor_lr: bool) -> None:
     """The formula jumps there; what is asked for is the derivative of the branch that is taken: d = g, or with decay."""
     # without eps, a division by zero on the side that is not taken would bring NaN to the derivative
@@ -121,7 +117,7 @@ def assert_equal(actual: Tensor, expected: float) -> None:
 def test_a_zero_norm_beside_others_and_later() -> None:
     """A zero tensor in the list and a zero gradient in the second step: no NaN reaches the others."""
     torch.manual_seed(0)
-    for name in OPTIONS:
+    for name in PAIRWISE:
         params = [randn((3,)), torch.zeros(3, dtype=torch.float64, requires_grad=True)]
         grads = [
             randn((3,)),
@@ -172,22 +168,22 @@ def test_unadapted_groups_have_the_derivatives_of_torch_sgd(options: Options, te
 
 
 # ---------------------------------------------------------------- the same numbers
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
-@pytest.mark.parametrize("name", OPTIONS)
-def test_the_numbers_are_those_of_an_ordinary_step(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", [*PAIRWISE, *SPECIAL])
+def test_the_numbers_are_those_of_an_ordinary_step(name: str) -> None:
     torch.manual_seed(0)
-    param, grads = torch.randn(5, 3, dtype=dtype), [torch.randn(5, 3, dtype=dtype) for _ in range(STEPS)]
-    ordinary = param.clone()
-    optimizer = LARS([ordinary], **OPTIONS[name], foreach=False)
-    for grad in grads:
-        ordinary.grad = grad
-        optimizer.step()
-    new = steps(OPTIONS[name], [param.requires_grad_()], grads, OPTIONS[name]["lr"])[0]
-    assert new.requires_grad and torch.equal(new, ordinary)
+    for dtype in (torch.float32, torch.bfloat16, torch.complex64):
+        param, grads = torch.randn(5, 3, dtype=dtype), [torch.randn(5, 3, dtype=dtype) for _ in range(STEPS)]
+        ordinary = param.clone()
+        optimizer = LARS([ordinary], **OPTIONS[name], foreach=False)
+        for grad in grads:
+            ordinary.grad = grad
+            optimizer.step()
+        new = steps(OPTIONS[name], [param.requires_grad_()], grads, OPTIONS[name]["lr"])[0]
+        assert new.requires_grad and torch.equal(new, ordinary), dtype
 
 
 def test_what_was_given_is_not_written() -> None:
-    for name in OPTIONS:
+    for name in PAIRWISE:
         tensors = [randn((5, 3)) for _ in range(1 + STEPS)]
         copies, versions = [t.detach().clone() for t in tensors], [t._version for t in tensors]
         steps(OPTIONS[name], tensors[:1], tensors[1:], 0.3)

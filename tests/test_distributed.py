@@ -5,8 +5,8 @@ import torch
 
 import ranks as ranks_module
 import sharded_models
-from cases import OPTIONS, Options
-from harness import ignore_nothing_adapted, implementations
+from cases import OPTIONS
+from harness import IMPLEMENTATIONS, ignore_nothing_adapted
 from ranks import Group
 
 pytestmark = [
@@ -24,11 +24,12 @@ def test_equals_the_whole_model(ranks: Group, way: str) -> None:
     assert all(each == ratios[0] for each in ratios)
 
 
-@implementations
-@pytest.mark.parametrize("name", ["nesterov-joint", "everything"])
-def test_every_implementation_equals_the_whole_model(ranks: Group, name: str, implementation: Options) -> None:
+@pytest.mark.parametrize(
+    ("name", "implementation"), [("nesterov-joint", "single"), ("everything", "foreach"), ("everything", "fused")]
+)
+def test_every_implementation_equals_the_whole_model(ranks: Group, name: str, implementation: str) -> None:
     way = "fsdp" if ranks_module.FULLY_SHARDS_ON_CPU or ranks.device == "cuda" else "tensor_parallel"
-    options = {**OPTIONS[name], **implementation}
+    options = {**OPTIONS[name], **IMPLEMENTATIONS[implementation]}
     ranks.run(
         sharded_models.equals_whole, way, {key: options[key] for key in options.keys() - {"weight_decay", "adapt"}}
     )

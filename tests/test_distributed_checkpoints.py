@@ -1,7 +1,6 @@
 """Checkpoints of torch.distributed.checkpoint go on: on the same ranks without a changed bit, on others within rounding."""
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,9 +9,10 @@ import torch
 import sharded_models
 from cases import Options
 from harness import ignore_nothing_adapted
-from ranks import FULLY_SHARDS_ON_CPU, Group, group
+from ranks import FULLY_SHARDS_ON_CPU, Group
 
 pytestmark = [
+    pytest.mark.slow,
     ignore_nothing_adapted,
     pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed"),
 ]
@@ -21,17 +21,8 @@ NESTEROV: Options = {"nesterov": True, "lr_in_momentum": True}
 DAMPENING: Options = {"dampening": 0.25, "trust_denominator": "joint"}
 
 
-@pytest.fixture(scope="module")
-def groups() -> Iterator[Callable[[int], Group]]:
-    with ExitStack() as stack:
-        made: dict[int, Group] = {}
-
-        def of(world: int) -> Group:
-            if world not in made:
-                made[world] = stack.enter_context(group(world))
-            return made[world]
-
-        yield of
+KINDS = [("plain", NESTEROV), ("flattened", DAMPENING), ("async", NESTEROV)]
+kinds = pytest.mark.parametrize(("kind", "options"), KINDS, ids=[kind for kind, _ in KINDS])
 
 
 def resume(
@@ -51,8 +42,7 @@ def resume(
                 torch.testing.assert_close(torch.tensor(mine), torch.tensor(expected), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["plain", "flattened", "async"])
-@pytest.mark.parametrize("options", [NESTEROV, DAMPENING], ids=["nesterov", "dampening"])
+@kinds
 def test_other_ranks_go_on_within_rounding(
     groups: Callable[[int], Group], tmp_path: Path, kind: str, options: Options
 ) -> None:
@@ -63,12 +53,12 @@ def test_other_ranks_go_on_within_rounding(
     resume(groups, tmp_path / "1", 1, [(4, WAY)], on_one[0][1], kind, options)
 
 
-@pytest.mark.parametrize("kind", ["plain", "flattened", "async"])
-@pytest.mark.parametrize("options", [NESTEROV, DAMPENING], ids=["nesterov", "dampening"])
+@pytest.mark.version
+@kinds
 def test_the_same_ranks_go_on_without_a_changed_bit(
     groups: Callable[[int], Group], tmp_path: Path, kind: str, options: Options
 ) -> None:
     run = sharded_models.train_with_checkpoint
-    saved = groups(4).run(run, WAY, str(tmp_path), kind, False, options)
-    resumed = groups(4).run(run, WAY, str(tmp_path), kind, True, options)
+    saved = groups(2).run(run, WAY, str(tmp_path), kind, False, options)
+    resumed = groups(2).run(run, WAY, str(tmp_path), kind, True, options)
     assert [bits for _, bits in resumed] == [bits for _, bits in saved]

@@ -14,52 +14,66 @@ from cases import (
     HISTORIES,
     LAYOUTS,
     OPTIONS,
+    PAIRWISE,
     REAL,
+    SPECIAL,
     STEPS,
     Options,
-    adapts_nothing,
     all_options,
     make_grads,
     make_params,
     neighbours,
     nonfinite,
+    pairwise,
 )
 from fastlars import LARS
-from harness import IMPLEMENTATIONS, assert_equals, buffers_of, ignore_nothing_adapted, implementations, run, set_grads
+from harness import (
+    IMPLEMENTATIONS,
+    assert_equals,
+    buffers_of,
+    ignore_nothing_adapted,
+    implementations,
+    loop_over,
+    mixed_grads,
+    option_sets,
+    run,
+    set_grads,
+)
 from reference import ReferenceLARS
 
-dtypes = pytest.mark.parametrize("dtype", REAL + COMPLEX, ids=str)
+DTYPES = REAL + COMPLEX
+SETS = [*PAIRWISE, *SPECIAL]
+dtypes = loop_over("dtype", DTYPES)
 pytestmark = ignore_nothing_adapted
 
 
-def mixed_grads(params: Sequence[Tensor], step: int, offset: int) -> list[Tensor | None]:
-    """Another history for every tensor; the offset moves them over the layouts."""
-    names = list(HISTORIES)
-    return [HISTORIES[names[(i + offset) % len(names)]](param, step, i) for i, param in enumerate(params)]
-
-
 @implementations
-@dtypes
-@pytest.mark.parametrize("name", OPTIONS)
-def test_equals_reference(name: str, dtype: torch.dtype, implementation: Options) -> None:
-    offset = list(OPTIONS).index(name)
-    params = make_params(dtype)
-    run([{"params": params}], OPTIONS[name], lambda ps, step: mixed_grads(ps, step, offset), implementation)
+@pytest.mark.parametrize("name", SETS)
+def test_equals_reference(name: str, implementation: Options) -> None:
+    """Two dtypes at a time, one after the other over the option sets."""
+    offset = SETS.index(name)
+    groups = [{"params": make_params(DTYPES[(offset + i) % len(DTYPES)], seed=i)} for i in (0, 1)]
+    run(groups, OPTIONS[name], lambda ps, step: mixed_grads(ps, step, offset), implementation)
 
 
-@implementations
-@pytest.mark.parametrize("history", HISTORIES)
-@pytest.mark.parametrize("name", ["momentum-clip", "dampening-joint", "nesterov-paper", "unadapted-maximize"])
-def test_equals_reference_in_every_history(name: str, history: str, implementation: Options) -> None:
+@loop_over(
+    "name history implementation",
+    pairwise(["momentum-clip", "dampening-joint", "nesterov-paper", "unadapted-maximize"], HISTORIES, IMPLEMENTATIONS),
+)
+def test_equals_reference_in_every_history(name: str, history: str, implementation: str) -> None:
     params = make_params(torch.float32)
-    run([{"params": params}], OPTIONS[name], lambda ps, step: make_grads(history, ps, step), implementation)
+    how = IMPLEMENTATIONS[implementation]
+    run([{"params": params}], OPTIONS[name], lambda ps, step: make_grads(history, ps, step), how)
 
 
+@pytest.mark.slow
 @implementations
 def test_equals_reference_for_every_combination_of_options(implementation: Options) -> None:
-    layouts = ["scalar", "matrix", "strided", "zeros"]
+    """Dtypes, layouts and histories move over the combinations."""
+    names = list(LAYOUTS)
     for i, options in enumerate(all_options()):
-        params = make_params(torch.float64, layouts=layouts)
+        layouts = [names[(i + 4 * j) % len(names)] for j in range(4)]
+        params = make_params(DTYPES[i % len(DTYPES)], layouts=layouts)
         run([{"params": params}], options, lambda ps, step, i=i: mixed_grads(ps, step, i), implementation, steps=3)
 
 
@@ -87,10 +101,11 @@ def test_options_are_per_group_and_groups_may_mix_dtypes(implementation: Options
     run(groups, {"lr": 1.0}, lambda ps, step: mixed_grads(ps, step, 0), implementation)
 
 
-@implementations
-@dtypes
-@pytest.mark.parametrize("name", ["skip_nonfinite", "everything", "everything_but_adapt", "everything_but_joint"])
-def test_skip_nonfinite_leaves_its_groups_alone(name: str, dtype: torch.dtype, implementation: Options) -> None:
+@loop_over(
+    "name dtype implementation",
+    pairwise(["skip_nonfinite", "everything", "everything_but_adapt", "everything_but_joint"], DTYPES, IMPLEMENTATIONS),
+)
+def test_skip_nonfinite_leaves_its_groups_alone(name: str, dtype: torch.dtype, implementation: str) -> None:
     layouts = ["matrix", "scalar", "conv", "empty"]
     groups = [
         {"params": make_params(dtype, layouts=layouts, seed=1)},
@@ -101,7 +116,8 @@ def test_skip_nonfinite_leaves_its_groups_alone(name: str, dtype: torch.dtype, i
     def grads_of(params: Sequence[Tensor], step: int) -> list[Tensor | None]:
         return [nonfinite(p, step, i) for i, p in enumerate(params)]
 
-    optimizer = run(groups, {"momentum": 0.9, **OPTIONS[name], "skip_nonfinite": True}, grads_of, implementation, 3)
+    options = {"momentum": 0.9, **OPTIONS[name], "skip_nonfinite": True}
+    optimizer = run(groups, options, grads_of, IMPLEMENTATIONS[implementation], 3)
     # the reference agreed with it on which groups move; here, that those which must not keep their bits
     params = optimizer.param_groups[0]["params"] + optimizer.param_groups[1]["params"]
     before = [(p.detach().clone(), b.clone()) for p, b in zip(params, buffers_of(optimizer), strict=False)]
@@ -125,7 +141,7 @@ def test_a_gradient_that_is_not_finite_shows_without_skip_nonfinite(implementati
 
 
 @implementations
-@pytest.mark.parametrize("feature", [name for name in FEATURES if name not in ("adapt", "skip_nonfinite")])
+@loop_over("feature", [name for name in FEATURES if name not in ("adapt", "skip_nonfinite")])
 def test_flipping_an_option_changes_the_result(feature: str, implementation: Options) -> None:
     """adapt=True says what weight decay already does; skip_nonfinite needs a gradient that is not finite."""
     needs = {"no_decay": {"adapt": True}, "paper": {"momentum": 0.9}, "dampening": {"momentum": 0.9}}
@@ -154,7 +170,7 @@ def test_joint_norm_of_zero_keeps_the_decay(dtype: torch.dtype, implementation: 
 
 
 @implementations
-@pytest.mark.parametrize("option", ["trust_coefficient", "eps", "adapt"])
+@loop_over("option", ["trust_coefficient", "eps", "adapt"])
 def test_numbers_and_adapt_change_the_result(option: str, implementation: Options) -> None:
     results = []
     for value in {"trust_coefficient": (0.1, 0.2), "eps": (0.0, 0.5), "adapt": (True, False)}[option]:
@@ -166,20 +182,23 @@ def test_numbers_and_adapt_change_the_result(option: str, implementation: Option
     assert not torch.allclose(*results, rtol=1e-6)
 
 
-@implementations
-@pytest.mark.parametrize("shape", [(), (1,)])
-@pytest.mark.parametrize("lr_dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", ["momentum-clip", "nesterov-paper", "unadapted-paper", "base", "unadapted"])
-def test_tensor_lr_as_float_lr(
-    name: str, lr_dtype: torch.dtype, shape: tuple[int, ...], implementation: Options
-) -> None:
+@loop_over(
+    "name lr_dtype shape implementation",
+    pairwise(
+        ["momentum-clip", "nesterov-paper", "unadapted-paper", "base", "unadapted"],
+        [torch.float32, torch.float64],
+        [(), (1,)],
+        IMPLEMENTATIONS,
+    ),
+)
+def test_tensor_lr_as_float_lr(name: str, lr_dtype: torch.dtype, shape: tuple[int, ...], implementation: str) -> None:
     results = []
     for tensor in (False, True):
         options = dict(OPTIONS[name])
         if tensor:
             options["lr"] = torch.full(shape, options["lr"], dtype=lr_dtype)
         params = make_params(torch.float64)
-        optimizer = LARS(params, **options, **implementation)
+        optimizer = LARS(params, **options, **IMPLEMENTATIONS[implementation])
         for step in range(3):
             if tensor:
                 optimizer.param_groups[0]["lr"].mul_(0.5)
@@ -192,7 +211,7 @@ def test_tensor_lr_as_float_lr(
 
 
 @implementations
-@pytest.mark.parametrize("name", ["momentum", "nesterov-joint", "momentum-unadapted"])
+@loop_over("name", ["momentum", "nesterov-joint", "momentum-unadapted"])
 def test_float32_gradients_of_bfloat16_parameters(name: str, implementation: Options) -> None:
     params = make_params(torch.bfloat16)
     if not hasattr(params[0], "grad_dtype"):
@@ -226,7 +245,7 @@ def test_frozen_and_unfrozen_layers(implementation: Options) -> None:
         assert_equals(reference, optimizer, f"step {step}")
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIONS if not adapts_nothing(OPTIONS[name])])
+@option_sets
 def test_implementations_agree_state_by_state(name: str) -> None:
     results = []
     for implementation in IMPLEMENTATIONS.values():

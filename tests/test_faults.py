@@ -18,15 +18,16 @@ from torch.nn import Parameter
 
 import fastlars
 import pages
-from cases import BASE, OPTIONS, Options, make_grads, make_params
+from cases import BASE, OPTIONS, Options, make_grads, make_params, pairwise
 from fastlars import LARS, functional, fused_cpu, fused_cuda, layouts, norms
-from harness import buffers_of, ignore_nothing_adapted, implementations, run, set_grads
+from harness import IMPLEMENTATIONS, buffers_of, ignore_nothing_adapted, implementations, loop_over, run, set_grads
 
 pytestmark = ignore_nothing_adapted
 INF, NAN = float("inf"), float("nan")
 
 
 # ---------------------------------------------------------------- kill -9 while a checkpoint is written
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no kill -9")
 def test_a_run_survives_kill_9_during_a_write(tmp_path: Path) -> None:
     """The page's own program, killed again and again, ends with the bits of a run that nobody disturbed."""
@@ -160,7 +161,7 @@ def test_sparse_gradients(implementation: Options) -> None:
 
 
 @implementations
-@pytest.mark.parametrize("skip_nonfinite", [False, True])
+@loop_over("skip_nonfinite", [False, True])
 def test_a_gradient_on_another_device(skip_nonfinite: bool, implementation: Options) -> None:
     """Assigned to .grad torch refuses it; the functional finds it while it measures."""
     options = {**BASE, "momentum": 0.9, "skip_nonfinite": skip_nonfinite, **implementation}
@@ -175,11 +176,16 @@ def test_a_gradient_on_another_device(skip_nonfinite: bool, implementation: Opti
 
 
 # ---------------------------------------------------------------- NaN and inf
-@implementations
-@pytest.mark.parametrize("value", [NAN, INF, -INF])
-@pytest.mark.parametrize("of", ["gradient", "weight"])
-@pytest.mark.parametrize("name", ["momentum", "joint", "nesterov", "clip", "unadapted", "paper"])
-def test_what_is_not_finite_stays_in_its_tensor(name: str, of: str, value: float, implementation: Options) -> None:
+@loop_over(
+    "name of value how",
+    pairwise(
+        ["momentum", "joint", "nesterov", "clip", "unadapted", "paper"],
+        ["gradient", "weight"],
+        [NAN, INF, -INF],
+        IMPLEMENTATIONS,
+    ),
+)
+def test_what_is_not_finite_stays_in_its_tensor(name: str, of: str, value: float, how: str) -> None:
     """It shows there, whichever way the tensor is computed, and its neighbours step as if it were not there."""
     sizes = [(20,), (20,), (20_000,), (3, 4), (3, 4)]
     results = []
@@ -190,7 +196,7 @@ def test_what_is_not_finite_stays_in_its_tensor(name: str, of: str, value: float
         if bad is not None:
             target = grads[bad] if of == "gradient" else params[bad].data
             target.view(-1)[0] = value
-        optimizer = LARS(params, **OPTIONS[name], **implementation)
+        optimizer = LARS(params, **OPTIONS[name], **IMPLEMENTATIONS[how])
         set_grads(params, grads)
         optimizer.step()
         results.append(params)
@@ -202,8 +208,8 @@ def test_what_is_not_finite_stays_in_its_tensor(name: str, of: str, value: float
 
 
 @implementations
-@pytest.mark.parametrize("size", [20, 20_000])
-@pytest.mark.parametrize("momentum", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}], ids=str)
+@loop_over("size", [20, 20_000])
+@loop_over("momentum", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}])
 def test_without_decay_no_weight_enters_the_step(momentum: Options, size: int, implementation: Options) -> None:
     """0 * inf would be NaN: an inf stays one, and an infinite ratio moves by inf."""
     generator = torch.Generator().manual_seed(0)
@@ -222,7 +228,7 @@ def test_without_decay_no_weight_enters_the_step(momentum: Options, size: int, i
     assert torch.equal(param, -INF * grad.sign())
 
 
-@pytest.mark.parametrize("value", [NAN, INF, -1.0])
+@loop_over("value", [NAN, INF, -1.0])
 @implementations
 def test_an_lr_that_is_none_is_refused_where_it_is_given(value: float, implementation: Options) -> None:
     param = Parameter(torch.ones(3))
@@ -239,25 +245,24 @@ def test_an_lr_that_is_none_is_refused_where_it_is_given(value: float, implement
 
 # ---------------------------------------------------------------- the ends of the range
 @implementations
-@pytest.mark.parametrize("size", [3, 20_000])
 @pytest.mark.parametrize("name", ["momentum", "joint", "base", "nesterov-paper"])
-@pytest.mark.parametrize(("w_scale", "g_scale"), list(itertools.product([1e-15, 1.0, 1e15], repeat=2)))
-def test_norms_from_1e_minus_15_to_1e15(
-    w_scale: float, g_scale: float, name: str, size: int, implementation: Options
-) -> None:
-    generator = torch.Generator().manual_seed(0)
-    params = [Parameter(torch.randn(size, generator=generator) * w_scale)]
-    run(
-        [{"params": params}],
-        {**OPTIONS[name], "eps": 0.0},
-        lambda ps, step: [g * g_scale for g in make_grads("dense", ps, step) if g is not None],
-        implementation,
-    )
+def test_norms_from_1e_minus_15_to_1e15(name: str, implementation: Options) -> None:
+    for size in (3, 20_000):
+        for w_scale, g_scale in itertools.product([1e-15, 1.0, 1e15], repeat=2):
+            generator = torch.Generator().manual_seed(0)
+            params = [Parameter(torch.randn(size, generator=generator) * w_scale)]
+            run(
+                [{"params": params}],
+                {**OPTIONS[name], "eps": 0.0},
+                lambda ps, step, by=g_scale: [g * by for g in make_grads("dense", ps, step) if g is not None],
+                implementation,
+                steps=3,
+            )
 
 
 @implementations
-@pytest.mark.parametrize("size", [3, 20_000])
-@pytest.mark.parametrize("denominator", ["separate", "joint"])
+@loop_over("size", [3, 20_000])
+@loop_over("denominator", ["separate", "joint"])
 def test_float32_squares_that_underflow_make_a_norm_of_zero(
     size: int, denominator: str, implementation: Options
 ) -> None:
@@ -277,7 +282,7 @@ def test_float32_squares_that_underflow_make_a_norm_of_zero(
 
 
 @implementations
-@pytest.mark.parametrize("size", [3, 20_000])
+@loop_over("size", [3, 20_000])
 def test_float32_squares_that_overflow_make_a_norm_of_inf(size: int, implementation: Options) -> None:
     """A gradient of 1e30 does not move an adapted tensor, and counts as not finite; a weight of 1e30 is lost."""
     generator = torch.Generator().manual_seed(0)
@@ -308,7 +313,7 @@ def test_float32_squares_that_overflow_make_a_norm_of_inf(size: int, implementat
 
 
 @implementations
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@loop_over("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_denormals(dtype: torch.dtype, implementation: Options) -> None:
     """A gradient, weight or lr * ratio below the smallest normal number; nothing is flushed but by rounding."""
     smallest = torch.finfo(dtype).smallest_normal

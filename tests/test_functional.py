@@ -6,10 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import BASE, COMPLEX, OPTIONS, REAL, Options, make_grads, make_params
+from cases import BASE, COMPLEX, OPTIONS, REAL, Options, make_grads, make_params, pairwise
 from fastlars import LARS, dispatch, functional, lars
 from fastlars import options as fields
-from harness import IMPLEMENTATIONS, buffers_of, ignore_nothing_adapted, implementations, set_grads
+from harness import (
+    IMPLEMENTATIONS,
+    buffers_of,
+    ignore_nothing_adapted,
+    implementations,
+    loop_over,
+    option_sets,
+    set_grads,
+)
 from reference import ReferenceLARS, to_array
 
 pytestmark = ignore_nothing_adapted
@@ -33,7 +41,7 @@ def same_bits(left: list[Tensor], right: list[Tensor]) -> bool:
 
 
 @implementations
-@pytest.mark.parametrize("name", OPTIONS)
+@option_sets
 def test_equals_the_class(name: str, implementation: Options) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.complex64):
         params, of_class = tensors(dtype), make_params(dtype)
@@ -117,11 +125,9 @@ def poisoned(params: list[Tensor], value: float) -> list[Tensor]:
     return grads
 
 
-@implementations
-@pytest.mark.parametrize("shape", [(), (1,)])
-@pytest.mark.parametrize("name", NAMES)
-def test_nothing_changes_on_overflow(name: str, shape: tuple[int, ...], implementation: Options) -> None:
-    options = OPTIONS[name]
+@loop_over("name shape implementation", pairwise(NAMES, [(), (1,)], IMPLEMENTATIONS))
+def test_nothing_changes_on_overflow(name: str, shape: tuple[int, ...], implementation: str) -> None:
+    options = {**OPTIONS[name], **IMPLEMENTATIONS[implementation]}
     for dtype in DTYPES:
         for value in (1.0, torch.inf, torch.nan):
             params = tensors(dtype)
@@ -131,12 +137,12 @@ def test_nothing_changes_on_overflow(name: str, shape: tuple[int, ...], implemen
             buffers: list[Tensor | None] = [torch.full_like(p, 0.5) for p in params] if options.get("momentum") else []
             before = [t.clone() for t in (*params, *buffers)]
             scaler = {"grad_scale": torch.full(shape, 8.0), "found_inf": torch.ones(shape)}
-            lars(params, poisoned(params, value), buffers, **options, **implementation, **scaler)
+            lars(params, poisoned(params, value), buffers, **options, **scaler)
             assert same_bits([*params, *buffers], before)
 
 
 @implementations
-@pytest.mark.parametrize("name", [name for name in NAMES if OPTIONS[name].get("momentum")])
+@loop_over("name", [name for name in NAMES if OPTIONS[name].get("momentum")])
 def test_an_overflow_on_the_first_step_leaves_no_buffer_or_zeros(name: str, implementation: Options) -> None:
     """The next step must be a first step."""
     results = []
@@ -152,10 +158,8 @@ def test_an_overflow_on_the_first_step_leaves_no_buffer_or_zeros(name: str, impl
     assert same_bits(*results)
 
 
-@implementations
-@pytest.mark.parametrize("found_inf", [None, False])
-@pytest.mark.parametrize("name", NAMES)
-def test_gradients_are_divided_by_grad_scale(name: str, found_inf: bool | None, implementation: Options) -> None:
+@loop_over("name found_inf implementation", pairwise(NAMES, [None, False], IMPLEMENTATIONS))
+def test_gradients_are_divided_by_grad_scale(name: str, found_inf: bool | None, implementation: str) -> None:
     params = tensors(torch.float64)
     reference = ReferenceLARS([{"params": params}], **OPTIONS[name])
     buffers: list[Tensor | None] = [None] * len(params)
@@ -164,7 +168,7 @@ def test_gradients_are_divided_by_grad_scale(name: str, found_inf: bool | None, 
         flag = None if found_inf is None else torch.zeros(1)
         scaler = {"grad_scale": torch.full((), scale, dtype=torch.float64), "found_inf": flag}
         reference.step(grads, grad_scale=scale)
-        lars(params, grads, buffers, **OPTIONS[name], **implementation, **scaler)
+        lars(params, grads, buffers, **OPTIONS[name], **IMPLEMENTATIONS[implementation], **scaler)
         for param, expected in zip(params, reference.params, strict=True):
             # grad_scale is taken as float32, as GradScaler makes it
             torch.testing.assert_close(
@@ -174,10 +178,8 @@ def test_gradients_are_divided_by_grad_scale(name: str, found_inf: bool | None, 
 
 
 @implementations
-@pytest.mark.parametrize("adapt", [True, False])
-@pytest.mark.parametrize(
-    "skip", [{"found_inf": torch.zeros(())}, {"skip_nonfinite": True}], ids=["found_inf", "option"]
-)
+@loop_over("adapt", [True, False])
+@loop_over("skip", [{"found_inf": torch.zeros(())}, {"skip_nonfinite": True}])
 def test_dampening_refuses_a_step_that_may_be_skipped(skip: Options, adapt: bool, implementation: Options) -> None:
     params = tensors(torch.float32)
     buffers: list[Tensor | None] = [None] * len(params)
@@ -192,7 +194,7 @@ def test_dampening_refuses_a_step_that_may_be_skipped(skip: Options, adapt: bool
 
 
 @implementations
-@pytest.mark.parametrize("name", ["base", "momentum-joint", "nesterov-paper", "skip_nonfinite", "momentum-unadapted"])
+@loop_over("name", ["base", "momentum-joint", "nesterov-paper", "skip_nonfinite", "momentum-unadapted"])
 def test_conjugate_views_are_updated(name: str, implementation: Options) -> None:
     """Their real view is a copy: an update of it would be lost."""
     values, grads = torch.randn(2, 5, 3, dtype=torch.complex64)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import MEMORY, OPTIONS, Options, Subclass, make_grads, tolerance
+from cases import MEMORY, OPTIONS, PAIRWISE, SPECIAL, Options, Subclass, make_grads, tolerance
 from fastlars import LARS, dispatch, fused_cpu, lars
 from fastlars.options import Options as AllOptions
-from harness import ignore_nothing_adapted, run, set_grads, stacked
+from harness import ignore_nothing_adapted, loop_over, run, set_grads, stacked
 from reference import ReferenceLARS
 
 pytestmark = ignore_nothing_adapted
@@ -25,16 +25,17 @@ TRIPLES += [("float64",) * 3, ("bfloat16",) * 3]
 
 
 @pytest.mark.parametrize("param", MEMORY)
-@pytest.mark.parametrize("other", MEMORY)
-def test_truth_table_of_serves(param: str, other: str) -> None:
-    p, x = MEMORY[param](torch.randn(4, 6)), MEMORY[other](torch.randn(4, 6))
-    expected = (param, other) in SERVED
-    assert fused_cpu.serves([p], [x]) == expected
-    assert fused_cpu.serves([p], [p], [x]) == expected
-    assert fused_cpu.serves([p], [x], [p]) == expected
+def test_truth_table_of_serves(param: str) -> None:
     plain = torch.randn(3)
-    assert fused_cpu.serves([plain, p], [plain, x], [plain, p]) == expected  # one among others decides for all
-    assert fused_cpu.serves([p, plain], [x, plain], [p, plain]) == expected
+    for other in MEMORY:
+        p, x = MEMORY[param](torch.randn(4, 6)), MEMORY[other](torch.randn(4, 6))
+        expected = (param, other) in SERVED
+        assert fused_cpu.serves([p], [x]) == expected, other
+        assert fused_cpu.serves([p], [p], [x]) == expected, other
+        assert fused_cpu.serves([p], [x], [p]) == expected, other
+        # one among others decides for all
+        assert fused_cpu.serves([plain, p], [plain, x], [plain, p]) == expected, other
+        assert fused_cpu.serves([p, plain], [x, plain], [p, plain]) == expected, other
 
 
 def test_serves_no_sizes_that_differ() -> None:
@@ -71,25 +72,37 @@ def test_dimensions_of_size_1_have_no_layout() -> None:
         assert fused_cpu.serves([one], [other], [one]) and not fused_cpu.serves([one], [other.contiguous()])
 
 
-@pytest.mark.parametrize("name", ["momentum", "joint", "nesterov", "base", "everything", "momentum-unadapted"])
-@pytest.mark.parametrize("layouts", TRIPLES, ids="-".join)
-def test_every_layout_of_param_grad_and_buffer(layouts: tuple[str, str, str], name: str) -> None:
+LAYOUT_OPTIONS = ["momentum", "joint", "nesterov", "base", "everything", "momentum-unadapted", "nesterov-joint"]
+
+
+@pytest.mark.parametrize("name", LAYOUT_OPTIONS)
+def test_every_layout_of_param_grad_and_buffer(name: str) -> None:
+    """Each with one of the option sets: who serves a tensor is asked of its layouts alone."""
+    for layouts in TRIPLES[LAYOUT_OPTIONS.index(name) :: len(LAYOUT_OPTIONS)]:
+        one_step(layouts, OPTIONS[name])
+
+
+def one_step(layouts: tuple[str, str, str], options: Options) -> None:
     generator = torch.Generator().manual_seed(0)
     p, g, v = (MEMORY[x](torch.randn(4, 6, generator=generator)) for x in layouts)
-    options = OPTIONS[name]
     reference = ReferenceLARS([{"params": [p]}], **options)
     reference.realign([p], [v])
     reference.step([g])
     before = g.clone()
     lars([p], [g], [v], fused=True, **options)
     wide = torch.float64
-    torch.testing.assert_close(
-        p.to(wide), torch.as_tensor(reference.params[0]), **tolerance(p.dtype, reference.param_sizes[0])
-    )
+    what = "-".join(layouts)
+    pairs = [(p, reference.params[0], reference.param_sizes[0])]
     if "momentum" in options:
-        expected = torch.as_tensor(reference.momentum_buffers[0])
-        torch.testing.assert_close(v.to(wide), expected, **tolerance(v.dtype, reference.buffer_sizes[0]))
-    assert torch.equal(g, before)
+        pairs.append((v, reference.momentum_buffers[0], reference.buffer_sizes[0]))
+    for actual, expected, size in pairs:
+        torch.testing.assert_close(
+            actual.to(wide),
+            torch.as_tensor(expected),
+            msg=lambda text: f"{what}: {text}",
+            **tolerance(actual.dtype, size),
+        )
+    assert torch.equal(g, before), what
 
 
 @pytest.fixture
@@ -99,7 +112,7 @@ def tiny_limits() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", [*PAIRWISE, *SPECIAL])
 def test_equals_reference_through_every_loop(name: str, tiny_limits: None) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = [(4, 4), (16,), (2, 3), (2, 3), (200,), (100,), (129,), (7, 5, 3), (1000,), *[(3, 5)] * 7, (64,), (0,)]
@@ -173,7 +186,7 @@ def test_a_step_takes_few_calls(
     assert len(sizes) == calls and sum(sizes) == sum(p.numel() for p in params)
 
 
-@pytest.mark.parametrize("scale", [1e-15, 1e-11, 1e-9, 1e-4, 1e6])
+@loop_over("scale", [1e-15, 1e-11, 1e-9, 1e-4, 1e6])
 def test_any_size_of_the_trust_ratio(scale: float) -> None:
     """dampening = 1 - b loses b where b is small."""
     generator = torch.Generator().manual_seed(0)
@@ -209,7 +222,7 @@ def test_a_power_of_two_on_a_gradient_changes_no_bit(size: int, trust_coefficien
 
 
 @pytest.mark.parametrize("name", ["momentum", "base", "nesterov", "joint", "momentum-unadapted"])
-@pytest.mark.parametrize("size", [10, 20_000], ids=["stacked", "alone"])
+@loop_over("size", [10, 20_000])
 def test_version_counters_move(name: str, size: int) -> None:
     param = torch.nn.Parameter(torch.randn(size))
     optimizer = LARS([param], fused=True, **OPTIONS[name])

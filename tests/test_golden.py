@@ -12,7 +12,7 @@ import torch
 
 import golden
 from cases import OPTIONS
-from harness import IMPLEMENTATIONS, ignore_nothing_adapted
+from harness import IMPLEMENTATIONS, ignore_nothing_adapted, loop_over
 
 pytestmark = ignore_nothing_adapted
 
@@ -36,7 +36,7 @@ def test_float64_is_the_reference(name: str) -> None:
 
 
 @cases
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@loop_over("implementation", IMPLEMENTATIONS)
 def test_float32_bits(name: str, implementation: str) -> None:
     expected = CASES[name]["float32"][implementation]
     actual = golden.float32(INPUTS, CASES[name]["options"], IMPLEMENTATIONS[implementation])
@@ -46,7 +46,7 @@ def test_float32_bits(name: str, implementation: str) -> None:
 
 
 @cases
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@loop_over("implementation", IMPLEMENTATIONS)
 def test_the_bits_are_those_of_the_right_numbers(name: str, implementation: str) -> None:
     """What was recorded is not merely what came out."""
     bits = golden.from_hex(CASES[name]["float32"][implementation])

@@ -11,7 +11,7 @@ from torch.linalg import vector_norm
 
 from cases import BASE, OPTIONS, Options, make_grads, make_params
 from fastlars import LARS, fused_cpu, lars, norms
-from harness import buffers_of, ignore_nothing_adapted, implementations, set_grads
+from harness import IMPLEMENTATIONS, buffers_of, ignore_nothing_adapted, implementations, loop_over, pairs, set_grads
 from reference import norm, to_array, trust_ratio
 
 pytestmark = ignore_nothing_adapted
@@ -52,6 +52,7 @@ def test_sizes_around_rows_and_pieces(dtype: torch.dtype) -> None:
         assert relative_error(value, norm(to_array(tensor))) < PROMISE
 
 
+@pytest.mark.slow
 def test_1e8_elements() -> None:
     value = torch.tensor(CONSTANT_1E8)
     param = torch.nn.Parameter(torch.full((10**8,), CONSTANT_1E8))
@@ -83,7 +84,7 @@ def test_the_norm_of_the_fused_step() -> None:
 
 @implementations
 @pytest.mark.parametrize("denominator", ["separate", "joint"])
-@pytest.mark.parametrize("size", [4096, 4097, 10_007, fused_cpu.SMALL, 1 << 18, (1 << 20) + 1])
+@loop_over("size", [4096, 4097, 10_007, fused_cpu.SMALL, 1 << 18, (1 << 20) + 1])
 def test_norms_in_a_step(size: int, denominator: str, implementation: Options) -> None:
     """An implementation may take its norms by other means. With lr = 1e6 a parameter shows its ratio to 1e-7."""
     options = {**BASE, "lr": 1e6, "trust_denominator": denominator}
@@ -120,18 +121,18 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout: str, dtype: torch.dtype) -> None:
+def test_layouts(layout: str) -> None:
     shape, view = LAYOUTS[layout]
-    for values in (torch.full(shape, CONSTANT), torch.rand(shape) + 0.5):
-        tensor = view(values.to(dtype))
-        assert relative_error(norms.norms([tensor], foreach=False), norm(to_array(tensor))) < PROMISE
-    # as the gradient of a step
-    param = torch.nn.Parameter(torch.ones(tensor.shape, dtype=dtype))
-    param.grad = tensor
-    expected = trust_ratio(to_array(param), to_array(tensor), **BASE)
-    assert LARS([param], **BASE).trust_ratios()["0.0"] == pytest.approx(expected, rel=PROMISE)
+    for dtype in DTYPES:
+        for values in (torch.full(shape, CONSTANT), torch.rand(shape) + 0.5):
+            tensor = view(values.to(dtype))
+            assert relative_error(norms.norms([tensor], foreach=False), norm(to_array(tensor))) < PROMISE, dtype
+        # as the gradient of a step
+        param = torch.nn.Parameter(torch.ones(tensor.shape, dtype=dtype))
+        param.grad = tensor
+        expected = trust_ratio(to_array(param), to_array(tensor), **BASE)
+        assert LARS([param], **BASE).trust_ratios()["0.0"] == pytest.approx(expected, rel=PROMISE), dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
@@ -151,9 +152,7 @@ def test_views_that_are_negated_or_conjugated_later() -> None:
 
 # ---------------------------------------------------------------- half types, cancellation
 @implementations
-@pytest.mark.parametrize(
-    ("dtype", "value"), [(torch.float16, 300.0), (torch.bfloat16, 300.0), (torch.bfloat16, 1e15)], ids=str
-)
+@loop_over("dtype value", [(torch.float16, 300.0), (torch.bfloat16, 300.0), (torch.bfloat16, 1e15)])
 @pytest.mark.parametrize("denominator", ["separate", "joint"])
 def test_half_types_do_not_overflow(
     denominator: str, dtype: torch.dtype, value: float, implementation: Options
@@ -172,8 +171,8 @@ def test_half_types_do_not_overflow(
 
 
 @foreach_or_not
-@pytest.mark.parametrize("sign", [1.0, -1.0])
-@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@loop_over("sign", [1.0, -1.0])
+@loop_over("dtype", DTYPES[:3])
 def test_joint_norm_where_gradient_and_decay_cancel(dtype: torch.dtype, sign: float, foreach: bool) -> None:
     """From |g|, |w| and their dot product: NaN, or off by 0.6 (float32)."""
     decay = 0.05
@@ -193,7 +192,7 @@ class Elsewhere(Tensor):
 
 
 @foreach_or_not
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@loop_over("dtype", DTYPES)
 def test_what_runs_on_accelerators(dtype: torch.dtype, foreach: bool) -> None:
     """In numbers too: half types go through float32."""
     params, grads = ([(torch.rand(size) * 300).to(dtype) for size in (5, 4097, 70_000)] for _ in range(2))
@@ -214,8 +213,8 @@ def test_what_runs_on_accelerators(dtype: torch.dtype, foreach: bool) -> None:
         )
 
 
-@pytest.mark.parametrize(
-    ("sizes", "expected"),
+@loop_over(
+    "sizes expected",
     [
         ([1 << 23, 1 << 23], [[0, 1]]),
         ([1 << 23, (1 << 23) + 1], [[0], [1]]),
@@ -240,18 +239,18 @@ def test_joint_norm_over_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(actual, torch.tensor(expected), rtol=PROMISE, atol=0.0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
 @pytest.mark.parametrize("layout", ["plain", "two_pieces", *LAYOUTS])
-def test_joint_norm_on_cpu_in_pieces(layout: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_joint_norm_on_cpu_in_pieces(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of parameter and gradient each in its own layout: the pieces of one must be those of the other."""
     shape, view = LAYOUTS.get(layout, ((3, 70, 41) if layout == "plain" else (1500,), lambda x: x))
-    param = view(torch.rand(shape).to(dtype))
-    limit = 1000 if param.numel() < 1 << 17 else 1 << 17
-    monkeypatch.setattr(norms._cpu_joint_norms, "__defaults__", (limit,))
-    random = torch.rand(param.shape).to(dtype)
-    for w, g in ((param, random), (random, param)):
-        actual = norms.joint_norms([w], [g], -1.0, 0.5, foreach=False)
-        assert relative_error(actual, norm(0.5 * to_array(w) - to_array(g))) < PROMISE
+    for dtype in DTYPES[1:3]:
+        param = view(torch.rand(shape).to(dtype))
+        limit = 1000 if param.numel() < 1 << 17 else 1 << 17
+        monkeypatch.setattr(norms._cpu_joint_norms, "__defaults__", (limit,))
+        random = torch.rand(param.shape).to(dtype)
+        for w, g in ((param, random), (random, param)):
+            actual = norms.joint_norms([w], [g], -1.0, 0.5, foreach=False)
+            assert relative_error(actual, norm(0.5 * to_array(w) - to_array(g))) < PROMISE, dtype
 
 
 # ---------------------------------------------------------------- surroundings
@@ -295,19 +294,17 @@ def assert_same_bits(actual: list[Any], expected: list[Any]) -> None:
         assert left.dtype == right.dtype and left.device == right.device and torch.equal(left, right)
 
 
-@implementations
-@pytest.mark.parametrize("surroundings", SURROUNDINGS)
-@pytest.mark.parametrize("name", NAMES)
-def test_same_bits_in_all_surroundings(name: str, surroundings: str, implementation: Options) -> None:
+@pairs("name surroundings how", NAMES, SURROUNDINGS, IMPLEMENTATIONS)
+def test_same_bits_in_all_surroundings(name: str, surroundings: str, how: str) -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.complex64):
         for lr in (OPTIONS[name]["lr"], torch.tensor(OPTIONS[name]["lr"])):
-            options = {**OPTIONS[name], **implementation, "lr": lr}
+            options = {**OPTIONS[name], **IMPLEMENTATIONS[how], "lr": lr}
             plain = step_twice(options, dtype, contextlib.nullcontext)
             assert_same_bits(step_twice(options, dtype, SURROUNDINGS[surroundings]), plain)
 
 
 @implementations
-@pytest.mark.parametrize("extra", [{}, {"trust_clip": True}, {"momentum": 1}, {"adapt": False}], ids=str)
+@loop_over("extra", [{}, {"trust_clip": True}, {"momentum": 1}, {"adapt": False}])
 def test_whole_numbers_as_options(extra: Options, implementation: Options) -> None:
     numbers = {"lr": 1, "weight_decay": 1, "eps": 0, "trust_coefficient": 1, "momentum": 0, "dampening": 0, **extra}
     floats = {key: value if isinstance(value, bool) else float(value) for key, value in numbers.items()}
@@ -319,10 +316,8 @@ def test_whole_numbers_as_options(extra: Options, implementation: Options) -> No
 
 
 # ---------------------------------------------------------------- grad_scale
-@implementations
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.complex64], ids=str)
-@pytest.mark.parametrize("name", NAMES)
-def test_power_of_two_as_grad_scale(name: str, dtype: torch.dtype, implementation: Options) -> None:
+@pairs("name dtype how", NAMES, [*DTYPES, torch.complex64], IMPLEMENTATIONS)
+def test_power_of_two_as_grad_scale(name: str, dtype: torch.dtype, how: str) -> None:
     """The same bits as of gradients that were never scaled; but scaled float16 ones go through float32, not torch's SGD."""
     results = []
     torch_sgd = dtype == torch.float16 and OPTIONS[name].get("adapt") is False
@@ -332,7 +327,7 @@ def test_power_of_two_as_grad_scale(name: str, dtype: torch.dtype, implementatio
         for step in range(2):
             grads = [g * (scale or 1.0) for g in make_grads("dense", params, step)]
             grad_scale = None if scale is None else torch.full((1,), scale)
-            lars(params, grads, buffers, **OPTIONS[name], **implementation, grad_scale=grad_scale)
+            lars(params, grads, buffers, **OPTIONS[name], **IMPLEMENTATIONS[how], grad_scale=grad_scale)
         results.append([{}, *params, *[b for b in buffers if b is not None]])
     for result in results[1:]:
         assert_same_bits(result, results[0])

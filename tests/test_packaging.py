@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import fastlars
+from harness import loop_over
 
 of_the_wheel = pytest.mark.skipif(
     os.environ.get("FASTLARS_EXPECT_WHEEL") != "1", reason="fastlars need not be the built wheel outside nox"
@@ -49,7 +50,11 @@ def test_the_citation_has_the_version_of_the_package() -> None:
 @pytest.mark.parametrize("package", ["triton", "torch._dynamo", "torch.distributed", "matplotlib"])
 def test_importing_loads_no_optional_part_of_torch(package: str) -> None:
     """Beyond what torch itself loads, which differs between versions."""
-    of_package = {name for name in loaded("torch, fastlars") if name == package or name.startswith(package + ".")}
+    of_package = {
+        name
+        for name in loaded("torch, fastlars, fastlars.fused_cuda")
+        if name == package or name.startswith(package + ".")
+    }
     assert of_package <= loaded("torch")
 
 
@@ -59,7 +64,7 @@ OF_OS = {"fork", "geteuid", "getuid", "killpg", "mkfifo", "nice", "sched_setaffi
 OF_SIGNAL = {"SIGUSR1", "SIGUSR2", "SIGALRM", "SIGHUP", "SIGKILL", "alarm"}
 
 
-@pytest.mark.parametrize("file", sorted(Path(fastlars.__file__).parent.rglob("*.py")), ids=lambda file: file.name)
+@loop_over("file", sorted(Path(fastlars.__file__).parent.rglob("*.py")))
 def test_the_source_holds_to_no_system(file: Path) -> None:
     """macOS and Windows by construction: no module of one system, no path, no encoding of the machine's."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

@@ -19,7 +19,7 @@ import fastlars
 import pages
 from cases import BASE, make_grads, make_params
 from fastlars import LARS, param_groups
-from harness import implementations, set_grads
+from harness import implementations, loop_over, set_grads
 
 LAYOUTS = ["matrix", "vector", "conv", "zeros"]
 
@@ -43,9 +43,9 @@ class Ops(TorchDispatchMode):
 
 
 # ---------------------------------------------------------------- values
-@pytest.mark.parametrize("decay", [0.05, 0.0])
-@pytest.mark.parametrize("denominator", ["separate", "joint"])
-@pytest.mark.parametrize("clip", [False, True])
+@loop_over("decay", [0.05, 0.0])
+@loop_over("denominator", ["separate", "joint"])
+@loop_over("clip", [False, True])
 @implementations
 def test_they_are_what_the_step_scales_by(implementation: Any, clip: bool, denominator: str, decay: float) -> None:
     """Without momentum w - w_old = -lr * ratio * (g + decay * w): the ratio read back from the step."""
@@ -201,8 +201,8 @@ def test_names_are_readable_whatever_their_number(plots: Any) -> None:
         assert all(left.x1 < right.x0 for left, right in itertools.pairwise(ticks))
 
 
-@pytest.mark.parametrize(
-    ("history", "rows", "message"),
+@loop_over(
+    "history rows message",
     [
         ({}, None, "no ratio to draw in 0 steps and 0 rows; record optimizer.trust_ratios"),
         ({0: {}, 1: {}}, None, "no ratio to draw in 2 steps and 0 rows"),
@@ -252,6 +252,7 @@ def test_tensorboard_shows_what_the_page_writes(tmp_path: Path, monkeypatch: pyt
         assert shown == pytest.approx({step: ratios[name] for step, ratios in history.items()}, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_documents_picture_can_be_made_again(tmp_path: Path) -> None:
     for module in ("matplotlib", "sklearn"):
         pytest.importorskip(module, reason="the demo has its own dependencies: group demo")

@@ -14,6 +14,7 @@ from cases import (
     LAYOUTS,
     LR_FACTORS,
     OPTIONS,
+    PAIRWISE,
     REAL,
     STEPS,
     all_options,
@@ -22,9 +23,11 @@ from cases import (
     make_params,
     neighbours,
     nonfinite,
+    pairwise,
     tolerance,
 )
-from reference import ReferenceLARS, is_adapted, norm, to_array, trust_ratio
+from harness import loop_over
+from reference import DEFAULTS, ReferenceLARS, is_adapted, norm, to_array, trust_ratio
 
 W = [3.0, 4.0]
 G = [0.6, 0.8]
@@ -140,7 +143,7 @@ def test_unknown_and_missing_options_are_refused() -> None:
         ReferenceLARS([{"params": [W]}])
 
 
-@pytest.mark.parametrize("options", [o for o in all_options() if o["momentum"] and not o["lr_in_momentum"]][::7])
+@loop_over("options", [o for o in all_options() if o["momentum"] and not o["lr_in_momentum"]][::7])
 def test_lr_in_momentum_differs_only_when_lr_changes(options: dict[str, Any]) -> None:
     # trust_clip reads lr, but the same lr in both
     for factors, same in [((1.0, 1.0, 1.0), True), ((1.0, 0.5, 2.0), False)]:
@@ -161,10 +164,10 @@ SGD_OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("history", HISTORIES)
-@pytest.mark.parametrize("options", SGD_OPTIONS.values(), ids=SGD_OPTIONS)
-def test_sgd_in_double_precision(options: dict[str, Any], history: str) -> None:
+@loop_over("name history", [(n, h) for i, n in enumerate(SGD_OPTIONS) for h in list(HISTORIES)[i % 2 :: 2]])
+def test_sgd_in_double_precision(name: str, history: str) -> None:
     """Over several steps without realigning, lr changing."""
+    options = SGD_OPTIONS[name]
     params = [*make_params(torch.float64), *make_params(torch.complex128)]
     options = {"lr": 0.5, "weight_decay": 0.05} | {key: value for key, value in options.items() if key != "adapt"}
     sgd = torch.optim.SGD(params, **options, foreach=False)
@@ -186,7 +189,7 @@ def test_sgd_in_double_precision(options: dict[str, Any], history: str) -> None:
 
 
 @pytest.mark.parametrize("history", HISTORIES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
+@loop_over("dtype", [torch.float32, torch.complex64])
 def test_the_tolerance_fits_one_step_of_sgd(dtype: torch.dtype, history: str) -> None:
     params = make_params(dtype)
     options = {"lr": 0.5, "momentum": 0.9, "dampening": 0.25, "weight_decay": 0.05}
@@ -211,7 +214,7 @@ def test_the_tolerance_fits_one_step_of_sgd(dtype: torch.dtype, history: str) ->
     assert detected == (history != "never")
 
 
-@pytest.mark.parametrize("dtype", REAL + COMPLEX, ids=str)
+@loop_over("dtype", REAL + COMPLEX)
 def test_cases_are_what_they_say(dtype: torch.dtype) -> None:
     params = make_params(dtype)
     by_name = dict(zip(LAYOUTS, params, strict=True))
@@ -241,6 +244,38 @@ def test_cases_are_what_they_say(dtype: torch.dtype) -> None:
 
 def test_option_sets_are_valid_and_distinct() -> None:
     assert all(is_valid(options) for options in OPTIONS.values())
-    assert 60 <= len(OPTIONS) <= 100
+    assert len({str(sorted(options.items())) for options in PAIRWISE.values()}) == len(PAIRWISE)
     assert sum(1 for _ in all_options()) == 864
     assert any(is_adapted(options) for options in OPTIONS.values())
+
+
+def test_any_two_values_of_two_columns_stand_in_a_row() -> None:
+    columns = [(1, 2, 3), "ab", (True, False), "xyz"]
+    rows = pairwise(*columns)
+    for i, j in itertools.combinations(range(len(columns)), 2):
+        assert {(row[i], row[j]) for row in rows} == {*itertools.product(columns[i], columns[j])}
+    assert 9 <= len(rows) < 36 / 2
+    # what never stands together is not asked for
+    assert {row[:2] for row in pairwise(*columns, valid=lambda x, y, *_: (x, y) != (1, "a"))} == {
+        *itertools.product(*columns[:2])
+    } - {(1, "a")}
+
+
+def test_any_two_options_stand_in_a_set() -> None:
+    """Each with either value: all that can stand together with momentum, and all but dampening without."""
+    values: dict[str, tuple[Any, ...]] = {
+        "momentum": (0.0, 0.9),
+        "dampening": (0.0, 0.25),
+        "nesterov": (False, True),
+        "weight_decay": (0.0, 0.05),
+        "adapt": (None, True, False),
+        **dict.fromkeys(("trust_clip", "lr_in_momentum", "skip_nonfinite", "maximize"), (False, True)),
+        "trust_denominator": ("separate", "joint"),
+    }
+    rows = [{**DEFAULTS, **options} for options in PAIRWISE.values()]
+    for one, other in itertools.combinations(values, 2):
+        for pair in itertools.product(values[one], values[other]):
+            asked = dict(zip((one, other), pair, strict=True))
+            possible = any(o.items() >= asked.items() for o in all_options() if o["momentum"] or not o["dampening"])
+            explicit = asked in ({"weight_decay": 0.05, "adapt": True}, {"weight_decay": 0.0, "adapt": False})
+            assert any(row.items() >= asked.items() for row in rows) == (possible and not explicit), asked

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from cases import make_grads, make_params
+from cases import make_grads, make_params, pairwise
 from fastlars import LARS
 from fastlars.schedules import linear_scaling, sqrt_scaling, warmup_cosine, warmup_polynomial
+from harness import loop_over
 
 # schedule, what is left of lr at this share of the decay
 SCHEDULES: dict[str, tuple[Callable[..., LambdaLR], Callable[[float], float]]] = {
@@ -63,21 +64,22 @@ def go_on(optimizer: LARS, scheduler: LambdaLR, steps: range) -> list[list[float
 
 
 @schedules
-@pytest.mark.parametrize(("warmup", "total"), LENGTHS)
-def test_values(schedule: str, warmup: int, total: int) -> None:
-    optimizer = make()
-    seen = go_on(optimizer, SCHEDULES[schedule][0](optimizer, warmup, total), range(total + 3))
-    for step, lrs in enumerate(seen):
-        factor = expected(schedule, warmup, total, step)
-        assert lrs == pytest.approx([8.0 * factor, 0.5 * factor], rel=1e-12, abs=1e-14), f"step {step}"
-    assert max(seen) == [8.0, 0.5]
-    if schedule in ("polynomial", "linear", "root", "cosine"):
-        assert seen[total:] == [[0.0, 0.0]] * 3  # past the end: exactly 0, nothing moves
-    assert all(p.isfinite().all() for group in optimizer.param_groups for p in group["params"])
+def test_values(schedule: str) -> None:
+    for warmup, total in LENGTHS:
+        optimizer = make()
+        seen = go_on(optimizer, SCHEDULES[schedule][0](optimizer, warmup, total), range(total + 3))
+        for step, lrs in enumerate(seen):
+            factor = expected(schedule, warmup, total, step)
+            where = f"{warmup} of {total}, step {step}"
+            assert lrs == pytest.approx([8.0 * factor, 0.5 * factor], rel=1e-12, abs=1e-14), where
+        assert max(seen) == [8.0, 0.5]
+        if schedule in ("polynomial", "linear", "root", "cosine"):
+            assert seen[total:] == [[0.0, 0.0]] * 3  # past the end: exactly 0, nothing moves
+        assert all(p.isfinite().all() for group in optimizer.param_groups for p in group["params"])
 
 
 @schedules
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@loop_over("dtype", [torch.float32, torch.float64])
 def test_a_tensor_lr_is_written_in_place(schedule: str, dtype: torch.dtype) -> None:
     lr = torch.tensor(8.0, dtype=dtype)
     optimizer = make(lr)
@@ -109,15 +111,13 @@ WAYS: dict[str, Callable[..., Any]] = {
 }
 
 
-@schedules
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-@pytest.mark.parametrize("saved_at", [1, 2, 3, 6, 7])
-def test_a_saved_run_goes_on(way: Callable[..., Any], saved_at: int, schedule: str) -> None:
+@loop_over("schedule saved_at way", pairwise(SCHEDULES, [1, 2, 3, 6, 7], WAYS))
+def test_a_saved_run_goes_on(schedule: str, saved_at: int, way: str) -> None:
     build = SCHEDULES[schedule][0]
     optimizer = make(torch.tensor(8.0, dtype=torch.float64))
     scheduler = build(optimizer, 2, 6)
     go_on(optimizer, scheduler, range(saved_at))
-    restored, restored_scheduler = way(optimizer, scheduler, build)
+    restored, restored_scheduler = WAYS[way](optimizer, scheduler, build)
     steps = range(saved_at, 9)
     assert go_on(restored, restored_scheduler, steps) == go_on(optimizer, scheduler, steps)
     assert restored_scheduler.get_last_lr() == scheduler.get_last_lr()
@@ -127,8 +127,8 @@ def test_a_saved_run_goes_on(way: Callable[..., Any], saved_at: int, schedule: s
             assert torch.equal(param, other)
 
 
-@pytest.mark.parametrize("build", [warmup_polynomial, warmup_cosine])
-@pytest.mark.parametrize(("warmup", "total"), [(-1, 5), (5, 5), (6, 5), (0, 0), (float("nan"), 5), (0, float("nan"))])
+@loop_over("build", [warmup_polynomial, warmup_cosine])
+@loop_over("warmup total", [(-1, 5), (5, 5), (6, 5), (0, 0), (float("nan"), 5), (0, float("nan"))])
 def test_lengths_are_checked_before_anything_changes(build: Callable[..., LambdaLR], warmup: Any, total: Any) -> None:
     optimizer = make()
     before = copy.deepcopy(optimizer.state_dict())
@@ -138,14 +138,14 @@ def test_lengths_are_checked_before_anything_changes(build: Callable[..., Lambda
     assert optimizer.state_dict() == before
 
 
-@pytest.mark.parametrize("power", [0, -1.0, float("nan")])
+@loop_over("power", [0, -1.0, float("nan")])
 def test_power_is_checked(power: float) -> None:
     with pytest.raises(ValueError, match=f"power must be > 0, got {power}"):
         warmup_polynomial(make(), 1, 5, power)
 
 
 @pytest.mark.parametrize("build", [warmup_polynomial, warmup_cosine])
-@pytest.mark.parametrize("end_factor", [-0.1, 1.5, 8.0, float("nan")])
+@loop_over("end_factor", [-0.1, 1.5, 8.0, float("nan")])
 def test_end_factor_is_a_share(build: Callable[..., LambdaLR], end_factor: float) -> None:
     with pytest.raises(ValueError, match=f"end_factor must be 0 to 1, a share of lr, got {end_factor}"):
         build(make(), 1, 5, end_factor=end_factor)
@@ -167,8 +167,8 @@ def test_groups_keep_their_proportion(schedule: str) -> None:
     assert [other / lr for lr, other in seen] == pytest.approx([0.5 / 8.0] * 10)
 
 
-@pytest.mark.parametrize(
-    ("scaled", "published"),
+@loop_over(
+    "scaled published",
     [
         (linear_scaling(0.3, 4096), 4.8),  # SimCLR, 0.3 * 4096 / 256
         (linear_scaling(0.2, 4096), 3.2),  # BYOL

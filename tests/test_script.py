@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,10 +11,10 @@ from torch import Tensor
 
 import fastlars
 import harness
-from cases import COMPLEX, HISTORIES, OPTIONS, REAL, make_params
+from cases import COMPLEX, OPTIONS, PAIRWISE, REAL, make_params
 from fastlars import LARS
 from fastlars.options import NAMES, Options
-from harness import IMPLEMENTATIONS, ignore_nothing_adapted
+from harness import IMPLEMENTATIONS, ignore_nothing_adapted, loop_over, mixed_grads, option_sets
 
 pytestmark = [
     ignore_nothing_adapted,
@@ -92,17 +91,12 @@ class ScriptedLARS(LARS):
                 self.state[param]["momentum_buffer"] = buffer
 
 
-def mixed_grads(params: Sequence[Tensor], step: int, offset: int) -> list[Tensor | None]:
-    names = list(HISTORIES)
-    return [HISTORIES[names[(i + offset) % len(names)]](param, step, i) for i, param in enumerate(params)]
-
-
 @pytest.mark.parametrize("implementation", SCRIPTED)
-@pytest.mark.parametrize("name", [name for name in OPTIONS if name.count("-") == 0])
+@option_sets
 def test_equals_reference(name: str, implementation: str, scripted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ScriptedLARS, "scripted", scripted)
     monkeypatch.setattr(harness, "LARS", ScriptedLARS)
-    offset = list(OPTIONS).index(name)
+    offset = list(PAIRWISE).index(name)
     dtypes = (*REAL, *COMPLEX)
     # two dtypes at a time, one after the other over the options
     groups = [{"params": make_params(dtypes[i % len(dtypes)], layouts=KINDS, seed=i)} for i in (offset, offset + 1)]
@@ -112,8 +106,8 @@ def test_equals_reference(name: str, implementation: str, scripted: Any, monkeyp
 
 
 @pytest.mark.parametrize("implementation", SCRIPTED)
-@pytest.mark.parametrize("name", ["momentum", "nesterov-joint", "unadapted", "clip-paper", "no_decay"])
-@pytest.mark.parametrize("found", [False, True])
+@loop_over("name", ["momentum", "nesterov-joint", "unadapted", "clip-paper", "no_decay"])
+@loop_over("found", [False, True])
 def test_scale_and_gate_equal_eager(name: str, implementation: str, found: bool, scripted: Any) -> None:
     options = Options(**{**OPTIONS[name], "lr": torch.tensor([0.3]), **IMPLEMENTATIONS[implementation]})
     results = []
@@ -184,6 +178,7 @@ def test_the_function_itself() -> None:
     torch.testing.assert_close(w, torch.tensor([3.0, 3.5]))
 
 
+@pytest.mark.slow
 def test_who_does_not_script_sees_no_warning() -> None:
     program = """
 import torch, warnings

@@ -1,12 +1,16 @@
 """Steps of sharded tensors are the steps of the whole ones, for one all-reduce a sharded mesh dimension."""
 
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 
 import ranks as ranks_module
 import sharded
 from cases import OPTIONS, Options
-from harness import ignore_nothing_adapted, implementations
+from harness import IMPLEMENTATIONS, ignore_nothing_adapted, implementations
 from ranks import Group
 
 pytestmark = [
@@ -29,8 +33,12 @@ CHOSEN = [
 GRIDS = {2: ["flat"], 4: ["flat", "grid"]}
 
 
-@implementations
-@pytest.mark.parametrize("name", CHOSEN)
+def in_turn(values: Sequence[Any]) -> list[tuple[Any, Options]]:
+    """Each with one of the implementations."""
+    return list(zip(values, itertools.cycle(IMPLEMENTATIONS.values()), strict=False))
+
+
+@pytest.mark.parametrize(("name", "implementation"), in_turn(CHOSEN), ids=str)
 def test_equals_reference(ranks: Group, name: str, implementation: Options) -> None:
     for layouts in GRIDS[ranks.world]:
         ranks.run(sharded.equals_reference, layouts, "dense", {**OPTIONS[name], **implementation})
@@ -49,8 +57,10 @@ def test_steps_with_gradients_that_are_not_finite_are_skipped(ranks: Group, impl
             ranks.run(sharded.equals_reference, layouts, "nonfinite", {**OPTIONS[name], **implementation})
 
 
-@implementations
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.complex64], ids=str)
+DTYPES = [torch.float64, torch.bfloat16, torch.float16, torch.complex64]
+
+
+@pytest.mark.parametrize(("dtype", "implementation"), in_turn(DTYPES), ids=str)
 def test_any_dtype_equals_reference(ranks: Group, dtype: torch.dtype, implementation: Options) -> None:
     ranks.run(sharded.equals_reference, "flat", "dense", {**OPTIONS["nesterov-joint"], **implementation}, dtype)
 

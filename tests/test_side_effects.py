@@ -10,16 +10,24 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cases import BASE, OPTIONS, Options, make_grads, make_params
+from cases import BASE, OPTIONS, PAIRWISE, Options, make_grads, make_params, pairwise
 from fastlars import LARS, lars, norms
-from harness import IMPLEMENTATIONS, buffers_of, ignore_nothing_adapted, implementations, set_grads
+from harness import (
+    IMPLEMENTATIONS,
+    buffers_of,
+    ignore_nothing_adapted,
+    implementations,
+    loop_over,
+    option_sets,
+    pairs,
+    set_grads,
+)
 from recording import Recorder, fake_cuda
 
 pytestmark = ignore_nothing_adapted
 # the fused ones have tests of their own: that on CPU reads and stacks CPU tensors, that on CUDA cannot launch on fake ones
 NOT_FUSED = ("single", "foreach")
 not_fused = pytest.mark.parametrize("implementation", [IMPLEMENTATIONS[name] for name in NOT_FUSED], ids=NOT_FUSED)
-option_sets = pytest.mark.parametrize("name", OPTIONS)
 DTYPES = (torch.float32, torch.bfloat16, torch.complex64)
 # one route of `functional.update` each: in place, torch's SGD, on copies, torch's SGD on copies
 ROUTES: dict[str, Options] = {
@@ -49,7 +57,7 @@ def test_gradients_are_never_written(name: str, implementation: Options) -> None
 
 # ---------------------------------------------------------------- versions
 @implementations
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@loop_over("dtype", DTYPES)
 @pytest.mark.parametrize("route", ROUTES)
 def test_versions_increase(route: str, dtype: torch.dtype, implementation: Options) -> None:
     params = make_params(dtype)
@@ -100,19 +108,17 @@ def test_a_host_read_would_be_seen(read: Any) -> None:
     assert recorder.reads or recorder.arrivals
 
 
-@not_fused
-@option_sets
-def test_no_host_read(name: str, implementation: Options) -> None:
-    for make_lr in LRS.values():
-        with fake_cuda():
-            options = {**OPTIONS[name], "lr": make_lr(OPTIONS[name]["lr"])}
-            optimizer = LARS(cuda_groups(), **options, **implementation)
-            with Recorder() as recorder:
-                for _ in range(2):
-                    optimizer.step()
-        assert not recorder.reads and not recorder.arrivals
-        assert all(recorder.departures)
-        assert recorder.names
+@pairs("name lr implementation", PAIRWISE, LRS, NOT_FUSED)
+def test_no_host_read(name: str, lr: str, implementation: str) -> None:
+    with fake_cuda():
+        options = {**OPTIONS[name], "lr": LRS[lr](OPTIONS[name]["lr"])}
+        optimizer = LARS(cuda_groups(), **options, **IMPLEMENTATIONS[implementation])
+        with Recorder() as recorder:
+            for _ in range(2):
+                optimizer.step()
+    assert not recorder.reads and not recorder.arrivals
+    assert all(recorder.departures)
+    assert recorder.names
 
 
 @not_fused
@@ -144,9 +150,10 @@ class Factors(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("lr", LRS)
-@pytest.mark.parametrize("name", ["momentum", "nesterov-joint", "base", "everything"])
+@loop_over(
+    "name lr dtype",
+    pairwise(["momentum", "nesterov-joint", "base", "everything"], LRS, [torch.float32, torch.float64, torch.bfloat16]),
+)
 def test_foreach_gives_cuda_what_it_can_step_in_few_launches(name: str, lr: str, dtype: torch.dtype) -> None:
     """From torch 2.11 on (pull request 172731): a first factor of 0-dim tensors, of the dtype and device of the others."""
     with fake_cuda():
@@ -164,10 +171,11 @@ def test_foreach_gives_cuda_what_it_can_step_in_few_launches(name: str, lr: str,
             assert target.dtype == targets[0].dtype
 
 
-@not_fused
-@pytest.mark.parametrize("shape", [(), (1,)])
-@pytest.mark.parametrize("name", ["momentum", "nesterov-joint", "unadapted", "clip-maximize", "skip_nonfinite"])
-def test_no_host_read_of_scale_and_overflow(name: str, shape: tuple[int, ...], implementation: Options) -> None:
+@loop_over(
+    "name shape implementation",
+    pairwise(["momentum", "nesterov-joint", "unadapted", "clip-maximize", "skip_nonfinite"], [(), (1,)], NOT_FUSED),
+)
+def test_no_host_read_of_scale_and_overflow(name: str, shape: tuple[int, ...], implementation: str) -> None:
     with fake_cuda(), torch.no_grad():
         for group in cuda_groups():
             params = group["params"]
@@ -180,13 +188,13 @@ def test_no_host_read_of_scale_and_overflow(name: str, shape: tuple[int, ...], i
                     grad_scale=torch.full(shape, 8.0, device="cuda"),
                     found_inf=torch.zeros(shape, device="cuda"),
                     **OPTIONS[name],
-                    **implementation,
+                    **IMPLEMENTATIONS[implementation],
                 )
             assert not recorder.reads and not recorder.arrivals
 
 
 @not_fused
-@pytest.mark.parametrize("name", ["momentum", "unadapted", "clip-maximize", "skip_nonfinite"])
+@loop_over("name", ["momentum", "unadapted", "clip-maximize", "skip_nonfinite"])
 def test_what_comes_to_the_cpu_is_waited_for(name: str, implementation: Options) -> None:
     """Parameters on the CPU, scalars on the device: a non-blocking copy would be read before it has arrived."""
     with fake_cuda():
@@ -238,31 +246,33 @@ def is_in_place(options: Options) -> bool:
     return is_adapted(options) and options.get("trust_denominator") != "joint" and not options.get("skip_nonfinite")
 
 
-@not_fused
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("name", [name for name in OPTIONS if is_in_place(OPTIONS[name])])
-def test_no_temporary_of_parameter_size(name: str, device: str, implementation: Options) -> None:
-    for dtype in (torch.float32, torch.complex64):
-        for lr in ("float", "tensor"):
-            recorder = second_step(OPTIONS[name], implementation, dtype, device, lr)
-            assert recorder.peak < SIZE / 10
+IN_PLACE = ["momentum-clip", "dampening-maximize", "nesterov-paper", "base", "adapt", "paper-maximize"]
 
 
-@not_fused
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("momentum", "joint", "nesterov-joint", "joint-maximize", "adapted"),
-        *("skip_nonfinite", "skip_nonfinite-unadapted", "everything"),  # "unadapted" alone is torch's own SGD
-    ],
+@loop_over(
+    "name device dtype lr implementation",
+    pairwise(IN_PLACE, ["cpu", "cuda"], [torch.float32, torch.complex64], ["float", "tensor"], NOT_FUSED),
 )
+def test_no_temporary_of_parameter_size(
+    name: str, device: str, dtype: torch.dtype, lr: str, implementation: str
+) -> None:
+    assert is_in_place(OPTIONS[name])
+    recorder = second_step(OPTIONS[name], IMPLEMENTATIONS[implementation], dtype, device, lr)
+    assert recorder.peak < SIZE / 10
+
+
+BUCKETED = [
+    *("momentum", "joint", "nesterov-joint", "joint-maximize", "adapted"),
+    *("skip_nonfinite", "everything"),  # not adapted, it may be torch's own SGD
+]
+
+
+@pairs("name dtype device how", BUCKETED, [torch.float32, torch.bfloat16], ["cpu", "cuda"], NOT_FUSED)
 def test_temporaries_fit_a_bucket(
-    name: str, dtype: torch.dtype, device: str, implementation: Options, monkeypatch: pytest.MonkeyPatch
+    name: str, dtype: torch.dtype, device: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At most three lists, of parameters, buffers and gradients, each of one bucket or, single-tensor, one tensor."""
-    in_bucket = 2
+    in_bucket, implementation = 2, IMPLEMENTATIONS[how]
     monkeypatch.setattr(norms.chunks, "__defaults__", (in_bucket * SIZE,))
     options = {**OPTIONS, **ROUTES}[name]
     recorder = second_step(options, implementation, dtype, device, "float")
@@ -275,8 +285,6 @@ def test_temporaries_fit_a_bucket(
     joint = in_bucket if options.get("trust_denominator") == "joint" else 0
     # one tensor more: a gradient while it is scaled, a value while it is chosen to be written or not
     limit = max(joint, copied * (in_bucket if foreach else 1)) + 1
-    if skip and not is_adapted(options):
-        limit += in_bucket if foreach else 1  # torch's SGD adds the decay to a copy of the gradient
     assert recorder.peak < (limit + 0.1) * SIZE
 
 

@@ -57,10 +57,8 @@ OPTIONS = f"--batch {BATCH} --epochs {EPOCHS} --every {EVERY} --lr {LR} --seed {
 
 # mode, rank, place, step, the step that the next attempt goes on from; an attempt each
 KILLS = [
-    ("data-parallel", 1, "in backward", 5, 3),
     ("data-parallel", 1, "in writing a checkpoint", 6, 3),
     ("sharded", 1, "before the optimizer's step", 5, 3),
-    ("sharded", 0, "before renaming a checkpoint", 6, 3),
 ]
 
 
@@ -145,7 +143,9 @@ def dataset() -> Dataset:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
+def undisturbed(
+    dataset: Dataset, tmp_path_factory: pytest.TempPathFactory, groups: Callable[..., ranks.Group]
+) -> dict[str, dict[str, Tensor]]:
     """Both modes on two ranks: data-parallel as a user starts it on two nodes, which are one machine here."""
     folder = tmp_path_factory.mktemp("undisturbed")
     with socket.socket() as free:
@@ -159,9 +159,8 @@ def undisturbed(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> d
     assert re.fullmatch(r"data-parallel on 2 x cpu: test accuracy [0-9.]+ %, [0-9.]+ steps/s\n", printed)
     if "sharded" in MODES:
         torch.save(dataset, folder / "dataset")
-        with ranks.group(2) as group:
-            arguments = [*OPTIONS, "--shard", "--checkpoint", str(folder / "sharded")]
-            group.run(torchrun_job.trains, str(folder), arguments)
+        arguments = [*OPTIONS, "--shard", "--checkpoint", str(folder / "sharded")]
+        groups(2).run(torchrun_job.trains, str(folder), arguments)
     return {mode: ended(folder / mode) for mode in MODES}
 
 
@@ -193,6 +192,7 @@ def one_process(dataset: Dataset) -> dict[str, Tensor]:
     return tensors(distributed.Training(model, optimizer, None))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @modes
 def test_ends_where_one_process_ends(mode: str, undisturbed: dict[str, dict[str, Tensor]], dataset: Dataset) -> None:
     """Within rounding, 1e-7 here; the mean of two ranks' means, which is not that of the batch, would be off by 1e-3."""
@@ -202,10 +202,11 @@ def test_ends_where_one_process_ends(mode: str, undisturbed: dict[str, dict[str,
         assert (tensor - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
 
 
+@pytest.mark.slow
 def test_a_job_whose_processes_are_killed_ends_where_the_undisturbed_one_ends(
     undisturbed: dict[str, dict[str, Tensor]], tmp_path: Path
 ) -> None:
-    """Each attempt but the last is killed at another place; each mode is killed twice."""
+    """Each attempt but the last is killed at another place, in another mode."""
     kills = [kill for kill in KILLS if kill[0] in MODES]
     torch.save(scikit_learn_digits(), tmp_path / "dataset")
     job = {
@@ -231,24 +232,20 @@ def test_a_job_whose_processes_are_killed_ends_where_the_undisturbed_one_ends(
             assert torch.equal(found[name], tensor), f"{mode}: {name}"
 
 
-@pytest.fixture(scope="module")
-def three_ranks() -> Iterator[ranks.Group]:
-    with ranks.group(3) as group:
-        yield group
-
-
+@pytest.mark.slow
 @modes
 def test_a_job_of_three_ranks_goes_on_with_the_same_bits(
-    mode: str, three_ranks: ranks.Group, dataset: Dataset, tmp_path: Path
+    mode: str, groups: Callable[..., ranks.Group], dataset: Dataset, tmp_path: Path
 ) -> None:
     """With two, every sum has one order; with more, DDP's buckets decide, which it makes anew after its first pass."""
     torch.save(dataset, tmp_path / "dataset")
-    three_ranks.run(torchrun_job.stops_and_goes_on, str(tmp_path), [*OPTIONS, *MODES[mode]])
+    groups(3).run(torchrun_job.stops_and_goes_on, str(tmp_path), [*OPTIONS, *MODES[mode]])
     stopped = ended(tmp_path / "stopped")
     for name, tensor in ended(tmp_path / "whole").items():
         assert torch.equal(stopped[name], tensor), name
 
 
+@pytest.mark.slow
 def test_a_process_leaves_its_job() -> None:
     """Before 2.8, torch's own way hangs one time in ten or so."""
     process = ranks.context().Process(target=torchrun_job.leaves_often, daemon=True)
@@ -259,6 +256,7 @@ def test_a_process_leaves_its_job() -> None:
     assert process.exitcode == 0
 
 
+@pytest.mark.slow
 def test_a_job_that_hangs_is_ended_with_all_its_processes(tmp_path: Path) -> None:
     """Also processes that ignore a polite end, which torchrun leaves behind when it is killed itself."""
     program = tmp_path / "hang.py"

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import SWALR
 
 from cases import Options, make_grads, make_params
 from fastlars import LARS
-from harness import ignore_nothing_adapted, implementations, set_grads
+from harness import ignore_nothing_adapted, implementations, loop_over, set_grads
 
 pytestmark = ignore_nothing_adapted
 
@@ -128,17 +128,27 @@ WRONG: list[tuple[Options, type[Exception], str]] = [
         }.items()
     ],
 ]  # fmt: skip
-wrong = pytest.mark.parametrize(("options", "error", "message"), WRONG, ids=[str(case[0])[:50] for case in WRONG])
 
 
-@wrong
+def through(wrong: list[tuple[Options, type[Exception], str]]) -> Any:
+    return pytest.mark.parametrize(("options", "error", "message"), wrong, ids=[str(case[0])[:50] for case in wrong])
+
+
+# one rule of each kind, for the other ways in: a number, a tensor, a choice, two options together, a misspelt name
+KINDS = [
+    next(case for case in WRONG if part in case[2])
+    for part in (NUMBER, TENSOR, "'separate' or 'joint'", "exclude each other", "is not an option of LARS")
+]
+
+
+@through(KINDS)
 def test_a_call(options: Options, error: type[Exception], message: str) -> None:
     misspelt = "is not an option" in message
     with pytest.raises(TypeError if misspelt else error, match=re.escape(message)):
         LARS(make_params(torch.float32), **{"lr": 0.1, **options})
 
 
-@wrong
+@through(KINDS)
 def test_a_group_of_several(options: Options, error: type[Exception], message: str) -> None:
     params = make_params(torch.float32)
     groups = [{"params": params[:2]}, {"params": params[2:4], **options}, {"params": params[4:]}]
@@ -146,13 +156,13 @@ def test_a_group_of_several(options: Options, error: type[Exception], message: s
         LARS(groups, lr=0.1)
 
 
-@wrong
+@through(KINDS)
 def test_add_param_group(options: Options, error: type[Exception], message: str) -> None:
     given = {"params": make_params(torch.float32, seed=7), **options}
     refuses(make(), error, f"param group 3: {message}", lambda o: o.add_param_group(given))
 
 
-@wrong
+@through(WRONG)
 def test_load_state_dict(options: Options, error: type[Exception], message: str) -> None:
     optimizer = make()
     state_dict = copy.deepcopy(optimizer.state_dict())
@@ -160,7 +170,7 @@ def test_load_state_dict(options: Options, error: type[Exception], message: str)
     refuses(optimizer, error, f"param group 1: {message}", lambda o: o.load_state_dict(state_dict))
 
 
-@pytest.mark.parametrize("value", [1, np.float32(0.5), np.float64(0.5), np.int64(1)], ids=lambda v: type(v).__name__)
+@loop_over("value", [1, np.float32(0.5), np.float64(0.5), np.int64(1)])
 @implementations
 def test_numpy_scalars_and_integers_are_numbers(value: Any, implementation: Options) -> None:
     params = make_params(torch.float32)
@@ -195,12 +205,12 @@ TAGS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("tag", TAGS)
-def test_tags_are_kept(tag: str) -> None:
-    optimizer = LARS([{"params": make_params(torch.float32), tag: "mine"}], lr=0.1)
-    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert optimizer.param_groups[0][tag] == "mine"
-    assert tag in repr(optimizer)
+def test_tags_are_kept() -> None:
+    for tag in TAGS:
+        optimizer = LARS([{"params": make_params(torch.float32, layouts=["vector"]), tag: "mine"}], lr=0.1)
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        assert optimizer.param_groups[0][tag] == "mine"
+        assert tag in repr(optimizer)
 
 
 SCHEDULERS: dict[str, Callable[[LARS], Any]] = {
@@ -244,7 +254,7 @@ PARAMS: list[tuple[Callable[[LARS], Any], type[Exception], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("params", "error", "message"), PARAMS)
+@loop_over("params error message", PARAMS)
 def test_params(params: Callable[[LARS], Any], error: type[Exception], message: str) -> None:
     refuses(make(), error, message, lambda o: o.add_param_group({"params": params(o)}))
 
@@ -259,10 +269,9 @@ def test_what_is_no_group(group: Any, error: type[Exception], message: str) -> N
 
 
 @implementations
-@pytest.mark.parametrize(
+@loop_over(
     "edit",
     [{"lr": "x"}, {"lr": None}, {"momentum": None}, {"eps": -1.0}, {"trust_denominator": "jiont"}, {"nesterov": 2}],
-    ids=str,
 )
 def test_what_is_written_into_a_group_later(edit: Options, implementation: Options) -> None:
     """In the first step and in a later one; no group has moved when it is told."""
@@ -320,8 +329,8 @@ def test_sparse_gradients(implementation: Options) -> None:
     assert fresh in optimizer.state  # the step that follows a refusal is a whole one
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("shape", [(9, 9), (1,), (2, 6), ()], ids=str)
+@loop_over("momentum", [0.0, 0.9])
+@loop_over("shape", [(9, 9), (1,), (2, 6), ()])
 @implementations
 def test_a_parameter_that_was_resized(implementation: Options, shape: tuple[int, ...], momentum: float) -> None:
     optimizer = make()  # a kernel that walks over memory would write beyond the old buffer
@@ -470,11 +479,9 @@ def test_0_and_1_are_truth_values() -> None:
     assert optimizer.param_groups[0]["nesterov"] == 1
 
 
-@pytest.mark.parametrize(
-    "tag", ["steps", "name", "layer", "lr_scale", "tag", "depth", "index", "role", "mode", "scale", "adapters"]
-)
-def test_tags_of_users_are_not_taken_for_misspelt_options(tag: str) -> None:
-    LARS([{"params": torch.ones(2, requires_grad=True), tag: 1}], lr=1.0)
+def test_tags_of_users_are_not_taken_for_misspelt_options() -> None:
+    for tag in ("steps", "name", "layer", "lr_scale", "tag", "depth", "index", "role", "mode", "scale", "adapters"):
+        LARS([{"params": torch.ones(2, requires_grad=True), tag: 1}], lr=1.0)
 
 
 def test_fused_is_refused_where_there_is_no_fused_step() -> None:
