@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from fastlars.dispatch import Part
+from fastlars.fused_cuda import Measured
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,8 +17,6 @@ from torch import Tensor
 import harness
 from cases import OPTIONS, PAIRWISE, SPECIAL, make_grads, make_params, neighbours, nonfinite
 from fastlars import LARS, dispatch, functional, fused_cuda
-from fastlars.dispatch import Part
-from fastlars.fused_cuda import Measured
 from fastlars.options import Options
 from harness import buffers_of, ignore_nothing_adapted, mixed_grads, set_grads
 from properties import STEPS, UNSHUFFLED, Kind, assert_same_bits, bits_after, examples, kinds, options, shuffles

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import pages
 from cases import BASE, Options, pairwise, tolerance
-from fastlars import functional
+from fastlars.backends import eager, torch_sgd
 from fastlars.options import NAMES
 from harness import IMPLEMENTATIONS, buffers_of, ignore_nothing_adapted, implementations, loop_over
 from optimizer_info import CANNOT, LARS, info
@@ -199,10 +199,11 @@ def test_a_complex_tensor_is_not_two_real_ones(implementation: Options) -> None:
 @inputs
 def test_foreach_is_the_default_on_cuda(given: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
-    name = "_multi_tensor_lars" if given.get("adapt", given.get("weight_decay")) else "sgd"
-    original = getattr(functional, name)
+    adapted = given.get("adapt", given.get("weight_decay"))
+    module, name = (eager, "_multi_tensor_update") if adapted else (torch_sgd, "sgd")
+    original = getattr(module, name)
     monkeypatch.setattr(
-        functional, name, lambda *args, **kw: (called.append(kw.get("foreach", True)), original(*args, **kw))
+        module, name, lambda *args, **kw: (called.append(kw.get("foreach", True)), original(*args, **kw))
     )
     model = small_model(device="cuda")
     backward(model)

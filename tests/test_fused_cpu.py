@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from cases import MEMORY, OPTIONS, PAIRWISE, SPECIAL, Options, Subclass, make_grads, tolerance
-from fastlars import LARS, dispatch, fused_cpu, lars
+from fastlars import LARS, lars
+from fastlars.backends import FUSED_CPU, eager, fused_cpu, split, wanted
+from fastlars.buckets import Bucket, Group, Norms
 from fastlars.options import Options as AllOptions
 from harness import ignore_nothing_adapted, loop_over, run, set_grads, stacked
 from reference import ReferenceLARS
@@ -24,52 +26,56 @@ TRIPLES = [x for x in itertools.product(FLOAT32, repeat=3) if "negative" not in 
 TRIPLES += [("float64",) * 3, ("bfloat16",) * 3]
 
 
+def serves(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor] | None = None) -> bool:
+    return FUSED_CPU.serves(params, grads, buffers or [])
+
+
 @pytest.mark.parametrize("param", MEMORY)
 def test_truth_table_of_serves(param: str) -> None:
     plain = torch.randn(3)
     for other in MEMORY:
         p, x = MEMORY[param](torch.randn(4, 6)), MEMORY[other](torch.randn(4, 6))
         expected = (param, other) in SERVED
-        assert fused_cpu.serves([p], [x]) == expected, other
-        assert fused_cpu.serves([p], [p], [x]) == expected, other
-        assert fused_cpu.serves([p], [x], [p]) == expected, other
+        assert serves([p], [x]) == expected, other
+        assert serves([p], [p], [x]) == expected, other
+        assert serves([p], [x], [p]) == expected, other
         # one among others decides for all
-        assert fused_cpu.serves([plain, p], [plain, x], [plain, p]) == expected, other
-        assert fused_cpu.serves([p, plain], [x, plain], [p, plain]) == expected, other
+        assert serves([plain, p], [plain, x], [plain, p]) == expected, other
+        assert serves([p, plain], [x, plain], [p, plain]) == expected, other
 
 
 def test_serves_no_sizes_that_differ() -> None:
     p, longer = torch.randn(4, 6), torch.randn(5, 6)
-    assert not fused_cpu.serves([p], [longer]) and not fused_cpu.serves([longer], [p])
-    assert not fused_cpu.serves([p], [p], [longer]) and not fused_cpu.serves([p], [p], [longer.view(6, 5)[:4]])
+    assert not serves([p], [longer]) and not serves([longer], [p])
+    assert not serves([p], [p], [longer]) and not serves([p], [p], [longer.view(6, 5)[:4]])
 
 
 def test_serves_no_expanded_tensor_and_no_subclass() -> None:
     p = torch.randn(4, 6)
     expanded, subclass = torch.randn(4, 1).expand(4, 6), p.as_subclass(Subclass)
-    assert not fused_cpu.serves([p], [expanded], [p]) and not fused_cpu.serves([expanded], [expanded], [expanded])
-    assert not fused_cpu.serves([subclass], [p], [p]) and not fused_cpu.serves([p], [subclass], [p])
-    assert fused_cpu.serves([torch.nn.Parameter(p)], [p], [p])
+    assert not serves([p], [expanded], [p]) and not serves([expanded], [expanded], [expanded])
+    assert not serves([subclass], [p], [p]) and not serves([p], [subclass], [p])
+    assert serves([torch.nn.Parameter(p)], [p], [p])
 
 
 def test_serves_the_cpu_only() -> None:
-    assert not fused_cpu.serves([torch.empty(4, 6, device="meta")], [torch.empty(4, 6, device="meta")])
+    assert not serves([torch.empty(4, 6, device="meta")], [torch.empty(4, 6, device="meta")])
 
 
 def test_serves_no_view_with_a_sign_bit_even_of_one_element() -> None:
     """That one is contiguous."""
     p, negative = torch.randn(1), torch.tensor([1.0 + 2.0j]).conj().imag
     assert negative.is_neg() and negative.is_contiguous()
-    assert not fused_cpu.serves([p], [negative]) and not fused_cpu.serves([p], [p], [negative])
+    assert not serves([p], [negative]) and not serves([p], [p], [negative])
 
 
 def test_dimensions_of_size_1_have_no_layout() -> None:
     p = torch.randn(8, 3, 1, 1)
     channels_last = p.clone(memory_format=torch.channels_last).as_strided(p.shape, (3, 1, 3, 3))
-    assert fused_cpu.serves([p], [channels_last], [p])
+    assert serves([p], [channels_last], [p])
     transposed = [torch.randn(24).as_strided((4, 1, 6), (1, stride, 4)) for stride in (1, 4, 99)]
     for one, other in itertools.permutations(transposed, 2):
-        assert fused_cpu.serves([one], [other], [one]) and not fused_cpu.serves([one], [other.contiguous()])
+        assert serves([one], [other], [one]) and not serves([one], [other.contiguous()])
 
 
 LAYOUT_OPTIONS = ["momentum", "joint", "nesterov", "base", "everything", "momentum-unadapted", "nesterov-joint"]
@@ -143,7 +149,10 @@ def test_parts_of_a_tensor_step_by_the_norms_of_the_whole(size: int, name: str) 
     lengths = [float(x.double().norm()) for x in (whole, grad.double() + decay * whole.double())]
     parts, grads = (list(x.clone().split(size // 2)) for x in (whole, grad))
     buffers: list[Tensor | None] = [None, None] if options.get("momentum") else []
-    fused_cpu.step(parts, grads, buffers, AllOptions(**options), torch.tensor([lengths] * 2).t())
+    norms = Norms(*(torch.tensor([length] * 2) for length in lengths))
+    plan = FUSED_CPU.plan(parts)
+    bucket = Bucket(FUSED_CPU, [0, 1], parts, grads, buffers, AllOptions(**options), bool(buffers), plan=plan)
+    FUSED_CPU.update(bucket, norms, None)
     expected = torch.as_tensor(reference.params[0]).float()
     torch.testing.assert_close(torch.cat(parts), expected, **tolerance(torch.float32, reference.param_sizes[0]))
 
@@ -297,20 +306,21 @@ def test_a_list_that_is_one_part_is_not_sorted() -> None:
         (0.0, []),
         (0.0, [others[1], None]),
     ):
-        (part,) = dispatch.split(params, params, list(buffers), AllOptions(1.0, momentum, weight_decay=0.1))
-        assert part.implementation == "fused" and part.params is params and part.indices == [0, 1]
-        assert part.momentum_buffers == (list(buffers) if momentum else [])
-    late = dispatch.split(params, params, [others[0], None], AllOptions(1.0, 0.9, weight_decay=0.1))
-    assert [(part.implementation, part.indices) for part in late] == [("fused", [0]), ("fused", [1])]
+        options = AllOptions(1.0, momentum, weight_decay=0.1)
+        (bucket,) = split(Group(params, params, list(buffers), options))
+        assert bucket.backend is FUSED_CPU and bucket.params is params and bucket.indices == [0, 1]
+        assert bucket.momentum_buffers == (list(buffers) if momentum else [])
+    late = split(Group(params, params, [others[0], None], AllOptions(1.0, 0.9, weight_decay=0.1)))
+    assert [(bucket.backend.name, bucket.indices) for bucket in late] == [("fused", [0]), ("fused", [1])]
 
 
 def test_foreach_is_the_default_where_it_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "default_foreach", lambda params: params[0].device.type == "meta")
+    monkeypatch.setattr(eager, "default_foreach", lambda params: params[0].device.type == "meta")
     meta, cpu = [torch.ones(4, device="meta")], [torch.ones(4)]
     for adapt in (True, False):
         options = AllOptions(1.0, adapt=adapt)
-        assert dispatch.implementation(meta, options) == "foreach"
-        assert dispatch.implementation(cpu, options) == ("fused" if adapt else "single")
+        assert wanted(meta, options)[0].name == "foreach"
+        assert wanted(cpu, options)[0].name == ("fused" if adapt else "single")
         for chosen in ({"foreach": False}, {"fused": False}, {"differentiable": True}):
-            assert dispatch.implementation(meta, options._replace(**chosen)) == "single"
-        assert dispatch.implementation(cpu, options._replace(foreach=True)) == "foreach"
+            assert wanted(meta, options._replace(**chosen))[0].name == "single"
+        assert wanted(cpu, options._replace(foreach=True))[0].name == "foreach"

@@ -14,13 +14,13 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from fastlars.dispatch import Part
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from cases import OPTIONS
 from fastlars import LARS, dispatch, functional, fused_cuda
 from fastlars.compat import NAMED_PARAMETERS
-from fastlars.dispatch import Part
 from fastlars.options import Options
 from recording import fake_cuda
 

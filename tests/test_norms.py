@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from cases import BASE, OPTIONS, Options, make_grads, make_params
-from fastlars import LARS, fused_cpu, lars, norms
+from fastlars import LARS, lars, norms
+from fastlars.backends import fused_cpu
+from fastlars.dtypes import real
 from harness import IMPLEMENTATIONS, buffers_of, ignore_nothing_adapted, implementations, loop_over, pairs, set_grads
 from reference import norm, to_array, trust_ratio
 
@@ -146,7 +148,7 @@ def test_a_strided_row_is_as_right_as_a_contiguous_one(dtype: torch.dtype) -> No
 def test_views_that_are_negated_or_conjugated_later() -> None:
     values = torch.rand(6000, dtype=torch.complex64)
     for tensor in (values.conj(), values.conj().imag):
-        actual = norms.norms([norms.real(tensor)], foreach=False)
+        actual = norms.norms([real(tensor)], foreach=False)
         assert relative_error(actual, norm(to_array(tensor))) < PROMISE
 
 
@@ -225,16 +227,16 @@ def test_what_runs_on_accelerators(dtype: torch.dtype, foreach: bool) -> None:
     ],
 )
 def test_buckets_hold_64_mib_of_float32(sizes: list[int], expected: list[list[int]]) -> None:
-    assert norms.buckets([torch.empty(size, device="meta") for size in sizes]) == expected
+    assert norms.chunks([torch.empty(size, device="meta") for size in sizes]) == expected
 
 
 def test_joint_norm_over_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on accelerators; what does it there runs on CPU too."""
-    monkeypatch.setattr(norms.buckets, "__defaults__", (100,))
+    monkeypatch.setattr(norms.chunks, "__defaults__", (100,))
     params = [torch.rand(size) for size in (40, 40, 40, 300, 0, 100, 1)]
     grads = [torch.rand_like(w) for w in params]
     for foreach in (False, True):
-        actual = norms._joint_norms_by_buckets(params, grads, 1.0, 0.05, foreach)
+        actual = norms._joint_norms_by_chunks(params, grads, 1.0, 0.05, foreach)
         expected = [norm(to_array(g) + 0.05 * to_array(w)) for w, g in zip(params, grads, strict=True)]
         torch.testing.assert_close(actual, torch.tensor(expected), rtol=PROMISE, atol=0.0)
 
@@ -246,7 +248,7 @@ def test_joint_norm_on_cpu_in_pieces(layout: str, monkeypatch: pytest.MonkeyPatc
     for dtype in DTYPES[1:3]:
         param = view(torch.rand(shape).to(dtype))
         limit = 1000 if param.numel() < 1 << 17 else 1 << 17
-        monkeypatch.setattr(norms._cpu_joint_norms, "__defaults__", (limit,))
+        monkeypatch.setattr(norms._joint_row_norms, "__defaults__", (limit,))
         random = torch.rand(param.shape).to(dtype)
         for w, g in ((param, random), (random, param)):
             actual = norms.joint_norms([w], [g], -1.0, 0.5, foreach=False)

@@ -8,7 +8,8 @@ from torch import nn
 
 from cases import make_params
 from fastlars import LARS, param_groups
-from fastlars.dispatch import runs_for
+from fastlars.backends import preferred, wanted
+from fastlars.options import Options
 from harness import set_grads
 from recording import Recorder, fake_cuda
 
@@ -85,7 +86,8 @@ def test_what_runs(options: dict[str, Any], what: str) -> None:
     optimizer = LARS(params, lr=1.0, **options)
     assert repr(optimizer).splitlines()[1].split("elements, ")[1] == what
     if "fused" in what:
-        sent = [runs_for("fused", param, torch.zeros_like(param), torch.zeros_like(param)) for param in params]
+        backends = wanted(params, Options(lr=1.0, **options))
+        sent = [preferred(backends, p, torch.zeros_like(p), torch.zeros_like(p)).name for p in params]
         assert what == f"adapted, fused {sent.count('fused')}, single {sent.count('single')}"
 
 

@@ -11,6 +11,7 @@ from torch.linalg import vector_norm
 from .dtypes import norm_dtype
 
 ROW = 1024  # elements whose squares are added in float32: relative error of their norm up to 8e-7, of 4096 up to 3e-6
+ROWS = 4096  # norms of rows that are added at once
 COPY = 1 << 20  # elements that are converted at a time: a temporary of 4 MiB
 SUM = 1 << 18  # elements of two tensors that are added at a time: 1 MiB, which stays in cache
 
@@ -36,7 +37,7 @@ def norms(tensors: list[Tensor], foreach: bool) -> Tensor:
     """L2 norms of real tensors of one device and dtype, shape (n,)."""
     dtype = norm_dtype(tensors[0].dtype)
     if tensors[0].device.type == "cpu":
-        return torch.stack([norm(tensor) for tensor in tensors])
+        return _norms_of([_row_norms(tensor) for tensor in tensors], dtype)
     if foreach:
         return torch.stack(torch._foreach_norm(tensors, 2.0, dtype=dtype))
     return torch.stack([vector_norm(tensor, dtype=dtype) for tensor in tensors])
@@ -48,7 +49,14 @@ def joint_norms(params: list[Tensor], grads: list[Tensor], sign: float, weight_d
     Computed directly: from |g|, |w| and their dot product it cancels where g is near -weight_decay * w.
     """
     if params[0].device.type == "cpu":
-        return torch.stack([joint_norm(w, g, sign, weight_decay) for w, g in zip(params, grads)])
+        row_norms = [_joint_row_norms(w, g, sign * weight_decay) for w, g in zip(params, grads)]
+        return _norms_of(row_norms, norm_dtype(params[0].dtype))
+    return _joint_norms_by_chunks(params, grads, sign, weight_decay, foreach)
+
+
+def _joint_norms_by_chunks(
+    params: list[Tensor], grads: list[Tensor], sign: float, weight_decay: float, foreach: bool
+) -> Tensor:
     dtype = norm_dtype(params[0].dtype)
     result: list[Tensor] = []
     for places in chunks(params):
@@ -63,36 +71,48 @@ def joint_norms(params: list[Tensor], grads: list[Tensor], sign: float, weight_d
     return torch.cat(result)
 
 
-def joint_norm(param: Tensor, grad: Tensor, sign: float, weight_decay: float, limit: int = SUM) -> Tensor:
-    """|sign * grad + weight_decay * param| of one tensor, through a temporary of at most ``limit`` elements."""
+def _norms_of(row_norms: list[Tensor], dtype: torch.dtype, row: int = ROW, at_once: int = ROWS) -> Tensor:
+    """The norm of each of these, in one call for all."""
+    short = [_norms_of_rows(each, row) if each.numel() > at_once else each for each in row_norms]
+    return torch.stack(torch._foreach_norm(short, 2.0, dtype=dtype))
+
+
+def _joint_row_norms(param: Tensor, grad: Tensor, decay: float, limit: int = SUM) -> Tensor:
+    # |s g + decay w| is |g + s decay w|, where s is 1 or -1
     dtype = norm_dtype(param.dtype)
     pieces: list[Tensor] = []
     for w, g in zip(_pieces(param, limit), _pieces(grad, limit)):
-        pieces.append(norm((g.to(dtype) * sign).add_(w, alpha=weight_decay)))
-    return pieces[0] if len(pieces) == 1 else _norm_of_norms(torch.stack(pieces), dtype)
+        pieces.append(_row_norms(torch.add(g.to(dtype), w, alpha=decay)).reshape(-1))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def norm(tensor: Tensor, row: int = ROW) -> Tensor:
-    """The L2 norm of a real tensor, shape ()."""
-    dtype = norm_dtype(tensor.dtype)
-    if tensor.device.type != "cpu":
-        on_device: Tensor = vector_norm(tensor, dtype=dtype)
-        return on_device
-    # Elements that are not contiguous are added one by one: 3e-5 off after 4096 equal ones, and 4e-6 otherwise.
-    if tensor.numel() <= row and tensor.is_contiguous():
-        short: Tensor = vector_norm(tensor, dtype=dtype)
-        return short
-    ordered = tensor
-    if not tensor.is_contiguous():
+def _row_norms(tensor: Tensor, row: int = ROW) -> Tensor:
+    """What has the norm of this CPU tensor and so few elements that one sum of squares is exact enough."""
+    # elements that are not beside each other are added one by one: 3e-5 off after 4096 equal ones, 4e-6 if they are
+    if tensor.is_contiguous():
+        if tensor.numel() <= row:
+            return tensor
+        if tensor.dtype == norm_dtype(tensor.dtype):
+            return _norms_of_rows(tensor, row)
+        ordered = tensor.view(-1)
+    else:
         # memory order, so that every dense tensor (channels_last, transposed) is one flat view
         order = sorted([(-stride, i) for i, stride in enumerate(tensor.stride())])
         ordered = tensor.permute([i for _, i in order])
-    if ordered.is_contiguous():
-        ordered = ordered.view(-1)
-        if tensor.dtype == dtype:
-            return flat_norm(ordered)
-    pieces = [flat_norm(piece.contiguous().view(-1).to(dtype)) for piece in _pieces(ordered)]
-    return _norm_of_norms(torch.stack(pieces), dtype)
+        if ordered.is_contiguous() and tensor.dtype == norm_dtype(tensor.dtype):
+            return _norms_of_rows(ordered, row)
+    dtype = norm_dtype(tensor.dtype)
+    return torch.cat([_norms_of_rows(piece.contiguous().to(dtype), row) for piece in _pieces(ordered)])
+
+
+def _norms_of_rows(tensor: Tensor, row: int) -> Tensor:
+    """Norms of the rows into which the elements of a contiguous tensor fall, and of what is left."""
+    if tensor.numel() % row == 0:
+        norms: Tensor = vector_norm(tensor.view(-1, row), dim=1)
+        return norms
+    flat = tensor.view(-1)
+    length = flat.numel() // row * row
+    return torch.cat([vector_norm(flat[:length].view(-1, row), dim=1), vector_norm(flat[length:]).reshape(1)])
 
 
 def _pieces(tensor: Tensor, limit: int = COPY) -> list[Tensor]:
@@ -108,17 +128,3 @@ def _pieces(tensor: Tensor, limit: int = COPY) -> list[Tensor]:
         else:
             pending += torch.split(piece, max(1, limit * piece.size(0) // piece.numel()))
     return pieces
-
-
-def flat_norm(flat: Tensor, row: int = ROW) -> Tensor:
-    """The norm of a contiguous CPU vector: of its rows, then of those."""
-    length = flat.numel() // row * row
-    row_norms = vector_norm(flat[:length].view(-1, row), dim=1)
-    if length < flat.numel():
-        row_norms = torch.cat([row_norms, vector_norm(flat[length:]).reshape(1)])
-    return _norm_of_norms(row_norms, flat.dtype)
-
-
-def _norm_of_norms(norms: Tensor, dtype: torch.dtype) -> Tensor:
-    norm: Tensor = vector_norm(norms, dtype=torch.float64).to(dtype)
-    return norm

@@ -1,6 +1,6 @@
 """The step in TorchScript, which knows neither classes nor fused kernels: one group, and the same formula and update."""
 
-from typing import List, Optional  # noqa: UP035  TorchScript reads these spellings in every version
+from typing import List, Optional, Tuple  # noqa: UP035  TorchScript reads these spellings in every version
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from torch import Tensor
 from .backends.eager import single_tensor_update
 from .dtypes import is_conjugate, is_half, real
 from .formula import coefficients, is_adapted, on_device, scalar_lr, sign, unscaled
-from .norms import joint_norm, norm
+from .norms import joint_norms, norms
 from .options import Options
 
 
@@ -36,7 +36,7 @@ def scripted_step(
         b.append(b_i)
         c.append(c_i)
         if options.skip_nonfinite:
-            flag = ~norm(real(grads[i])).isfinite()
+            flag = ~norms([real(grads[i])], foreach=False).isfinite().all()
             skip = flag if skip is None else skip | on_device(flag, skip)
 
     old_buffers: List[Tensor] = []
@@ -108,11 +108,14 @@ def _multi_tensor_update(
 
 def _coefficients(param: Tensor, grad: Tensor, first_step: bool, options: Options) -> List[Tensor]:
     w, g = real(param), real(grad)
-    lr = scalar_lr(options.lr, w)
-    if not is_adapted(options):
-        b, c = coefficients(None, lr, first_step, options)
-    elif options.trust_denominator == "joint":
-        b, c = coefficients((norm(w), joint_norm(w, g, sign(options), options.weight_decay)), lr, first_step, options)
-    else:
-        b, c = coefficients((norm(w), norm(g)), lr, first_step, options)
+    pair: Optional[Tuple[Tensor, Tensor]] = None
+    if is_adapted(options):
+        joint = options.trust_denominator == "joint"
+        of_direction = (
+            joint_norms([w], [g], sign(options), options.weight_decay, foreach=False)
+            if joint
+            else norms([g], foreach=False)
+        )
+        pair = (norms([w], foreach=False)[0], of_direction[0])
+    b, c = coefficients(pair, scalar_lr(options.lr, w), first_step, options)
     return [torch.as_tensor(b), torch.as_tensor(c)]

@@ -9,12 +9,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fastlars import compiled
 from fastlars.buckets import Bucket, Norms
 from fastlars.compat import default_foreach
+from fastlars.compiled import joint_norms, norms, unbind
 from fastlars.dtypes import is_conjugate, is_half, norm_dtype, real
 from fastlars.formula import Number, coefficients, is_adapted, on_device, scalar_lr, sign
-from fastlars.norms import chunks, joint_norms, norms
+from fastlars.norms import chunks
 from fastlars.options import Options
 
 
@@ -30,21 +30,13 @@ def measure(bucket: Bucket, foreach: bool) -> Norms:
         params = [param.clone() for param in params]
     grads = [real(grad) for grad in bucket.grads]
     joint = adapted and options.trust_denominator == "joint"
-    grad_norm = None if joint and not options.skip_nonfinite else _norms(grads, foreach)
+    grad_norm = None if joint and not options.skip_nonfinite else norms(grads, foreach)
     if not adapted:
         return Norms(grad=grad_norm)
-    direction_norm = _joint_norms(params, grads, options, foreach) if joint else grad_norm
-    return Norms(_norms(params, foreach), direction_norm, grad_norm)
-
-
-def _norms(tensors: list[Tensor], foreach: bool) -> Tensor:
-    return compiled.norms(tensors) if compiled.in_cpu_graph(tensors[0]) else norms(tensors, foreach)
-
-
-def _joint_norms(params: list[Tensor], grads: list[Tensor], options: Options, foreach: bool) -> Tensor:
-    if compiled.in_cpu_graph(params[0]):
-        return compiled.joint_norms(params, grads, sign(options), options.weight_decay)
-    return joint_norms(params, grads, sign(options), options.weight_decay, foreach)
+    direction_norm = grad_norm
+    if joint:
+        direction_norm = joint_norms(params, grads, sign(options), options.weight_decay, foreach)
+    return Norms(norms(params, foreach), direction_norm, grad_norm)
 
 
 def make_buffers(bucket: Bucket) -> list[Tensor]:
@@ -56,6 +48,9 @@ def make_buffers(bucket: Bucket) -> list[Tensor]:
 
 def copies(tensors: list[Tensor], dtype: torch.dtype, foreach: bool) -> list[Tensor]:
     """Copies in ``dtype``."""
+    if torch.compiler.is_compiling():
+        # no memory in a graph: conversions become part of the loops that read them
+        return [tensor.clone() if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors]
     new = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
     if new:  # foreach ops refuse empty lists
         write_back(new, tensors, None, foreach)
@@ -64,7 +59,8 @@ def copies(tensors: list[Tensor], dtype: torch.dtype, foreach: bool) -> list[Ten
 
 def write_back(targets: list[Tensor], sources: list[Tensor], skip: Tensor | None, foreach: bool) -> None:
     """Write the sources into the targets, unless the 0-dim bool tensor ``skip`` is true."""
-    if foreach and skip is None:
+    # not in a graph, where it would be a kernel a tensor, and a copy of each is part of the list kernel
+    if foreach and skip is None and not torch.compiler.is_compiling():
         torch._foreach_copy_(targets, sources)
         return
     for target, source in zip(targets, sources):
@@ -230,8 +226,7 @@ def _unbind(numbers: Number, n: int, like: Tensor) -> list[Tensor]:
         numbers = numbers.to(dtype)
     else:
         numbers = torch.full((), numbers, dtype=dtype, device=like.device)
-    vector = numbers.expand(n)
-    return compiled.unbind(vector) if compiled.in_cpu_graph(vector) else list(vector.unbind())
+    return unbind(numbers.expand(n))
 
 
 SINGLE, FOREACH = Single(), Foreach()

@@ -22,7 +22,7 @@ from torch.linalg import vector_norm
 from fastlars.buckets import Bucket, Memory, Norms
 from fastlars.compat import bump_versions, operations_are_seen
 from fastlars.formula import Number, coefficients, is_adapted, sign
-from fastlars.norms import ROW, flat_norm, norms
+from fastlars.norms import ROW, norms
 from fastlars.options import Options
 
 from .eager import make_buffers, measure
@@ -318,7 +318,7 @@ def _norm(tensor: Tensor) -> float:
     """Of a dense tensor as `norms.flat_norm`, in fewer calls, and in float32 to the end: a host number is wanted."""
     matrix = _matrix(tensor.numel())
     if matrix is None:
-        return flat_norm(_flat(tensor)).item()
+        return norms([_flat(tensor)], foreach=False).item()
     row_norms = vector_norm(tensor.as_strided(*matrix), dim=1)
     return math.sqrt(torch.dot(row_norms, row_norms).item())
 
