@@ -82,7 +82,8 @@ def _joint_row_norms(param: Tensor, grad: Tensor, decay: float, limit: int = SUM
     dtype = norm_dtype(param.dtype)
     pieces: list[Tensor] = []
     for w, g in zip(_pieces(param, limit), _pieces(grad, limit)):
-        pieces.append(_row_norms(torch.add(g.to(dtype), w, alpha=decay)).reshape(-1))
+        direction = torch.add(g, w, alpha=decay) if g.dtype == dtype else g.to(dtype).add_(w, alpha=decay)
+        pieces.append(_row_norms(direction).reshape(-1))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 

@@ -131,7 +131,7 @@ def _sort(
     backend_of: dict[Any, Backend] = {}
     for i, param in enumerate(params):
         grad, buffer = grads[i], buffers[i] if buffers else None
-        check_sizes(param, grad, buffer)
+        _check_fit(param, grad, buffer)
         backend = preferred(backends, param, grad, buffer)
         key = (backend.name, buffer is None, is_conjugate(param), param.device, param.dtype, grad.dtype)
         if key not in indices_of:
@@ -163,8 +163,10 @@ def _is_uniform(params: list[Tensor], grads: list[Tensor]) -> bool:
     return True
 
 
-def check_sizes(param: Tensor, grad: Tensor, buffer: Tensor | None) -> None:
-    """Raise where a gradient or a momentum buffer does not have the shape of its parameter."""
+def _check_fit(param: Tensor, grad: Tensor, buffer: Tensor | None) -> None:
+    for what, tensor in (("gradient", grad), ("momentum buffer", buffer)):
+        if tensor is not None and tensor.device != param.device:
+            raise RuntimeError(f"a parameter on {param.device} has a {what} on {tensor.device}; move it there")
     if grad.shape != param.shape:
         raise RuntimeError(
             f"a parameter of shape {param.shape} has a gradient of shape {grad.shape}; compute the gradient again"

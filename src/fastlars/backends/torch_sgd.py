@@ -13,15 +13,14 @@ from fastlars.compat import bump_versions
 from fastlars.formula import is_adapted
 from fastlars.options import Options
 
-from .eager import measure
+from .eager import make_buffers, measure
 
 
 def is_torch_sgd(options: Options) -> bool:
     """Whether torch's SGD computes this step. What it lacks, or would read lr on the host for, is our own update."""
     lr = options.lr
     reads_lr = isinstance(lr, Tensor) and (lr.requires_grad or lr.device.type != "cpu")
-    # torch's first buffer is no part of autograd's graph
-    return not (is_adapted(options) or options.lr_in_momentum or reads_lr or options.differentiable)
+    return not (is_adapted(options) or options.lr_in_momentum or reads_lr)
 
 
 class TorchSGD:
@@ -60,6 +59,11 @@ class TorchSGD:
         # torch's foreach Nesterov writes gradients that it has not copied
         if self._foreach and options.nesterov and options.weight_decay == 0 and not options.maximize:
             grads = list(torch._foreach_mul(grads, 1.0))
+        dampening = options.dampening
+        if options.differentiable and bucket.is_first_step:
+            # torch's first buffer is no part of autograd's graph
+            make_buffers(bucket)
+            dampening = 0.0
         lr = options.lr
         if isinstance(lr, Tensor):
             lr = lr.reshape(())  # it stays on the CPU, where sgd reads it
@@ -72,7 +76,7 @@ class TorchSGD:
             weight_decay=options.weight_decay,
             momentum=options.momentum,
             lr=cast(float, lr),  # it takes tensors too; older versions do not say so
-            dampening=options.dampening,
+            dampening=dampening,
             nesterov=options.nesterov,
             maximize=options.maximize,
         )
