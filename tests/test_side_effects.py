@@ -307,9 +307,10 @@ def test_norms_on_cpu_convert_4_mib_at_a_time(layout: str, dtype: torch.dtype) -
     assert 0 < peak <= 7 << 20
     if dtype == torch.float32 and layout in ("flat", "one_row", "channels_last"):
         assert peak < 1 << 20, "what fills its memory is read where it is"
-    # of the gradient: a cast and what is added to; fewer elements at a time
+    # of the gradient: a cast and what is added to, fewer elements at a time; and the norms of all rows, twice
+    rows = 2 * 4 * LARGE // norms.ROW
     param = torch.ones_like(tensor)
-    assert 0 < peak_of(lambda: norms.joint_norms([param], [tensor], 1.0, 0.1, foreach=False)) <= 3 << 20
+    assert 0 < peak_of(lambda: norms.joint_norms([param], [tensor], 1.0, 0.1, foreach=False)) <= (3 << 20) + rows
 
 
 def peak_of(call: Callable[[], object]) -> int:
