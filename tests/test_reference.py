@@ -1,5 +1,6 @@
 """The reference itself: numbers worked out by hand from the formula, and torch's SGD where nothing is adapted."""
 
+import inspect
 import itertools
 from typing import Any
 
@@ -259,6 +260,21 @@ def test_any_two_values_of_two_columns_stand_in_a_row() -> None:
     assert {row[:2] for row in pairwise(*columns, valid=lambda x, y, *_: (x, y) != (1, "a"))} == {
         *itertools.product(*columns[:2])
     } - {(1, "a")}
+
+
+def test_a_loop_takes_every_value_and_tells_which_failed() -> None:
+    seen = []
+
+    @loop_over("x y", [(1, 2), (3, 4), (5, 6)])
+    def test(x: int, y: int, other: str) -> None:
+        seen.append((x, y, other))
+        assert x < 5
+
+    with pytest.raises(AssertionError) as raised:
+        test(other="fixture")
+    assert seen == [(1, 2, "fixture"), (3, 4, "fixture"), (5, 6, "fixture")]
+    assert raised.value.__notes__ == ["with {'x': 5, 'y': 6}"]
+    assert list(inspect.signature(test).parameters) == ["other"], "what pytest is to give"
 
 
 def test_any_two_options_stand_in_a_set() -> None:
