@@ -136,8 +136,8 @@ def fixture(*worlds: int) -> Any:
     params += [pytest.param((world, "cuda"), id=f"{world} GPUs", marks=pytest.mark.cuda) for world in worlds]
 
     @pytest.fixture(scope="module", params=params)
-    def ranks(request: pytest.FixtureRequest, groups: Callable[..., Group]) -> Group:
-        return groups(*request.param)
+    def ranks(request: pytest.FixtureRequest, process_groups: Callable[..., Group]) -> Group:
+        return process_groups(*request.param)
 
     return ranks
 
