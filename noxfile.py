@@ -34,7 +34,7 @@ VERSIONS = [
     ("3.14", "2.15.0", ("cpu",)),
 ]
 # the floor and one between: .ci/run asks them what another torch may break, and the newest, in `quick` and `full`, everything
-GATE = [(python, torch) for python, torch, _ in VERSIONS if torch in ("2.4.1", "2.13.0")]
+GATE = [nox.param(python, torch, id=f"torch{torch}") for python, torch, _ in VERSIONS if torch in ("2.4.1", "2.13.0")]
 # no torch can break these, or another session runs them
 NOT_OF_A_VERSION = ("benchmarks", "demo", "figures", "study", "typing")
 CELLS = [

@@ -32,11 +32,11 @@ FEATURES: dict[str, Options] = {
     "no_decay": {"weight_decay": 0.0},
     "adapt": {"adapt": True},
     "unadapted": {"adapt": False},
-    "clip": {"trust_clip": True},
     "joint": {"trust_denominator": "joint"},
+    "clip": {"trust_clip": True},
     "paper": {"lr_in_momentum": True},
-    "maximize": {"maximize": True},
     "skip_nonfinite": {"skip_nonfinite": True},
+    "maximize": {"maximize": True},
 }
 
 _EVERYTHING = ("nesterov", "no_decay", "adapt", "clip", "joint", "paper", "maximize", "skip_nonfinite")
@@ -120,16 +120,12 @@ def _row(values: Sequence[Sequence[Any]], places: Sequence[int]) -> tuple[Any, .
     return tuple(column[place] for column, place in zip(values, places, strict=True))
 
 
-# Options that mean something only together are one column.
-_COLUMNS: tuple[tuple[Options, ...], ...] = (
-    ({"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}, {"momentum": 0.9, "dampening": 0.25}, {"momentum": 0.0}),
-    ({}, {"weight_decay": 0.0, "adapt": True}, {"adapt": False}, {"weight_decay": 0.0}),
-    ({}, {"trust_denominator": "joint"}),
-    ({}, {"trust_clip": True}),
-    ({}, {"lr_in_momentum": True}),
-    ({}, {"skip_nonfinite": True}),
-    ({}, {"maximize": True}),
-)
+# options that mean something only together
+_MOMENTUM = (FEATURES["momentum"], FEATURES["nesterov"], FEATURES["dampening"], {"momentum": 0.0})
+_DECAY = ({}, {**FEATURES["no_decay"], **FEATURES["adapt"]}, FEATURES["unadapted"], FEATURES["no_decay"])
+_TOGETHER = ("momentum", "nesterov", "dampening", "no_decay", "adapt", "unadapted")
+# every other feature, without it and with it
+_ALONE = [({}, options) for name, options in FEATURES.items() if name not in _TOGETHER]
 
 
 def _together(*chosen: Options) -> Options:
@@ -139,7 +135,7 @@ def _together(*chosen: Options) -> Options:
 # any two values of any two columns: what most tests go through
 PAIRWISE: dict[str, Options] = {
     f"pairwise_{i}": _together(*chosen)
-    for i, chosen in enumerate(pairwise(*_COLUMNS, valid=lambda *chosen: is_valid(_together(*chosen))))
+    for i, chosen in enumerate(pairwise(_MOMENTUM, _DECAY, *_ALONE, valid=lambda *chosen: is_valid(_together(*chosen))))
 }
 OPTIONS |= PAIRWISE
 
@@ -152,16 +148,9 @@ def all_options() -> Iterator[Options]:
         "weight_decay": (0.0, 0.05),
         "nesterov": (False, True),
         "adapt": (None, True, False),
-        "trust_clip": (False, True),
-        "trust_denominator": ("separate", "joint"),
-        "lr_in_momentum": (False, True),
-        "skip_nonfinite": (False, True),
-        "maximize": (False, True),
     }
-    for chosen in itertools.product(*values.values()):
-        options = {**BASE, **dict(zip(values, chosen, strict=True))}
-        if is_valid(options):
-            yield options
+    columns = [[{name: value} for value in of] for name, of in values.items()]
+    yield from filter(is_valid, itertools.starmap(_together, itertools.product(*columns, *_ALONE)))
 
 
 # ---------------------------------------------------------------- parameters

@@ -9,8 +9,8 @@ import ranks
 
 
 @pytest.fixture(scope="session")
-def groups() -> Iterator[Callable[..., ranks.Group]]:
-    """groups(world, device="cpu"): processes that all tests of a session share, started when the first one asks."""
+def process_groups() -> Iterator[Callable[..., ranks.Group]]:
+    """process_groups(world, device="cpu"): processes that all tests of a session share, started when the first one asks."""
     with ExitStack() as stack:
         made: dict[tuple[int, str], ranks.Group] = {}
 

@@ -136,8 +136,8 @@ def fixture(*worlds: int) -> Any:
     params += [pytest.param((world, "cuda"), id=f"{world} GPUs", marks=pytest.mark.cuda) for world in worlds]
 
     @pytest.fixture(scope="module", params=params)
-    def ranks(request: pytest.FixtureRequest, groups: Callable[..., Group]) -> Group:
-        return groups(*request.param)
+    def ranks(request: pytest.FixtureRequest, process_groups: Callable[..., Group]) -> Group:
+        return process_groups(*request.param)
 
     return ranks
 
@@ -145,12 +145,14 @@ def fixture(*worlds: int) -> Any:
 @contextmanager
 def one_rank() -> Iterator[Rank]:
     """This process as the only rank of a group over gloo."""
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        yield Rank(0, 1, "cpu")
-    finally:
-        torch.distributed.destroy_process_group()
+    with pytest.MonkeyPatch.context() as patch:
+        if sys.platform == "linux":
+            patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        try:
+            yield Rank(0, 1, "cpu")
+        finally:
+            torch.distributed.destroy_process_group()
 
 
 def _main(rank: Rank, meeting: str, pipe: Any) -> None:

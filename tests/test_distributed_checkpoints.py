@@ -44,21 +44,21 @@ def resume(
 
 @kinds
 def test_other_ranks_go_on_within_rounding(
-    groups: Callable[[int], Group], tmp_path: Path, kind: str, options: Options
+    process_groups: Callable[[int], Group], tmp_path: Path, kind: str, options: Options
 ) -> None:
     # tensor parallelism of torch 2.4 is not for one rank
     on_one = [(1, WAY), (1, "whole")] if FULLY_SHARDS_ON_CPU else [(1, "whole")]
-    resume(groups, tmp_path / "4", 4, [(2, WAY), *on_one], WAY, kind, options)
-    resume(groups, tmp_path / "2", 2, [(4, WAY)], WAY, kind, options)
-    resume(groups, tmp_path / "1", 1, [(4, WAY)], on_one[0][1], kind, options)
+    resume(process_groups, tmp_path / "4", 4, [(2, WAY), *on_one], WAY, kind, options)
+    resume(process_groups, tmp_path / "2", 2, [(4, WAY)], WAY, kind, options)
+    resume(process_groups, tmp_path / "1", 1, [(4, WAY)], on_one[0][1], kind, options)
 
 
 @pytest.mark.version
 @kinds
 def test_the_same_ranks_go_on_without_a_changed_bit(
-    groups: Callable[[int], Group], tmp_path: Path, kind: str, options: Options
+    process_groups: Callable[[int], Group], tmp_path: Path, kind: str, options: Options
 ) -> None:
     run = sharded_models.train_with_checkpoint
-    saved = groups(2).run(run, WAY, str(tmp_path), kind, False, options)
-    resumed = groups(2).run(run, WAY, str(tmp_path), kind, True, options)
+    saved = process_groups(2).run(run, WAY, str(tmp_path), kind, False, options)
+    resumed = process_groups(2).run(run, WAY, str(tmp_path), kind, True, options)
     assert [bits for _, bits in resumed] == [bits for _, bits in saved]

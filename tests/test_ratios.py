@@ -216,6 +216,7 @@ def test_what_cannot_be_drawn(history: Any, rows: Any, message: str) -> None:
         fastlars.plots.trust_ratios(history, names=rows)
 
 
+@pytest.mark.slow
 def test_without_matplotlib_the_package_works_and_the_plot_names_it() -> None:
     code = """
 import sys

@@ -1,5 +1,6 @@
 """The reference itself: numbers worked out by hand from the formula, and torch's SGD where nothing is adapted."""
 
+import inspect
 import itertools
 from typing import Any
 
@@ -143,7 +144,7 @@ def test_unknown_and_missing_options_are_refused() -> None:
         ReferenceLARS([{"params": [W]}])
 
 
-@loop_over("options", [o for o in all_options() if o["momentum"] and not o["lr_in_momentum"]][::7])
+@loop_over("options", [o for o in all_options() if o["momentum"] and not o.get("lr_in_momentum")][::7])
 def test_lr_in_momentum_differs_only_when_lr_changes(options: dict[str, Any]) -> None:
     # trust_clip reads lr, but the same lr in both
     for factors, same in [((1.0, 1.0, 1.0), True), ((1.0, 0.5, 2.0), False)]:
@@ -261,6 +262,21 @@ def test_any_two_values_of_two_columns_stand_in_a_row() -> None:
     } - {(1, "a")}
 
 
+def test_a_loop_takes_every_value_and_tells_which_failed() -> None:
+    seen = []
+
+    @loop_over("x y", [(1, 2), (3, 4), (5, 6)])
+    def test(x: int, y: int, other: str) -> None:
+        seen.append((x, y, other))
+        assert x < 5
+
+    with pytest.raises(AssertionError) as raised:
+        test(other="fixture")
+    assert seen == [(1, 2, "fixture"), (3, 4, "fixture"), (5, 6, "fixture")]
+    assert raised.value.__notes__ == ["with {'x': 5, 'y': 6}"]
+    assert list(inspect.signature(test).parameters) == ["other"], "what pytest is to give"
+
+
 def test_any_two_options_stand_in_a_set() -> None:
     """Each with either value: all that can stand together with momentum, and all but dampening without."""
     values: dict[str, tuple[Any, ...]] = {
@@ -273,9 +289,10 @@ def test_any_two_options_stand_in_a_set() -> None:
         "trust_denominator": ("separate", "joint"),
     }
     rows = [{**DEFAULTS, **options} for options in PAIRWISE.values()]
+    everything = [{**DEFAULTS, **options} for options in all_options()]
     for one, other in itertools.combinations(values, 2):
         for pair in itertools.product(values[one], values[other]):
             asked = dict(zip((one, other), pair, strict=True))
-            possible = any(o.items() >= asked.items() for o in all_options() if o["momentum"] or not o["dampening"])
+            possible = any(o.items() >= asked.items() for o in everything if o["momentum"] or not o["dampening"])
             explicit = asked in ({"weight_decay": 0.05, "adapt": True}, {"weight_decay": 0.0, "adapt": False})
             assert any(row.items() >= asked.items() for row in rows) == (possible and not explicit), asked

@@ -144,7 +144,7 @@ def dataset() -> Dataset:
 
 @pytest.fixture(scope="module")
 def undisturbed(
-    dataset: Dataset, tmp_path_factory: pytest.TempPathFactory, groups: Callable[..., ranks.Group]
+    dataset: Dataset, tmp_path_factory: pytest.TempPathFactory, process_groups: Callable[..., ranks.Group]
 ) -> dict[str, dict[str, Tensor]]:
     """Both modes on two ranks: data-parallel as a user starts it on two nodes, which are one machine here."""
     folder = tmp_path_factory.mktemp("undisturbed")
@@ -160,7 +160,7 @@ def undisturbed(
     if "sharded" in MODES:
         torch.save(dataset, folder / "dataset")
         arguments = [*OPTIONS, "--shard", "--checkpoint", str(folder / "sharded")]
-        groups(2).run(torchrun_job.trains, str(folder), arguments)
+        process_groups(2).run(torchrun_job.trains, str(folder), arguments)
     return {mode: ended(folder / mode) for mode in MODES}
 
 
@@ -235,11 +235,11 @@ def test_a_job_whose_processes_are_killed_ends_where_the_undisturbed_one_ends(
 @pytest.mark.slow
 @modes
 def test_a_job_of_three_ranks_goes_on_with_the_same_bits(
-    mode: str, groups: Callable[..., ranks.Group], dataset: Dataset, tmp_path: Path
+    mode: str, process_groups: Callable[..., ranks.Group], dataset: Dataset, tmp_path: Path
 ) -> None:
     """With two, every sum has one order; with more, DDP's buckets decide, which it makes anew after its first pass."""
     torch.save(dataset, tmp_path / "dataset")
-    groups(3).run(torchrun_job.stops_and_goes_on, str(tmp_path), [*OPTIONS, *MODES[mode]])
+    process_groups(3).run(torchrun_job.stops_and_goes_on, str(tmp_path), [*OPTIONS, *MODES[mode]])
     stopped = ended(tmp_path / "stopped")
     for name, tensor in ended(tmp_path / "whole").items():
         assert torch.equal(stopped[name], tensor), name
