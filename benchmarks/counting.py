@@ -14,33 +14,19 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastlars import fused_cpu
-
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's CUDA builds log every profiler start to stderr
 
 Step = Callable[[], object]
 
 ONLY_WRITES = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}  # what they mutate
 ONLY_READS = {("_fused_sgd_", "grads")}  # written with a grad_scale only
-NO_READS = {
-    "empty_like",
-    "zeros_like",
-    "ones_like",
-    "full_like",
-    "new_empty",
-    "new_zeros",
-    "new_full",
-    "is_same_size",
-}  # of their inputs
+# operations that take a tensor for its shape only
+NO_READS = set("empty_like zeros_like ones_like full_like new_empty new_zeros new_full is_same_size".split())
 NO_WRITES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}  # memory, not values
 
-LAUNCHES = {
-    "cudaLaunchKernel",
-    "cudaLaunchKernelExC",
-    "cudaLaunchCooperativeKernel",
-    "cuLaunchKernel",
-    "cuLaunchKernelEx",
-}
+LAUNCHES = set(
+    "cudaLaunchKernel cudaLaunchKernelExC cudaLaunchCooperativeKernel cuLaunchKernel cuLaunchKernelEx".split()
+)
 
 
 class _ByteCounter(TorchDispatchMode):
@@ -89,7 +75,7 @@ def bytes_moved(step: Step) -> int:
 
 
 def peak_extra_bytes(step: Step, device: torch.device) -> int:
-    """The most memory that a step holds beyond what was held before it. What our CPU step keeps between steps counts."""
+    """The most memory that a step holds beyond what was held before it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -97,7 +83,6 @@ def peak_extra_bytes(step: Step, device: torch.device) -> int:
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    fused_cpu._SPARE.clear()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     held = peak = 0

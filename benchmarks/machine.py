@@ -22,8 +22,8 @@ def describe(device: torch.device) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": device.type,
-        "device_name": cpu_name(),
-        "cpu": cpu_name(),
+        "device_name": _cpu_name(),
+        "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
@@ -34,9 +34,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        facts["device_name"] = properties.name
-        facts["cuda"] = torch.version.cuda
-        facts["l2_mib"] = properties.L2_cache_size / 2**20
+        facts |= {"device_name": properties.name, "cuda": torch.version.cuda, "l2_mib": properties.L2_cache_size / 2**20}
     return facts
 
 
@@ -53,13 +51,11 @@ def sentence(machine: dict[str, Any]) -> str:
     )
 
 
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str:
@@ -71,12 +67,11 @@ def _version(package: str) -> str:
 
 def _commit() -> str:
     """The checkout's commit, with a + if files that git tracks have changed since."""
-    try:
-        root = Path(__file__).parent
-        answers = [
-            subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-            for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        ]
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    answers = []
+    for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
+        try:
+            done = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return "unknown"
+        answers.append(done.stdout.decode().strip())
     return answers[0] + ("+" if answers[1] else "")

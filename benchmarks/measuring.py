@@ -5,47 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import Optimizer
 
 from .counting import bytes_moved, host_microseconds, launches_and_host_reads, peak_extra_bytes
-from .optimizers import CONTENDERS, Contender
-from .results import COPY, READ, Row
+from .optimizers import CONTENDERS, Contender, groups_of
+from .rounds import COPY, READ, Clock, Copy, Row, Step, interleave
 from .shapes import Shape
-from .timing import Clock, Copy, Length, interleave
 
 
-def measure(
-    case: str,
-    shapes: Sequence[Shape],
-    names: Sequence[str],
-    clock: Clock,
-    copy: Copy,
-    length: Length,
-    dtype: torch.dtype,
-) -> list[Row]:
-    """A row for each contender, one for the copy and one for the read.
-
-    All contenders step the same parameters and gradients; who writes to the gradients gets gradients of its own.
-    """
-    device = clock.device
-    params = _parameters(shapes, device, dtype)
-    rows: list[Row] = []
-    optimizers: dict[str, Optimizer] = {}
-    for name in names:
-        row, optimizers[name] = _warm_up(CONTENDERS[name], params, case, device)
-        rows.append(row)
-    times = interleave({name: optimizer.step for name, optimizer in optimizers.items()}, clock, length, copy)
-    rows = [replace(row, ms=times[row.contender]) for row in rows]
-    elements = sum(p.numel() for p in params)
-    bandwidths = {COPY: Copy.bytes_moved, READ: Copy.bytes_read}
-    return [*rows, *(Row(case, name, len(params), elements, times[name], moved) for name, moved in bandwidths.items())]
-
-
-def _parameters(shapes: Sequence[Shape], device: torch.device, dtype: torch.dtype) -> list[Parameter]:
+def parameters(shapes: Sequence[Shape], device: torch.device, dtype: torch.dtype = torch.float32) -> list[Parameter]:
+    """Parameters of these shapes with gradients, the same every time."""
     generator = torch.Generator(device).manual_seed(0)
     params = []
     for shape in shapes:
@@ -56,56 +28,73 @@ def _parameters(shapes: Sequence[Shape], device: torch.device, dtype: torch.dtyp
     return params
 
 
-def _warm_up(contender: Contender, params: list[Parameter], case: str, device: torch.device) -> tuple[Row, Optimizer]:
-    """The first steps, which are also those that count."""
-    writes_grad = bool(contender.package) and _writes_grad(contender, device)
-    if writes_grad:
-        params = [_with_own_grad(param, param.grad) for param in params]
-    optimizer = contender.make(params)
-    first_step_ms = _wait_for(optimizer, device)
+def measure(
+    case: str,
+    params: Sequence[Parameter],
+    adapted: str,
+    names: Sequence[str],
+    clock: Clock,
+    copy: Copy,
+    **length: Any,
+) -> list[Row]:
+    """A row for each contender, one for the copy and one for the read.
 
-    moved = bytes_moved(optimizer.step)
+    All contenders step the same parameters and gradients, except that a peer gets gradients of its own.
+
+    Args:
+        case: as results and tables call it.
+        params: with gradients.
+        adapted: one of ADAPTED.
+        names: of CONTENDERS.
+        clock: of the device of `params`.
+        copy: on that device.
+        **length: `rounds` and `seconds` of `interleave`.
+    """
+    rows: list[Row] = []
+    steps: dict[str, Step] = {}
+    for name in names:
+        row, steps[name] = _warm_up(CONTENDERS[name], params, adapted, case, clock.device)
+        rows.append(row)
+    times = interleave(steps, clock, **length, copy=copy)
+    rows = [replace(row, ms=times[row.contender]) for row in rows]
     elements = sum(p.numel() for p in params)
+    bandwidths = {COPY: Copy.bytes_moved, READ: Copy.bytes_read}
+    return [*rows, *(Row(case, name, len(params), elements, times[name], moved) for name, moved in bandwidths.items())]
+
+
+def _warm_up(
+    contender: Contender, params: Sequence[Parameter], adapted: str, case: str, device: torch.device
+) -> tuple[Row, Step]:
+    """The first steps, on which everything but time is counted."""
+    if contender.package:  # a peer may write to its gradients
+        params = [_with_own_grad(param) for param in params]
+    versions = [param.grad._version for param in params]
+    step = contender.stepper(groups_of(params, adapted))
+    begun = time.perf_counter()
+    step()
+    synchronize(device)
+    first_step_ms = (time.perf_counter() - begun) * 1e3
+    writes_grad = versions != [param.grad._version for param in params]
+    elements = sum(p.numel() for p in params)
+    # neither a Triton kernel nor compiled code is made of operations that can be counted
+    moved = None if contender.compiled else bytes_moved(step)
     if device.type == "cuda" and contender.fused_bytes is not None:
         moved = contender.fused_bytes * elements * params[0].itemsize // 4
-    launches, host_reads = launches_and_host_reads(optimizer.step, device)
+    launches, host_reads = launches_and_host_reads(step, device)
     row = Row(
-        case=case,
-        contender=contender.name,
-        tensors=len(params),
-        elements=elements,
-        ms=[],
-        bytes_moved=moved,
-        peak_extra_bytes=peak_extra_bytes(optimizer.step, device),
-        launches=launches,
-        host_reads=host_reads,
-        host_us=host_microseconds(optimizer.step, device),
-        writes_grad=writes_grad,
-        first_step_ms=first_step_ms,
+        *(case, contender.name, len(params), elements, [], moved, peak_extra_bytes(step, device)),
+        *(launches, host_reads, host_microseconds(step, device), writes_grad, first_step_ms),
     )
-    return row, optimizer
+    return row, step
 
 
-def _wait_for(optimizer: Optimizer, device: torch.device) -> float:
-    """Milliseconds of a step with all that it makes or compiles, until the device has done it."""
-    start = time.perf_counter()
-    optimizer.step()
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return (time.perf_counter() - start) * 1e3
 
 
-def _writes_grad(contender: Contender, device: torch.device) -> bool:
-    param, grad = torch.ones(4, 4, device=device), torch.ones(4, 4, device=device)
-    optimizer = contender.make([_with_own_grad(param, grad)])
-    own = optimizer.param_groups[0]["params"][0].grad
-    before = own._version
-    optimizer.step()
-    return bool(own._version != before)
-
-
-def _with_own_grad(param: Tensor, grad: Tensor | None) -> Parameter:
+def _with_own_grad(param: Parameter) -> Parameter:
     """A parameter in the same memory, with a copy of the gradient."""
     own = Parameter(param.detach())
-    own.grad = None if grad is None else grad.clone()
+    own.grad = None if param.grad is None else param.grad.clone()
     return own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -27,10 +28,7 @@ class Grid:
     def score(self, k: int) -> tuple[float, float]:
         """Mean validation accuracy; the mean loss decides between equal ones."""
         results = self.trials[k]
-        return (
-            sum(result.accuracy for result in results) / len(results),
-            -sum(result.loss for result in results) / len(results),
-        )
+        return statistics.fmean(r.accuracy for r in results), -statistics.fmean(r.loss for r in results)
 
     @property
     def best(self) -> int:
@@ -91,20 +89,11 @@ def search(
         for method in methods
     }
     while True:
-        wanted = [
-            (batch, method, k)
-            for batch in batches
-            for method, trials in zip(
-                methods,
-                next_trials(
-                    [grids[batch, method] for method in methods],
-                    first=protocol.first_trials,
-                    most=protocol.most_trials,
-                ),
-                strict=True,
-            )
-            for k in trials
-        ]
+        wanted: list[tuple[int, Method, int]] = []
+        for batch in batches:
+            of_batch = [grids[batch, method] for method in methods]
+            trials = next_trials(of_batch, first=protocol.first_trials, most=protocol.most_trials)
+            wanted += [(batch, method, k) for method, ks in zip(methods, trials, strict=True) for k in ks]
         if not wanted:
             return grids
         seeds = protocol.search_seeds
