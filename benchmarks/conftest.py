@@ -12,7 +12,4 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
-    name = request.config.getoption("--device")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise pytest.UsageError("--device cuda needs an NVIDIA GPU that this torch can use, found none")
-    return torch.device(name)
+    return torch.device(request.config.getoption("--device"))

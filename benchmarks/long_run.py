@@ -1,9 +1,8 @@
 """100,000 steps of a convex problem under each implementation: memory, time, and how far they drift from float64.
 
-Least squares with mini-batches, a matrix that the fused step takes alone and small ones that it stacks. A float64 run goes beside
-them; every window each implementation starts from its values and is compared with it at the end. torch's SGD runs in turn, so
-that its steps show how fast the machine is at the time. Memory, drift and slowdown have bounds, beyond which this exits with 1. Writes
-long_run.csv, a line a block, and long_run.md, which docs/reliability.md shows.
+Least squares with mini-batches. A float64 run goes beside them; every window each implementation starts from its values and is compared
+with it at the end. torch's SGD runs in turn and shows how fast the machine is at the time. This exits with 1 if a bound breaks. It
+writes long_run.csv, a line a block, and long_run.md, which docs/reliability.md shows.
 """
 
 from __future__ import annotations
@@ -25,8 +24,7 @@ from torch.nn import Parameter
 
 from fastlars import LARS
 
-from . import machine
-from .performance import FOLDER
+from .performance import FOLDER, describe
 
 OPTIONS: dict[str, Any] = {"lr": 2.0, "momentum": 0.9, "weight_decay": 1e-4}
 IMPLEMENTATIONS = {name: partial(LARS, **OPTIONS, foreach=name == "foreach") for name in ("single", "foreach")}
@@ -36,6 +34,9 @@ INPUTS, HIDDEN, ROWS, BATCHES = 128, 100, 32, 16
 WINDOW = 100  # steps between two comparisons
 LARGEST_DRIFT = 1e-5  # of a tensor's norm, in a window
 LARGEST_GROWTH = 8.0  # MiB of the process, after the first tenth
+HEADER = """\
+| implementation | processor time of a step, second tenth | last tenth | slowdown beside SGD | largest drift in 100 steps, of a tensor's norm |
+| --- | --- | --- | --- | --- |"""
 LARGEST_SLOWDOWN = 1.3  # of a step, in steps of torch's SGD, from the second tenth to the last
 
 
@@ -111,14 +112,11 @@ def summary(blocks: list[dict[str, Any]], about: dict[str, Any]) -> tuple[str, l
     """The table of the page, and what is beyond its bound."""
     tenth = max(1, len(blocks) // 10)
     early, late = blocks[tenth : 2 * tenth] or blocks, blocks[-tenth:]
-    key = dict[str, tuple[float, float]]()
-    for name in blocks[0]:
-        key[name] = statistics.median(b[name] for b in early), statistics.median(b[name] for b in late)
-    header = "| implementation | processor time of a step, second tenth | last tenth | slowdown beside SGD | largest drift in 100 "
+    key = {name: [statistics.median(b[name] for b in part) for part in (early, late)] for name in blocks[0]}
     lines = [
         f"{blocks[-1]['step']:,} steps, one thread, torch {about['versions']['torch'].split('+')[0]},",
         f"load {about['load']} on {about['cores']} cores, {about['date']}.\n",
-        f"{header}steps, of a tensor's norm |\n| --- | --- | --- | --- | --- |",
+        HEADER,
     ]
     sgd = key[f"{YARDSTICK}_us"]
     (before, after), objects = key["resident_mib"], key["objects"]
@@ -152,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         writer = csv.DictWriter(file, blocks[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in b.items()} for b in blocks)
-    text, faults = summary(blocks, machine.describe(torch.device("cpu")))
+    text, faults = summary(blocks, describe(torch.device("cpu")))
     (options.out / "long_run.md").write_text(text, encoding="utf-8")
     print(text, *faults, sep="\n")
     return 1 if faults else 0

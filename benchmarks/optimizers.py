@@ -38,21 +38,17 @@ class HostReadLoop(Optimizer):
     def step(self) -> None:  # type: ignore[override]  # no closure
         for group in self.param_groups:
             for param in group["params"]:
-                direction = self._scaled(param, param.grad, group["weight_decay"])
+                direction, decay = param.grad, group["weight_decay"]
+                param_norm, grad_norm = torch.norm(param), torch.norm(direction)
+                if decay != 0 and param_norm != 0 and grad_norm != 0:
+                    ratio = 0.001 * param_norm / (grad_norm + decay * param_norm + 1e-8)
+                    direction = direction.add(param, alpha=decay).mul_(ratio)
                 state = self.state[param]
                 if "momentum_buffer" in state:
                     velocity = state["momentum_buffer"].mul_(group["momentum"]).add_(direction)
                 else:
                     velocity = state["momentum_buffer"] = direction.clone()
                 param.add_(velocity, alpha=-group["lr"])
-
-    @staticmethod
-    def _scaled(param: torch.Tensor, grad: torch.Tensor, weight_decay: float) -> torch.Tensor:
-        param_norm, grad_norm = torch.norm(param), torch.norm(grad)
-        if weight_decay != 0 and param_norm != 0 and grad_norm != 0:
-            ratio = 0.001 * param_norm / (grad_norm + weight_decay * param_norm + 1e-8)
-            return grad.add(param, alpha=weight_decay).mul_(ratio)
-        return grad
 
 
 # What LARS adapts. "weights" is real use: param_groups, with biases and norms neither adapted nor decayed. "all" is one group,

@@ -1,27 +1,26 @@
 """Write what is measured into README and docs, from what is stored: no such figure is typed by hand.
 
-From benchmarks/results/*.json come docs/performance.md with its pictures and a part of README.md; from docs/demo/runs.csv another
-part of README.md. Files in benchmarks/results/elsewhere are runs of step_time on other hosts.
+From benchmarks/results/*.json come docs/performance.md and a part of README.md, from docs/demo/runs.csv another part of it, and from
+benchmarks/results/study.csv a part of docs/study.md. Files in benchmarks/results/elsewhere are runs on other hosts.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 from .demo import outcome
-from .machine import sentence
 from .optimizers import CONTENDERS, LOOP, YARDSTICK, title
-from .rounds import COPY, FLOOR, READ, TWO_PASSES, Results, Row, fingerprint, load
+from .performance import FOLDER, REAL
+from .rounds import COPY, FLOOR, READ, TWO_PASSES, Results, Row, load
 from .shapes import MODELS
 
 ROOT = Path(__file__).parents[1]
-FOLDER, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
+DOCS = ROOT / "docs"
 DEFAULT = "fastlars-fused"  # what a CPU user gets, and with fused=True a GPU user
-REAL = ", weights adapted"  # how a case ends in which LARS leaves biases and norms alone, as users have it
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 BEGIN, END = "<!-- measured: {}; written by `python -m benchmarks.render` -->", "<!-- end of what was measured: {} -->"
 INTRODUCTION = """\
@@ -45,19 +44,14 @@ of the copy above 100 % is possible because a copy also fetches the memory that 
 COMMANDS = """\
 ## Measure it yourself
 
-    python -m nox -s performance                   # CPU: all of it, then this page
+    python -m nox -s performance                   # CPU, then this page
     python -m nox -s performance -- --device cuda  # the same on an NVIDIA GPU
     python -m nox -s bench                         # pytest-benchmark: one optimizer after the other
     python -m nox -s bench -- --benchmark-compare --benchmark-compare-fail=median:10%
 """
-STEP_NOTE = """\
+NOTE = """\
 bytes/param: read and written by the step's operations, nothing cached. of copy: share of the bandwidth of the copy. x SGD fused:
-median of the ratios round by round. host us: until a step returns on an idle GPU. extra MiB: most memory that a step held beyond what
-it found. \\*: writes to `.grad`.
-"""
-TRAINING_NOTE = """\
-A training step is forward, backward, optimizer step and zero_grad. The first step is the optimizer's alone, with everything it
-allocates, loads or compiles.
+median of the ratios round by round. host us: until a step returns on an idle GPU. \\*: writes to `.grad`.
 """
 ELSEWHERE_NOTE = """\
 The same benchmark with some of the optimizers. How a second read compares with SGD depends on the memory, and how small tensors do
@@ -65,45 +59,14 @@ depends on the speed of one core.
 """
 
 
-class Bound(NamedTuple):
-    """What fastlars promises of its default on one model."""
-
-    model: str
-    against: str
-    bound: float
-    words: str = "at most {:.2f} times its time"
-
-    def measured(self, results: Results) -> float | None:
-        case = MODELS[self.model].title
-        row = results.find(case, DEFAULT)
-        if row is None or self.against == "host":
-            return None if row is None else row.host_us
-        if self.against == COPY:
-            return results.share_of_copy(row)
-        pair = (self.against, DEFAULT) if self.words == FASTER else (DEFAULT, self.against)
-        return results.ratio(case, *pair)
-
-    def kept(self, value: float) -> bool:
-        return value <= self.bound if self.words.startswith("at most") else value >= self.bound
-
-
-FASTER = "at least {:.1f} times as fast"
+# what fastlars promises of its default: at most this many times another's time
 BOUNDS = {
-    "cpu": (
-        Bound("resnet50", YARDSTICK, 1.40),
-        Bound("vit_b", YARDSTICK, 1.45),
-        Bound("small", YARDSTICK, 1.80),
-        Bound("resnet50", LOOP, 1.9, FASTER),
-        Bound("vit_b", LOOP, 2.0, FASTER),
-        Bound("small", LOOP, 5.0, FASTER),
-    ),
-    "cuda": (
-        Bound("resnet50", YARDSTICK, 1.40),
-        Bound("vit_b", YARDSTICK, 1.40),
-        Bound("vit_l", YARDSTICK, 1.40),
-        *(Bound(model, COPY, 0.85, "at least {:.2f} of its bandwidth") for model in ("resnet50", "vit_b", "vit_l")),
-        Bound("resnet50", "host", 250, "at most {:.0f} us for a step"),
-    ),
+    ("resnet50", YARDSTICK): 1.40,
+    ("vit_b", YARDSTICK): 1.45,
+    ("small", YARDSTICK): 1.80,
+    ("resnet50", LOOP): 0.53,
+    ("vit_b", LOOP): 0.50,
+    ("small", LOOP): 0.20,
 }
 
 
@@ -111,8 +74,7 @@ def number(value: float | None, form: str = ".2f") -> str:
     return "" if value is None else format(value, form)
 
 
-Column = tuple[str, Callable[[Results, Row], str]]
-STEP_COLUMNS: tuple[Column, ...] = (
+COLUMNS: tuple[tuple[str, Callable[[Results, Row], str]], ...] = (
     ("optimizer", lambda _, row: title(row.contender) + (r" \*" if row.writes_grad else "")),
     ("bytes/param", lambda _, row: number(row.bytes_per_parameter, ".1f")),
     ("ms", lambda _, row: number(row.median, ".3g" if row.median < 100 else ".0f")),
@@ -122,13 +84,6 @@ STEP_COLUMNS: tuple[Column, ...] = (
     ("launches", lambda _, row: number(row.launches, "d")),
     ("host reads", lambda _, row: number(row.host_reads, "d")),
     ("host us", lambda _, row: number(row.host_us, ".0f")),
-    ("extra MiB", lambda _, row: "" if row.peak_extra_bytes is None else f"{row.peak_extra_bytes / 2**20:,.1f}"),
-)
-TRAINING_COLUMNS: tuple[Column, ...] = (
-    STEP_COLUMNS[0],
-    ("ms a training step", lambda _, row: number(row.median, ".1f")),
-    ("x SGD fused", lambda results, row: number(results.ratio(row.case, row.contender, YARDSTICK), ".3f")),
-    ("very first step, s", lambda _, row: number((row.first_step_ms or 0) / 1e3, ".3f")),
 )
 
 
@@ -140,74 +95,67 @@ def table(header: list[str], rows: list[list[str]], left: int = 1) -> Iterator[s
     yield ""
 
 
-def with_a_read(results: Results, case: str) -> list[Row]:
-    """The contenders, with fused SGD plus one more read after it."""
+def sentence(machine: dict[str, Any]) -> str:
+    """The same as one sentence."""
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    where = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
+    if machine["device"] == "cuda":
+        where = f"{machine['device_name']} (CUDA {machine['cuda']}), host {where}"
+    return (
+        f"{where}, {machine['system']}; Python {machine['python']}, {versions}; commit {machine['commit']}, "
+        f"{machine['date']}; load average at the start {machine['load']}."
+    )
+
+
+def case_table(results: Results, case: str) -> Iterator[str]:
+    """All that is known of a case; a column in which there is nothing to say is left out."""
     rows = results.of_case(case)
     if (more := results.and_a_read(case, YARDSTICK)) is not None:
         place = [row.contender for row in rows].index(YARDSTICK) + 1
         rows.insert(place, replace(more, contender=f"{title(YARDSTICK)} and one more read"))
-    return rows
-
-
-def case_table(results: Results, case: str, columns: tuple[Column, ...]) -> Iterator[str]:
-    """All that is known of a case; a column in which there is nothing to say is left out."""
-    rows = with_a_read(results, case)
     bandwidths = [(name, row) for name in (COPY, READ) if (row := results.find(case, name)) is not None]
     about = f"{case}: {rows[0].tensors:,} tensors, {rows[0].elements / 1e6:,.1f} M parameters"
     about += "".join(f", {name} {number(row.gb_s, '.1f')} GB/s" for name, row in bandwidths)
     yield f"**{about}, {len(rows[0].ms)} rounds**\n"
-    texts = {header: [text(results, row) for row in rows] for header, text in columns}
+    texts = {header: [text(results, row) for row in rows] for header, text in COLUMNS}
     filled = {header: column for header, column in texts.items() if any(column)}
     yield from table(list(filled), [list(row) for row in zip(*filled.values(), strict=True)])
 
 
-def promises(results: Results, device: str) -> Iterator[str]:
-    values = [(bound, bound.measured(results)) for bound in BOUNDS[device]]
-    if any(value is not None for _, value in values):
-        what = {"cpu": "its default on a CPU", "cuda": "fused=True on a data-centre GPU"}[device]
-        yield f"What fastlars promises of {what}, and what this run measured:\n"
-        rows = []
-        for bound, value in values:
-            kept = "not measured" if value is None else "kept" if bound.kept(value) else "not kept"
-            words = bound.words.format(bound.bound)
-            rows.append([MODELS[bound.model].title, title(bound.against), words, kept, number(value, ".0f" if bound.against == "host" else ".2f")])
-        yield from table(["model", "against", "promised", "", "measured"], rows, left=4)
+def promises(results: Results) -> Iterator[tuple[str, str, float, float]]:
+    """Model, against whom, bound and what was measured."""
+    for (model, against), bound in BOUNDS.items():
+        if (measured := results.ratio(MODELS[model].title, DEFAULT, against)) is not None:
+            yield MODELS[model].title, title(against), bound, measured
 
 
 def section(stored: list[Results], elsewhere: list[Results], device: str) -> Iterator[str]:
-    """One device: the picture, then everything in numbers; what other hosts measured comes last."""
+    """One device: this host, then what other hosts measured."""
     yield f"## {DEVICES[device]}\n"
-    command = "`python -m nox -s performance" + ("`" if device == "cpu" else f" -- --device {device}`")
-    step_time = find(stored, "step_time", device)
-    if step_time is None:
-        yield f"Not measured. {command} measures it.\n"
+    results = find(stored, device)
+    if results is None:
+        yield f"Not measured. `python -m nox -s performance -- --device {device}` measures it.\n"
         return
-    yield f"![{alt_text(step_time)}](performance-{device}.svg)\n"
-    yield f"Measured on {sentence(step_time.machine)}\n"
-    yield from promises(step_time, device)
-    yield f"### The step alone\n\n{STEP_NOTE}"
-    if not any(case.endswith(REAL) for case in step_time.cases):
-        yield f"This run adapted every tensor; real param groups have not been measured yet. {command} measures them too.\n"
-    yield from (f"{title(name)} was skipped: {reason}.\n" for name, reason in step_time.skipped.items())
-    for case in step_time.cases:
-        yield from case_table(step_time, case, STEP_COLUMNS)
-    if (training := find(stored, "training_step", device)) is not None:
-        yield f"### The whole training step\n\n{TRAINING_NOTE}"
-        for case in training.cases:
-            yield from case_table(training, case, TRAINING_COLUMNS)
-    others = [results for results in elsewhere if results.machine["device"] == device]
-    if others:
-        yield f"### On other hosts\n\n{ELSEWHERE_NOTE}"
-    for results in others:
-        yield f"Measured on {sentence(results.machine)}\n"
-        yield from promises(results, device)
-        for case in results.cases:
-            yield from case_table(results, case, STEP_COLUMNS)
+    yield NOTE
+    if not any(case.endswith(REAL) for case in results.cases):
+        yield "This run adapted every tensor; real param groups have not been measured yet.\n"
+    yield from (f"{title(name)} was skipped: {reason}.\n" for name, reason in results.skipped.items())
+    for run in (results, *(other for other in elsewhere if other.machine["device"] == device)):
+        if run is not results:
+            yield f"### Another host\n\n{ELSEWHERE_NOTE}"
+        yield f"Measured on {sentence(run.machine)}\n"
+        yield "What fastlars promises of its default, in times the other's time, and what this run measured:\n"
+        header = ["model", "against", "", "at most", "measured"]
+        kept = {True: "kept", False: "not kept"}
+        bounds = [[*names, kept[x <= bound], f"{bound:.2f}", f"{x:.2f}"] for *names, bound, x in promises(run)]
+        yield from table(header, bounds, left=3)
+        for case in run.cases:
+            yield from case_table(run, case)
 
 
 def speed(stored: list[Results], elsewhere: list[Results]) -> Iterator[str]:
     """README's part: the default beside the other LARSes, and how many of the promises the run kept."""
-    results = find(stored, "step_time", "cpu")
+    results = find(stored, "cpu")
     if results is None:
         yield "Not measured. `python -m nox -s performance` measures it.\n"
         return
@@ -220,8 +168,7 @@ def speed(stored: list[Results], elsewhere: list[Results]) -> Iterator[str]:
         ratios = [a_read(results, case), *(number(results.ratio(case, name, YARDSTICK)) for name in contenders)]
         rows.append([case.removesuffix(REAL), *ratios])
     yield from table(["", "SGD and one more read", *map(title, contenders)], rows)
-    machine, values = results.machine, [(bound, bound.measured(results)) for bound in BOUNDS["cpu"]]
-    kept = [bound.kept(value) for bound, value in values if value is not None]
+    machine, kept = results.machine, [measured <= bound for *_, bound, measured in promises(results)]
     yield (
         f"The bytes alone, {TWO_PASSES} against {FLOOR}, make it {TWO_PASSES / FLOOR:.2f}; column 1 is the practical floor, SGD plus the "
         f"one extra read that LARS needs.\nMeasured on {machine['cpu']}, {machine['cores']} cores, torch "
@@ -235,7 +182,7 @@ def speed(stored: list[Results], elsewhere: list[Results]) -> Iterator[str]:
         copies = [number(run.find(case, COPY).gb_s, ".0f") for run in (other, results) if run.find(case, COPY)]
         floor = f"; SGD and one more read took {a_read(other, case)} on {case}" if a_read(other, case) else ""
         yield f"On another host, which copies {' GB/s instead of '.join(copies)}, it took {ratios}{floor}."
-    if find(stored, "step_time", "cuda") is None:
+    if find(stored, "cuda") is None:
         yield "Nothing has been measured on a GPU."
     yield ""
 
@@ -246,49 +193,8 @@ def a_read(results: Results, case: str) -> str:
     return "" if row is None else number(results.relative(row, YARDSTICK))
 
 
-def find(stored: list[Results], benchmark: str, device: str) -> Results | None:
-    return next((r for r in stored if (r.benchmark, r.machine["device"]) == (benchmark, device)), None)
-
-
-def alt_text(results: Results) -> str:
-    """What the picture shows, for those who do not see it."""
-    parts = [f"{title(YARDSTICK)} is 1"]
-    for name in (DEFAULT, LOOP):
-        ratios = [(case, results.ratio(case, name, YARDSTICK)) for case in results.cases]
-        parts.append(f"{title(name)} " + ", ".join(f"{ratio:.2f} on {case}" for case, ratio in ratios if ratio))
-    return f"Step time in units of torch's fused SGD, with a line at 1.4 (28 bytes a parameter): {'; '.join(parts)}."
-
-
-def draw(results: Results, path: Path) -> None:
-    """A step's time against fused SGD: a row a case, a mark a contender."""
-    from matplotlib import pyplot as plt  # noqa: PLC0415  pages without pictures need none
-
-    from .demo.figure import STYLE  # noqa: PLC0415
-
-    others = dict.fromkeys(row.contender for row in results.rows if row.contender not in (COPY, READ, YARDSTICK, DEFAULT))
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(9.6, 2.6 + 0.5 * len(results.cases)), layout="constrained")
-        for i, name in enumerate((DEFAULT, *others)):
-            ratios = [(results.ratio(case, name, YARDSTICK), place) for place, case in enumerate(results.cases)]
-            known = [(ratio, place) for ratio, place in ratios if ratio is not None]
-            ours = name == DEFAULT
-            look = {"color": "#0072B2", "marker": "o"} if ours else {"color": f"C{i % 9 + 1}", "marker": "s^vDX+*<>"[i % 9]}
-            axes.scatter(*zip(*known, strict=True), **look, s=130 if ours else 55, zorder=4 if ours else 3, label=title(name))
-        axes.axvline(1.0, color="black", linewidth=1, label=title(YARDSTICK))
-        axes.axvline(TWO_PASSES / FLOOR, color="black", linewidth=1, linestyle="--", label="28 bytes against 20")
-        axes.set(xscale="log", yticks=range(len(results.cases)), yticklabels=results.cases)
-        axes.set_xticks(ticks := [1, 1.4, 2, 3, 5, 10], [f"{tick:g}" for tick in ticks], minor=False)
-        axes.set_xticks([], minor=True)
-        axes.set_xlabel(f"times the time of {title(YARDSTICK)}, the less the better")
-        axes.invert_yaxis()
-        figure.legend(loc="outside lower center", ncols=3)
-        figure.savefig(path, metadata={"Date": None, "Identifier": drawn_from(results)})
-        plt.close(figure)
-
-
-def drawn_from(results: Results) -> str:
-    """The fingerprint of the picture of these results."""
-    return fingerprint(*(asdict(row) for row in results.rows))
+def find(stored: list[Results], device: str) -> Results | None:
+    return next((results for results in stored if results.machine["device"] == device), None)
 
 
 def with_part(page: Path, text: str, name: str, lines: Iterator[str]) -> str:
@@ -306,21 +212,20 @@ def stored_in(folder: Path) -> list[Results]:
 
 def pages(stored: list[Results], elsewhere: list[Results]) -> dict[Path, str]:
     """The pages with measured parts, as they have to be."""
+    from . import study  # noqa: PLC0415  it uses this module's tables
+
     sections = ["\n".join(section(stored, elsewhere, device)) for device in DEVICES]
     page = ROOT / "README.md"
     text = with_part(page, page.read_text(encoding="utf-8"), "speed", speed(stored, elsewhere))
-    runs = outcome.read(DOCS / "demo" / "runs.csv")
-    text = with_part(page, text, "demo", outcome.readme(runs))
-    return {DOCS / "performance.md": "\n".join([INTRODUCTION, *sections, COMMANDS]), page: text}
+    text = with_part(page, text, "demo", outcome.readme(outcome.read(DOCS / "demo" / "runs.csv")))
+    written = {DOCS / "performance.md": "\n".join([INTRODUCTION, *sections, COMMANDS]), page: text}
+    return {**written, DOCS / "study.md": study.rendered()}
 
 
 def main() -> int:
     stored = stored_in(FOLDER)
     for path, text in pages(stored, stored_in(FOLDER / "elsewhere")).items():
         path.write_text(text, encoding="utf-8")
-    for device in DEVICES:
-        if (step_time := find(stored, "step_time", device)) is not None:
-            draw(step_time, DOCS / f"performance-{device}.svg")
     return 0
 
 

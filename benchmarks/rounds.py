@@ -84,14 +84,9 @@ class Copy:
 def interleave(
     steps: Mapping[str, Step], clock: Clock, rounds: int, seconds: float, copy: Copy | None = None
 ) -> dict[str, list[float]]:
-    """Milliseconds of each step in each round, after one that is not counted.
+    """Milliseconds of each step, and of `copy` and its read if given, in each round.
 
-    Args:
-        steps: by name.
-        clock: of the device on which they run.
-        rounds: how many, at most.
-        seconds: after which it stops, once there are a few rounds.
-        copy: if given, it and its read are timed in each round too.
+    A first round is not counted. There are `rounds` at most; after `seconds` it stops, once there are FEWEST_ROUNDS.
     """
     if copy is not None:
         steps = {**steps, COPY: copy, READ: copy.read}
@@ -124,12 +119,10 @@ class Row:
     elements: int
     ms: list[float]
     bytes_moved: int | None = None  # by one step; None for a whole training step
-    peak_extra_bytes: int | None = None  # held at most by one step beyond what it found
     launches: int | None = None  # on a GPU
     host_reads: int | None = None  # on a GPU: copies to the host, each of which waits for the device
     host_us: float | None = None  # on a GPU: microseconds until a step returns
     writes_grad: bool = False
-    first_step_ms: float | None = None
 
     @property
     def median(self) -> float:
@@ -203,7 +196,7 @@ def save(results: Results, path: Path) -> None:
 
 def load(path: Path) -> Results:
     content = json.loads(path.read_text(encoding="utf-8"))
-    if (found := content.pop("format", None)) != FORMAT:
+    if (found := content.pop("format")) != FORMAT:
         raise ValueError(f"{path}: format must be {FORMAT}, got {found}; measure again")
     return Results(**{**content, "rows": [Row(**row) for row in content["rows"]]})
 

@@ -1,7 +1,7 @@
 """Accuracy against batch and lr, for SGD, SGD with Nesterov and with clipping, AdamW and LARS: `nox -s study`.
 
 docs/study.md says what is run, and what came out. Each run is a line of a CSV, written when the run ends; a study that was stopped
-or killed resumes from there. `--render` writes the tables of the page from benchmarks/results/study.csv.
+or killed resumes from there.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import math
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -51,12 +50,6 @@ COLUMNS = (
 )
 OUTCOME = COLUMNS[-4:]
 
-Rows = Mapping[str, Method]  # by their names in a table
-
-
-def _own(method: Method) -> Method:
-    return replace(method, bias_lr=OWN_LR[method.optimizer])
-
 
 def _dialect(name: str, first_lr: float) -> Method:
     options = {option: value for option, value in DIALECTS[name].items() if option != "adapt"}  # the groups say that
@@ -71,7 +64,7 @@ BASE = {
     "AdamW": Method("AdamW", None, 0.032, first_lr_power=0.25),
     "LARS": Method("LARS", None, 128.0, first_lr_power=0.6),
 }
-MAIN = {name: _own(method) for name, method in BASE.items()}
+MAIN = {name: replace(method, bias_lr=OWN_LR[method.optimizer]) for name, method in BASE.items()}
 ONE_LR = {
     f"{name}, one lr for all": replace(method, first_lr={"AdamW": 0.064, "LARS": 16.0}.get(name, method.first_lr))
     for name, method in BASE.items()
@@ -79,7 +72,8 @@ ONE_LR = {
 # dialects whose options differ in eps alone, far below any norm here, share a row: paper and mlperf; bolts is LARS itself
 FAMILY = {
     **{f"dialect {name}": _dialect(name, lr) for name, lr in (("larc", 16.0), ("timm_larc", 32.0), ("byol", 128.0))},
-    **{"dialect simclr": _dialect("simclr", 128.0), "dialect paper and mlperf": _dialect("paper", 128.0)},
+    "dialect simclr": _dialect("simclr", 128.0),
+    "dialect paper and mlperf": _dialect("paper", 128.0),
     "all tensors adapted": replace(BASE["LARS"], adapt_all=True, first_lr=64.0),
 }
 BATCH_NORM = {
@@ -101,7 +95,7 @@ class Study:
 def study(train: Callable[[list[Run]], list[Result]]) -> Study:
     """Search, then test; with a store's `results` for `train` it is read instead. No search sees a test."""
     found = Study({}, defaultdict(list))
-    tables: list[tuple[Rows, tuple[int, ...]]] = [
+    tables: list[tuple[dict[str, Method], tuple[int, ...]]] = [
         ({**MAIN, **FAMILY, **ONE_LR}, (LARGEST,)),
         (MAIN, BATCHES[:-1]),
         (BATCH_NORM, (LARGEST,)),
@@ -256,26 +250,32 @@ def tables(found: Study) -> Iterator[str]:
     yield from table(["method", *columns], [[n, *cells(found, LARGEST, m)] for n, m in BATCH_NORM.items()])
 
 
+def rendered() -> str:
+    """docs/study.md, as it has to be."""
+    page = DOCS / "study.md"
+    return with_part(
+        page, page.read_text(encoding="utf-8"), "study", tables(study(Store(FOLDER / "study.csv").results))
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__)
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="MNIST-format files (idx, gzipped or not)")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", default=Path("results/study"), help="where study.csv is kept")
-    parser.add_argument("--render", action="store_true", help="write the tables of docs/study.md")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", default=Path("results/study"), help="where study.csv is kept"
+    )
     options = parser.parse_args(arguments)
     console = Console(highlight=False)
-    if options.render:
-        page = DOCS / "study.md"
-        found = study(Store(FOLDER / "study.csv").results)
-        page.write_text(with_part(page, page.read_text(encoding="utf-8"), "study", tables(found)), encoding="utf-8")
-    elif options.data is None:
-        parser.error(f"--data FOLDER must hold MNIST-format files, gzipped or not: {', '.join(map(str, FILES.values()))}")
-    else:
-        try:
-            console.print("\n".join(tables(train(options.data, options.out, console))), markup=False, soft_wrap=True)
-        except DataError as error:
-            parser.error(str(error))
-        except KeyboardInterrupt:
-            parser.exit(130, "study: interrupted; start it again to resume\n")
+    if options.data is None:
+        parser.error(
+            f"--data FOLDER must hold MNIST-format files, gzipped or not: {', '.join(map(str, FILES.values()))}"
+        )
+    try:
+        console.print("\n".join(tables(train(options.data, options.out, console))), markup=False, soft_wrap=True)
+    except DataError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "study: interrupted; start it again to resume\n")
     return 0
 
 

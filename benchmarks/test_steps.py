@@ -7,7 +7,6 @@ one after the other.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,11 +14,8 @@ import torch
 from torch import nn
 
 from benchmarks.counting import launches_and_host_reads
-from benchmarks.measuring import parameters, synchronize
-from benchmarks.models import train_once, training
 from benchmarks.optimizers import ADAPTED, CONTENDERS, groups_of
-from benchmarks.performance import TRAINERS
-from benchmarks.rounds import Step
+from benchmarks.performance import parameters, synchronize
 from benchmarks.shapes import MODELS
 
 if TYPE_CHECKING:
@@ -30,16 +26,6 @@ if TYPE_CHECKING:
 def params(request: pytest.FixtureRequest, device: torch.device) -> list[nn.Parameter]:
     """One model at a time: the largest take gigabytes."""
     return parameters(MODELS[request.param].shapes(), device)
-
-
-def timed(benchmark: BenchmarkFixture, step: Step, device: torch.device) -> None:
-    def whole() -> None:
-        step()
-        synchronize(device)
-
-    for _ in range(2):  # buffers, compilation
-        whole()
-    benchmark(whole)
 
 
 @pytest.mark.parametrize("params", list(MODELS), indirect=True)
@@ -59,14 +45,12 @@ def test_step(
         pytest.skip(reason)
     benchmark.group = f"step, {request.node.callspec.params['params']}, {adapted} adapted"
     step = contender.stepper(groups_of(params, adapted))
-    timed(benchmark, step, device)
+
+    def whole() -> None:
+        step()
+        synchronize(device)
+
+    for _ in range(2):  # buffers, compilation
+        whole()
+    benchmark(whole)
     benchmark.extra_info["launches"], benchmark.extra_info["host reads"] = launches_and_host_reads(step, device)
-
-
-@pytest.mark.parametrize("name", TRAINERS)
-def test_training_step(benchmark: BenchmarkFixture, name: str, device: torch.device) -> None:
-    """Forward, backward, optimizer and zero_grad."""
-    image, batch = (224, 64) if device.type == "cuda" else (32, 8)
-    benchmark.group = f"training step, ResNet-50, batch {batch}, {image} pixels"
-    params, loss = training(batch, image, device)
-    timed(benchmark, partial(train_once, CONTENDERS[name].make(groups_of(params, "weights")), loss), device)

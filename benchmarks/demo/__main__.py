@@ -1,10 +1,9 @@
 """SGD and LARS at growing batches, on handwritten digits: `nox -s demo`.
 
 Three methods at four batches: LARS with an lr of its own for the biases, which is how it is meant to be used; SGD, with the
-better of that and one lr for all tensors; and LARS with one lr for all. The same for all of them: network, epochs, linear
-warm-up and polynomial decay, momentum, weight decay (weights only), and for each seed the initial weights and the order
-of the images. Learning rates are the best of a stored search on a validation split, lrs.csv; `--search` repeats it. Other
-seeds than the search had are then trained, and only they see the test split, once.
+better of that and one lr for all tensors; and LARS with one lr for all. Everything else is the same, and a seed sets the
+initial weights and the order of the images. Learning rates are the best of a stored search on a validation split, lrs.csv;
+`--search` repeats it. Other seeds than the search had are then trained, and only they see the test split, once.
 """
 
 from __future__ import annotations
@@ -79,13 +78,12 @@ def demo(dataset: Dataset, protocol: Protocol, out: Path, console: Console, *, s
 
 
 def _search(dataset: Dataset, protocol: Protocol, workers: Workers, console: Console) -> list[outcome.Row]:
-    with Progress(console=console, transient=True) as progress:
-
-        def train(runs: list[Run]) -> list[Result]:
+    def train(runs: list[Run]) -> list[Result]:
+        with Progress(console=console, transient=True) as progress:
             task = progress.add_task(f"search: {len(runs)} runs", total=len(runs))
             return workers.train(runs, finished=lambda _: progress.advance(task))
 
-        return outcome.trials(search(METHODS, dataset.batches, protocol, train))
+    return outcome.trials(search(METHODS, dataset.batches, protocol, train))
 
 
 def _table(dataset: Dataset, results: list[Result], names: dict[Run, str]) -> Table:

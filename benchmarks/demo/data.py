@@ -59,7 +59,9 @@ def scikit_learn_digits() -> Dataset:
 
     digits = load_digits()
     train, rest = _stratified(digits.target, np.arange(len(digits.target)), 1152)
-    parts = [(digits.images[chosen], digits.target[chosen]) for chosen in (train, *_stratified(digits.target, rest, 323))]
+    parts = [
+        (digits.images[chosen], digits.target[chosen]) for chosen in (train, *_stratified(digits.target, rest, 323))
+    ]
     return _dataset("scikit-learn digits", parts, (32, 144, 576, 1152))
 
 
