@@ -21,7 +21,8 @@ Step = Callable[[], object]
 ONLY_WRITES = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}  # what they mutate
 ONLY_READS = {("_fused_sgd_", "grads")}  # written with a grad_scale only
 # operations that take a tensor for its shape only
-NO_READS = {f"{name}_like" for name in ("empty", "zeros", "ones", "full")} | {"new_empty", "new_zeros", "new_full"}
+NO_READS = {f"{name}_like" for name in ("empty", "zeros", "ones", "full")} | {"is_same_size"}
+NO_READS |= {"new_empty", "new_zeros", "new_full"}
 NO_WRITES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}  # memory, not values
 
 LAUNCHES = {f"cuda{name}" for name in ("LaunchKernel", "LaunchKernelExC", "LaunchCooperativeKernel")}

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -81,20 +80,18 @@ class Contender:
 
     def missing(self) -> str:
         """Why it cannot run here; empty where it can."""
-        if self.package:
-            try:
-                version(self.package)
-            except PackageNotFoundError:
-                return f"{self.package} is not installed"
-            try:
-                self.make([Parameter(torch.zeros(1))])
-            except Exception as error:  # noqa: BLE001  a broken installation of somebody else's package raises anything
-                return f"{self.package} does not import here: {type(error).__name__}: {error}"
+        try:
+            self.make([Parameter(torch.zeros(1))])
+        except ModuleNotFoundError as error:
+            return f"{error.name} is not installed"
+        except Exception as error:  # noqa: BLE001  a broken installation of somebody else's package raises anything
+            return f"{self.package} does not import here: {type(error).__name__}: {error}"
         return ""
 
 
-def _sgd(name: str, title: str, **implementation: bool) -> Contender:
-    return Contender(name, f"torch SGD({title})", partial(SGD, **OPTIONS, **implementation))
+def _sgd(name: str, **implementation: bool) -> Contender:
+    ((key, value),) = implementation.items()
+    return Contender(name, f"torch SGD({key}={value})", partial(SGD, **OPTIONS, **implementation))
 
 
 def _ours(name: str, fused_bytes: int | None = None, compiled: bool = False, **implementation: bool) -> Contender:
@@ -115,9 +112,9 @@ def _peer(module: str, name: str, package: str) -> Contender:
 CONTENDERS = {
     contender.name: contender
     for contender in (
-        _sgd(YARDSTICK, "fused=True", fused=True),
-        _sgd("sgd-foreach", "foreach=True", foreach=True),
-        _sgd("sgd-loop", "foreach=False", foreach=False),
+        _sgd(YARDSTICK, fused=True),
+        _sgd("sgd-foreach", foreach=True),
+        _sgd("sgd-loop", foreach=False),
         _ours("fused", 28, fused=True),
         _ours("foreach", foreach=True),
         _ours("single", foreach=False),

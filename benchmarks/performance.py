@@ -119,12 +119,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "commit": _commit(),
     }
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        facts |= {
-            "device_name": properties.name,
-            "cuda": torch.version.cuda,
-            "l2_mib": properties.L2_cache_size / 2**20,
-        }
+        facts |= {"device_name": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
     return facts
 
 

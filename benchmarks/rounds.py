@@ -36,8 +36,7 @@ class Clock:
     """Times one call, in milliseconds: by the wall on a CPU, by events on a GPU.
 
     On a GPU, reading 256 MiB flushes the L2 cache before each call, and the device waits 1.5 times as long as the host's
-    first call took. Without that head start the time would be the host's, for which nobody waits in training: it launches
-    the step while the device is at the backward pass. A step that reads on the host waits there, and its time includes that.
+    first call took. In training, too, the host is ahead: it launches the step while the device is at the backward pass.
     """
 
     def __init__(self, device: torch.device) -> None:

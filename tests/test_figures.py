@@ -22,13 +22,14 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 sys.path.append(str(ROOT))  # benchmarks/ is no part of the package; it is run from the repository root
 
-from benchmarks import figure, long_run, render
 from benchmarks.commandline import FOLDER
 from benchmarks.demo.report import HEADER, drawn_from, read_csv
-from benchmarks.demo.training import METHODS
-from benchmarks.optimizers import CONTENDERS, YARDSTICK
 from benchmarks.promises import DEFAULT
 from benchmarks.readme import accuracies
+
+from benchmarks import figure, long_run, render
+from benchmarks.demo.training import METHODS
+from benchmarks.optimizers import CONTENDERS, YARDSTICK
 from benchmarks.results import ELSEWHERE, find, load_all
 from benchmarks.shapes import MODELS
 

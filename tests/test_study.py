@@ -28,15 +28,16 @@ for module in ("sklearn", "matplotlib", "rich"):
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # benchmarks/ is no part of the package; it is run from the repository root
 
+from benchmarks.study.methods import AT_LARGEST, BATCH_NORM, CUT, FAMILY, MAIN, ONE_LR, OWN_LR, PROTOCOLS
+from benchmarks.study.outcome import Outcome
+from benchmarks.study.store import Store, StoreError
+
 from benchmarks.demo import training
 from benchmarks.demo.data import FILES, IMAGES_MAGIC, LABELS_MAGIC, idx_digits
 from benchmarks.demo.search import Grid, search
 from benchmarks.demo.training import Method, Protocol, Result, Run
 from benchmarks.study import __main__ as program
 from benchmarks.study import page, report
-from benchmarks.study.methods import AT_LARGEST, BATCH_NORM, CUT, FAMILY, MAIN, ONE_LR, OWN_LR, PROTOCOLS
-from benchmarks.study.outcome import Outcome
-from benchmarks.study.store import Store, StoreError
 
 QUICK = PROTOCOLS["quick"]
 

@@ -31,7 +31,7 @@ class Cut:
     pool: int = 1  # images shrink by this factor, by averaging
 
 
-DEMO_CUT = Cut(4096, 4096, 0.8, (32, 8, 2, 1))
+DEMO_CUT = Cut(4096, 4096, 0.8, (32, 8, 2, 1), pool=2)
 
 
 class DataError(Exception):
@@ -66,11 +66,7 @@ def scikit_learn_digits() -> Dataset:
 
 
 def idx_digits(directory: Path, cut: Cut = DEMO_CUT) -> Dataset:
-    """MNIST-format files: training and validation split from the train files, test from the t10k files.
-
-    Raises:
-        DataError: if a file is missing or damaged, or images and labels are not of one number.
-    """
+    """MNIST-format files: training and validation split from the train files, test from the t10k files."""
     (images, labels), test = (_read_pair(directory, which) for which in FILES)
     size = min(cut.train, int(len(labels) * cut.share)) // cut.parts[0] * cut.parts[0]
     train, validation = _stratified(labels, np.arange(len(labels)), size)
@@ -83,11 +79,7 @@ def idx_digits(directory: Path, cut: Cut = DEMO_CUT) -> Dataset:
 
 
 def read_idx(path: Path, magic: int) -> Numbers:
-    """Read one idx file of unsigned bytes, gzipped or not, and check it against its own header.
-
-    Raises:
-        DataError: if the file cannot be read, or its content is not what the header promises.
-    """
+    """Read one idx file of unsigned bytes, gzipped or not; DataError if it is not what its header promises."""
     path = path if path.exists() else path.with_name(f"{path.name}.gz")
     try:
         content = path.read_bytes()

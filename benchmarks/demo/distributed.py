@@ -171,9 +171,8 @@ def image_order(images: int, options: argparse.Namespace) -> Iterator[Tensor]:
 @torch.no_grad()
 def measure(parallel: nn.Module, split: Split, device: torch.device) -> float:
     """Accuracy in percent; each rank looks at its share of the images."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    logits = parallel(split.images[rank::ranks].to(device))
-    right = (logits.argmax(1) == split.labels[rank::ranks].to(device)).sum()
+    share = slice(dist.get_rank(), None, dist.get_world_size())
+    right = (parallel(split.images[share].to(device)).argmax(1) == split.labels[share].to(device)).sum()
     dist.all_reduce(right)
     return 100 * right.item() / len(split.labels)
 

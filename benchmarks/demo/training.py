@@ -59,7 +59,7 @@ class Protocol:
     most_trials: int = 15  # a grid that has grown to this many is not moved further
     search_seeds: tuple[int, ...] = (100, 101, 102, 103, 104)
     test_seeds: tuple[int, ...] = (0, 1, 2)
-    first_stride: int | None = None  # of the first convolution; None: by the size of the images
+    first_stride: int = 1  # of the first convolution
     ratios_an_epoch: int = 1  # how often a final run notes its trust ratios
 
 
@@ -81,10 +81,8 @@ class Result:
     trust_ratios: dict[str, list[float]] = field(default_factory=dict)  # layer -> ratios_an_epoch numbers an epoch
 
 
-def build_model(height: int, width: int, first_stride: int | None = None, batch_norm: bool = False) -> nn.Sequential:
+def build_model(height: int, width: int, first_stride: int = 1, batch_norm: bool = False) -> nn.Sequential:
     """Two convolutions and two linear layers, 18 000 parameters for 8 x 8 pixels; without normalisation unless asked."""
-    if first_stride is None:
-        first_stride = 2 if max(height, width) > 16 else 1
     area = math.prod(math.ceil(math.ceil(side / first_stride) / 2) for side in (height, width))
     layers = OrderedDict[str, nn.Module](
         conv1=nn.Conv2d(1, 8, 3, stride=first_stride, padding=1),

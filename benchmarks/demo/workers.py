@@ -57,9 +57,8 @@ class Workers:
         self._pool.shutdown(cancel_futures=True)
 
     def train(self, runs: Sequence[Run], finished: Callable[[Result], None]) -> list[Result]:
-        """Train every run and return the results in the order of `runs`; `finished` sees each when it ends."""
-        shortest_last = sorted(runs, key=lambda run: run.batch)
-        futures = {self._pool.submit(_train, run): run for run in shortest_last}
+        """Train every run, small batches first, and return results in the order of `runs`; `finished` sees each at its end."""
+        futures = {self._pool.submit(_train, run): run for run in sorted(runs, key=lambda run: run.batch)}
         results: dict[Run, Result] = {}
         for future in as_completed(futures):
             results[futures[future]] = future.result()
