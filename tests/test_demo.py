@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import struct
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,8 +23,8 @@ sys.path.append(str(ROOT))  # benchmarks/ is no part of the package; it is run f
 from rich.console import Console
 
 from benchmarks.demo import __main__ as program
-from benchmarks.demo import outcome
-from benchmarks.demo.data import FILES, IMAGES_MAGIC, LABELS_MAGIC, DataError, idx_digits, read_idx
+from benchmarks.demo import outcome, training
+from benchmarks.demo.data import FILES, IMAGES_MAGIC, LABELS_MAGIC, DataError, Dataset, idx_digits, read_idx
 from benchmarks.demo.search import Grid, next_trials, search
 from benchmarks.demo.training import METHODS, Method, Protocol, Result, Run
 
@@ -44,10 +46,8 @@ def directory(tmp_path: Path) -> Path:
     """A small whole data set; the train files gzipped, the test files not."""
     for which, count in (("train", 200), ("test", 30)):
         for name, content in zip(FILES[which], (images(count), labels(count)), strict=True):
-            if which == "train":
-                (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content))
-            else:
-                (tmp_path / name).write_bytes(content)
+            zipped = which == "train"
+            (tmp_path / (name + ".gz" * zipped)).write_bytes(gzip.compress(content) if zipped else content)
     return tmp_path
 
 
@@ -68,10 +68,9 @@ def test_idx_files_are_read_gzipped_or_not(directory: Path) -> None:
         (images(3)[:-1], "promises 304 bytes, found 303"),
         (labels(300), "must start with 0x00000803 (are images and labels swapped?), found 0x00000801"),
         (gzip.compress(images(3))[:-9], "found: Compressed file ended"),
-        (b"\x1f\x8bno gzip file", "readable file"),
         (None, "No such file"),
     ],
-    ids=["empty", "truncated", "labels", "truncated gzip", "not gzip", "none"],
+    ids=["empty", "truncated", "labels", "truncated gzip", "none"],
 )
 def test_a_wrong_file_is_one_clear_line(tmp_path: Path, content: bytes | None, found: str) -> None:
     path = tmp_path / "images"
@@ -108,27 +107,13 @@ def peaks_at(peak: dict[Method, float]) -> Callable[[list[Run]], list[Result]]:
 
 def test_a_best_lr_on_the_edge_moves_the_grid_and_all_get_as_many_trials() -> None:
     other = replace(METHOD, optimizer="LARS")
-    grids = search([METHOD, other], [32], Protocol(first_trials=3), peaks_at({METHOD: 1.0, other: 32.0}))
+    grids = search([METHOD, other], [32], Protocol(first_trials=3), peaks_at({METHOD: 1 / 32, other: 32.0}))
     sgd, lars = grids[32, METHOD], grids[32, other]
-    assert (sgd.best_lr, lars.best_lr) == (1.0, 32.0) and sgd.is_inside and lars.is_inside
-    # 1/2, 1, 2, then 4 to 64 for LARS, then a half-step to either side
+    assert (sgd.best_lr, lars.best_lr) == (1 / 32, 32.0) and sgd.is_inside and lars.is_inside
+    # 1/2, 1, 2, then 4 to 64 or 1/4 to 1/64, then a half-step to either side
     assert len(sgd.trials) == len(lars.trials) == 3 + 5 + 2
-
-
-@pytest.mark.parametrize(("octaves", "neighbours"), [(-9, 2), (-2, 1), (0, 2), (9, 1)])
-def test_the_grid_moves_until_the_best_has_its_neighbours_then_two_half_steps(octaves: int, neighbours: int) -> None:
-    protocol = Protocol(neighbours=neighbours, search_seeds=(0,))
-    grid = search([METHOD], [32], protocol, peaks_at({METHOD: 2.0**octaves}))[32, METHOD]
-    assert grid.best_lr == 2.0**octaves and grid.is_inside
-    tried = sorted(grid.lr(k) for k in grid.trials)
-    at = tried.index(grid.best_lr)
-    assert tried[at - 1 : at + 2] == pytest.approx([grid.best_lr * 2.0**k for k in (-0.5, 0, 0.5)])
-
-
-def test_a_grid_stops_growing_and_says_that_its_best_is_on_the_edge() -> None:
-    protocol = Protocol(first_trials=3, most_trials=5)
-    grid = search([METHOD], [32], protocol, peaks_at({METHOD: 2.0**20}))[32, METHOD]
-    assert len(grid.trials) == 5 + 2 and not grid.is_inside
+    grid = search([METHOD], [32], Protocol(first_trials=3, most_trials=5), peaks_at({METHOD: 2.0**20}))[32, METHOD]
+    assert len(grid.trials) == 5 + 2 and not grid.is_inside, "it stops growing"
 
 
 def test_equal_accuracies_are_told_apart_by_the_loss() -> None:
@@ -141,26 +126,20 @@ def test_equal_accuracies_are_told_apart_by_the_loss() -> None:
 def test_the_search_and_the_runs_are_written_and_read_again(directory: Path, tmp_path: Path) -> None:
     """Of everything only the processes are not real: training is in this one."""
 
-    class Here:
-        def __init__(self, protocol: Protocol, dataset: object) -> None:
-            self.protocol, self.dataset = protocol, dataset
-
-        __enter__ = lambda self: self
-        __exit__ = lambda self, *_: None
-
-        def train(self, runs: list[Run], finished: Callable[[Result], None]) -> list[Result]:
-            from benchmarks.demo.training import train  # noqa: PLC0415
-
-            results = [train(run, self.protocol, self.dataset) for run in runs]  # type: ignore[arg-type]
+    def here(protocol: Protocol, dataset: Dataset) -> contextlib.AbstractContextManager[SimpleNamespace]:
+        def train(runs: list[Run], finished: Callable[[Result], None]) -> list[Result]:
+            results = [training.train(run, protocol, dataset) for run in runs]
             for result in results:
                 finished(result)
             return results
+
+        return contextlib.nullcontext(SimpleNamespace(train=train))
 
     protocol = Protocol(2, 1, first_trials=3, most_trials=3, search_seeds=(100,), test_seeds=(0, 1))
     dataset = replace(idx_digits(directory), batches=(80, 160))
     screen = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(program, "Workers", Here)
+        patch.setattr(program, "Workers", here)
         program.demo(dataset, protocol, tmp_path, Console(file=screen, width=100), searching=True)
         patch.setattr(program, "STORED", tmp_path / "lrs.csv")
         first = outcome.read(tmp_path / "runs.csv")
