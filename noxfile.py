@@ -147,14 +147,14 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """The demo; what follows `--` goes to it."""
+    """The demo, under a minute of training; what follows `--` goes to it (--search, --data DIR)."""
     install(session, NEWEST, "--group", "demo")
     session.run("python", "-m", "benchmarks.demo", *session.posargs)
 
 
 @nox.session
 def study(session: nox.Session) -> None:
-    """The large-batch study: `-- --data FOLDER` trains what is not stored yet, on two cores within the hour."""
+    """The large-batch study: `-- --data FOLDER` trains what is not stored yet, within the hour on two cores."""
     install(session, NEWEST, "--group", "demo")
     session.run("python", "-m", "benchmarks.study", *session.posargs)
 
@@ -171,10 +171,16 @@ def frameworks(session: nox.Session, framework: str) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """The benchmarks, then docs/performance.md; what follows `--` goes to each (--device cuda, --rounds N)."""
+    """Step times under pytest-benchmark; what follows `--` goes to pytest (-k resnet50, --benchmark-compare)."""
     install(session, NEWEST, "--group", "bench")
-    for program in ("step_time", "scaling", "training_step"):
-        session.run("python", "-m", f"benchmarks.{program}", *session.posargs)
+    session.run("python", "-m", "pytest", "benchmarks", *session.posargs)
+
+
+@nox.session
+def performance(session: nox.Session) -> None:
+    """Contenders interleaved, then docs/performance.md; what follows `--` goes to the first (--device cuda, --rounds N)."""
+    install(session, NEWEST, "--group", "bench")
+    session.run("python", "-m", "benchmarks.performance", *session.posargs)
     session.run("python", "-m", "benchmarks.render")
 
 
@@ -183,13 +189,6 @@ def long_run(session: nox.Session) -> None:
     """100,000 steps under each implementation: memory, drift, time; what follows `--` goes to it (--steps N)."""
     install(session, NEWEST, "--group", "bench")
     session.run("python", "-m", "benchmarks.long_run", *session.posargs)
-
-
-@nox.session
-def bench_compare(session: nox.Session) -> None:
-    """Compare two runs: `-- BEFORE.json AFTER.json [--margin PERCENT]`; fails if one of ours became slower."""
-    install(session, NEWEST, "--group", "bench")
-    session.run("python", "-m", "benchmarks.compare", *session.posargs)
 
 
 @nox.session

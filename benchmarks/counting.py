@@ -1,4 +1,4 @@
-"""What a step costs besides time: bytes that its operations read and write, memory it holds, launches and host reads."""
+"""What a step costs besides time: bytes that its operations read and write, launches and host reads."""
 
 from __future__ import annotations
 
@@ -14,40 +14,23 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastlars import fused_cpu
-
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's CUDA builds log every profiler start to stderr
 
 Step = Callable[[], object]
 
 ONLY_WRITES = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}  # what they mutate
 ONLY_READS = {("_fused_sgd_", "grads")}  # written with a grad_scale only
-NO_READS = {
-    "empty_like",
-    "zeros_like",
-    "ones_like",
-    "full_like",
-    "new_empty",
-    "new_zeros",
-    "new_full",
-    "is_same_size",
-}  # of their inputs
+# operations that take a tensor for its shape only
+NO_READS = {f"{name}_like" for name in ("empty", "zeros", "ones", "full")} | {"is_same_size"}
+NO_READS |= {"new_empty", "new_zeros", "new_full"}
 NO_WRITES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}  # memory, not values
 
-LAUNCHES = {
-    "cudaLaunchKernel",
-    "cudaLaunchKernelExC",
-    "cudaLaunchCooperativeKernel",
-    "cuLaunchKernel",
-    "cuLaunchKernelEx",
-}
+LAUNCHES = {f"cuda{name}" for name in ("LaunchKernel", "LaunchKernelExC", "LaunchCooperativeKernel")}
+LAUNCHES |= {"cuLaunchKernel", "cuLaunchKernelEx"}
 
 
 class _ByteCounter(TorchDispatchMode):
-    """Adds up what every operation must read and write, as if none of it were in a cache.
-
-    It sees operations, not kernels: an operation that goes over its tensors more than once is counted once.
-    """
+    """Adds up what every operation, not kernel, must read and write, as if none of it were in a cache."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,31 +71,10 @@ def bytes_moved(step: Step) -> int:
     return int(counter.bytes)
 
 
-def peak_extra_bytes(step: Step, device: torch.device) -> int:
-    """The most memory that a step holds beyond what was held before it. What our CPU step keeps between steps counts."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        step()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    fused_cpu._SPARE.clear()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    held = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
-
-
 def launches_and_host_reads(step: Step, device: torch.device) -> tuple[int | None, int | None]:
     """Kernel launches of a step, and copies to the host; None where there is no GPU."""
     if device.type != "cuda":
         return None, None
-    torch.cuda.synchronize(device)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize(device)

@@ -16,7 +16,6 @@ Shape = tuple[int, ...]
 class Model:
     """A model's parameters as an optimizer sees them."""
 
-    name: str  # on the command line and in the results
     title: str  # in tables and figures
     shapes: Callable[[], list[Shape]]
 
@@ -75,11 +74,6 @@ def convnext_tiny() -> list[Shape]:
     return shapes + _norm(channels) + _linear(channels, 1000)
 
 
-def small_tensors(count: int = 1000, side: int = 32) -> list[Shape]:
-    """Many small matrices: what a call a tensor costs."""
-    return [(side, side)] * count
-
-
 def _linear(inputs: int, outputs: int) -> list[Shape]:
     return [(outputs, inputs), (outputs,)]
 
@@ -93,14 +87,10 @@ def _conv_norm(inputs: int, outputs: int, kernel: int) -> list[Shape]:
 
 
 MODELS = {
-    model.name: model
-    for model in (
-        Model("resnet50", "ResNet-50", resnet50),
-        Model("vit_b", "ViT-B/16", lambda: vit(768, 12)),
-        Model("vit_l", "ViT-L/16", lambda: vit(1024, 24)),
-        Model("bert_base", "BERT-base", bert_base),
-        Model("convnext_t", "ConvNeXt-T", convnext_tiny),
-        Model("small", "1000 tensors of 32x32", small_tensors),
-    )
+    "resnet50": Model("ResNet-50", resnet50),
+    "vit_b": Model("ViT-B/16", lambda: vit(768, 12)),
+    "vit_l": Model("ViT-L/16", lambda: vit(1024, 24)),
+    "bert_base": Model("BERT-base", bert_base),
+    "convnext_t": Model("ConvNeXt-T", convnext_tiny),
+    "small": Model("1000 tensors of 32x32", lambda: [(32, 32)] * 1000),
 }
-TINY = Model("tiny", "tiny ViT (for tests)", lambda: vit(32, 2, image=32, classes=10))  # on request only

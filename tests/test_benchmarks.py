@@ -1,8 +1,10 @@
-"""The benchmarks: shapes are the models', a run leaves what it should, and what is computed from it is right. Nothing is timed."""
+"""The benchmarks: shapes are the models', contenders are what they stand for, and what is computed from a run is right. Nothing is timed."""
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,33 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-for module in ("rich", "matplotlib"):
-    pytest.importorskip(module, reason="the benchmarks have their own dependencies: group bench")
+pytest.importorskip("rich", reason="the benchmarks have their own dependencies: group bench")
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # benchmarks/ is no part of the package; it is run from the repository root
 
-import ranks
-from benchmarks import (
-    compare,
-    compile_time,
-    distributed,
-    figure,
-    long_run,
-    models,
-    passes,
-    readme,
-    render,
-    step_time,
-    tables,
-    training_step,
-)
-from benchmarks.counting import bytes_moved, peak_extra_bytes
-from benchmarks.measuring import measure
-from benchmarks.optimizers import CONTENDERS, LOOP, OURS, YARDSTICK, Contender
-from benchmarks.results import COPY, ELSEWHERE, READ, Results, Row, load, save
-from benchmarks.shapes import MODELS, TINY
-from benchmarks.timing import FEWEST_ROUNDS, CPUClock, Length, interleave
+from benchmarks import long_run, performance, render
+from benchmarks.counting import bytes_moved
+from benchmarks.optimizers import ADAPTED, CONTENDERS, LOOP, OURS, YARDSTICK, Contender, groups_of
+from benchmarks.rounds import COPY, FEWEST_ROUNDS, READ, Clock, Results, Row, interleave, load, save
+from benchmarks.shapes import MODELS
 
 CPU = torch.device("cpu")
 
@@ -49,322 +34,166 @@ PUBLISHED = {
     "convnext_t": (28_589_128, 182),
     "small": (1_024_000, 1000),
 }
+MACHINE = {"device": "cpu", "cpu": "a CPU", "cores": 2, "threads": 2, "load": 0.1, "system": "Linux", "python": "3.11"}
+MACHINE |= {"versions": {"torch": "2.13.0"}, "commit": "0", "date": "2026-01-01", "device_name": "a GPU", "cuda": "13"}
 
 
-def results(benchmark: str, samples: dict[tuple[str, str], list[float]], **machine: Any) -> Results:
-    """A run by hand: milliseconds by case and contender."""
-    known = {
-        "device": "cpu",
-        "device_name": "a CPU",
-        "cpu": "a CPU",
-        "cores": 2,
-        "threads": 2,
-        "load": 0.1,
-        "system": "Linux",
-        "python": "3.11",
-        "versions": {"torch": "2.13.0"},
-        "commit": "0",
-        "date": "2026-01-01",
-    }
-    rows = [Row(case, who, 10, 1_000_000, ms, bytes_moved=20_000_000) for (case, who), ms in samples.items()]
-    return Results(benchmark, {**known, **machine}, {"dtype": "float32"}, rows)
+def a_run(factor: float = 1.0, device: str = "cpu", case: str = "ResNet-50") -> Results:
+    """Milliseconds by hand; everyone moves 20 MB."""
+    samples = {YARDSTICK: [1.0, 2.0, 4.0], OURS[0]: [factor, 2 * factor, 4 * factor], LOOP: [3.0, 6.0, 8.0]}
+    samples |= {COPY: [2.0, 2.0, 2.0], "lightly": [5.0, 5.0, 5.0]}
+    rows = [Row(case, who, 10, 1_000_000, ms, bytes_moved=20_000_000) for who, ms in samples.items()]
+    return Results("step_time", {**MACHINE, "device": device}, {}, rows)
 
 
-def a_run(factor: float = 1.0, **machine: Any) -> Results:
-    samples = {("ResNet-50", YARDSTICK): [1.0, 2.0, 4.0], ("ResNet-50", OURS[0]): [factor, 2 * factor, 4 * factor]}
-    samples |= {("ResNet-50", LOOP): [3.0, 6.0, 8.0], ("ResNet-50", COPY): [2.0, 2.0, 2.0]}
-    return results("step_time", samples, **machine)
+def test_shapes_have_the_published_totals() -> None:
+    assert {name: (model.elements, model.tensors) for name, model in MODELS.items()} == PUBLISHED
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_shapes_have_the_published_totals(name: str) -> None:
-    assert (MODELS[name].elements, MODELS[name].tensors) == PUBLISHED[name]
-    assert PUBLISHED.keys() == MODELS.keys()
-
-
-@pytest.mark.parametrize("name", ["resnet50", "vit_b"])
-def test_the_trained_models_have_these_shapes(name: str) -> None:
-    with torch.device("meta"):
-        model = {"resnet50": models.resnet50, "vit_b": models.ViT}[name]()
-        size = 64 if name == "resnet50" else 224
-        assert model(torch.empty(2, 3, size, size)).shape == (2, 1000)
-    assert sorted(tuple(p.shape) for p in model.parameters()) == sorted(MODELS[name].shapes())
-
-
-def test_bytes_and_memory_are_those_of_the_design() -> None:
-    """One tensor past any stacking: 20 bytes a parameter for fused SGD, 28 for ours, 52 and no temporary for foreach."""
-    counted, held = {}, {}
-    for name in (YARDSTICK, "sgd-loop", *OURS, LOOP):
+def test_bytes_are_those_of_the_design_and_of_the_picture() -> None:
+    """One tensor past any stacking: 20 bytes a parameter for fused SGD, 28 for ours, 52 for foreach."""
+    counted = {}
+    for name in (YARDSTICK, "sgd-loop", "fastlars-fused", "fastlars-foreach", "fastlars-single", LOOP):
         param = torch.nn.Parameter(torch.ones(1000, 1000))
         param.grad = torch.ones(1000, 1000)
         optimizer = CONTENDERS[name].make([param])
         optimizer.step()
-        counted[name] = round(bytes_moved(optimizer.step) / 1e6, 1)
-        held[name] = round(peak_extra_bytes(optimizer.step, CPU) / 1e6, 1)
-    expected = {
-        YARDSTICK: 20,
-        "sgd-loop": 44,
-        "fastlars-fused": 28,
-        "fastlars-foreach": 52,
-        "fastlars-single": 52,
-        LOOP: 60,
-    }
-    assert counted == expected
-    # the picture of docs/bytes.md
-    assert [row.bytes for row in passes.ROWS] == [counted[name] for name in (YARDSTICK, *OURS[:2], LOOP)]
-    assert passes.PICTURE.read_text(encoding="utf-8") == passes.draw(), "run python -m benchmarks.passes"
-    # ours: the workspace of small tensors, which is there when a step begins
-    assert held == {**dict.fromkeys(expected, 0), "fastlars-fused": 2.1, "sgd-loop": 4, LOOP: 4}
+        counted[name] = round(bytes_moved(optimizer.step) / 1e6)
+    ours = {"fastlars-fused": 28, "fastlars-foreach": 52, "fastlars-single": 52}
+    assert counted == {YARDSTICK: 20, "sgd-loop": 44, **ours, LOOP: 60}
+    picture = (ROOT / "docs" / "bytes.svg").read_text(encoding="utf-8")
+    drawn = [int(found) for found in re.findall(r'<tspan font-weight="bold">(\d+)</tspan>', picture)]
+    assert drawn == [counted[name] for name in (YARDSTICK, "fastlars-fused", "fastlars-foreach", LOOP)]
 
 
-def test_the_loop_is_the_lars_that_it_stands_for() -> None:
+@pytest.mark.parametrize("adapted", ADAPTED)
+def test_the_loop_is_the_lars_that_it_stands_for(adapted: str) -> None:
     stepped = {}
     for name in (LOOP, "fastlars-single"):
-        params = [torch.nn.Parameter(torch.linspace(0.1, 1, 6).view(2, 3)), torch.nn.Parameter(torch.zeros(3))]
+        params = [torch.nn.Parameter(torch.linspace(0.1, 1, 6).view(2, 3)), torch.nn.Parameter(torch.ones(3))]
         for param in params:
             param.grad = torch.full_like(param, 0.5)
-        optimizer = CONTENDERS[name].make(params)
-        optimizer.param_groups[0]["lr"] = 10.0
+        optimizer = CONTENDERS[name].make(groups_of(params, adapted))
+        for group in optimizer.param_groups:
+            group["lr"] = 10.0
         for _ in range(3):
             optimizer.step()
         stepped[name] = params
     torch.testing.assert_close(stepped[LOOP], stepped["fastlars-single"])
+    assert (stepped[LOOP][1] < -10).all() == (adapted == "weights"), "vectors take lr as it is, unless all are adapted"
+
+
+def test_real_use_adapts_weights_and_not_vectors() -> None:
+    shapes = MODELS["resnet50"].shapes()
+    with torch.device("meta"):
+        params = [torch.nn.Parameter(torch.empty(shape)) for shape in shapes]
+    weights, vectors = groups_of(params, "weights")
+    assert [len(group["params"]) for group in (weights, vectors)] == [54, 107]
+    assert (weights["adapt"], vectors["adapt"], vectors["weight_decay"]) == (True, False, 0.0)
 
 
 def test_everyone_makes_one_step_a_round() -> None:
-    class Counting:
-        device = CPU
-
+    class Counting(Clock):
         def time(self, step: Any) -> float:
             step()
             return 1.0
 
     calls: list[str] = []
     steps = {name: (lambda name=name: calls.append(name)) for name in "abc"}
-    samples = interleave(steps, Counting(), Length(rounds=4, seconds=60))
-    assert samples == {name: [1.0] * 4 for name in "abc"}
+    assert interleave(steps, Counting(CPU), rounds=4, seconds=60) == {name: [1.0] * 4 for name in "abc"}
     rounds = [tuple(calls[i : i + 3]) for i in range(3, 15, 3)]
     assert all(sorted(order) == ["a", "b", "c"] for order in rounds) and len(set(rounds)) > 1
-
-    samples = interleave(steps, Counting(), Length(rounds=50, seconds=0))
-    assert len(samples["a"]) == FEWEST_ROUNDS
+    assert len(interleave(steps, Counting(CPU), rounds=50, seconds=0)["a"]) == FEWEST_ROUNDS
 
 
-def test_who_writes_gradients_gets_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Writer(torch.optim.SGD):
-        def step(self) -> None:  # type: ignore[override]
-            for p in self.param_groups[0]["params"]:
-                p.grad.mul_(0.5)
-
-    seen: list[Any] = []
-
-    class Reader(torch.optim.SGD):
-        def step(self) -> None:  # type: ignore[override]
-            seen.append(self.param_groups[0]["params"][0].grad.clone())
-
-    both = {
-        cls.__name__: Contender(cls.__name__, "", lambda params, c=cls: c(params, 0.1), "p") for cls in (Writer, Reader)
-    }
-    monkeypatch.setattr("benchmarks.measuring.CONTENDERS", both)
-
-    class SmallCopy:
-        bytes_moved = bytes_read = 0
-
-        def __call__(self) -> None:
-            pass
-
-        read = __call__
-
-    rows = measure("case", [(8,)], list(both), CPUClock(), SmallCopy(), Length(2, 1), torch.float32)  # type: ignore[arg-type]
-    assert [row.writes_grad for row in rows] == [True, False, False, False]
-    of_measure = [grad for grad in seen if grad.shape == (8,)]
-    assert len(of_measure) > 4 and all(torch.equal(grad, of_measure[0]) for grad in of_measure)
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One small model, and yardsticks that fit a cache."""
+    model = type(MODELS["small"])("ResNet-50", lambda: [(3, 4), (4,)])
+    monkeypatch.setattr("benchmarks.performance.MODELS", {"resnet50": model})
+    monkeypatch.setattr("benchmarks.rounds.COPY_ELEMENTS", 64)
 
 
-def test_a_run_writes_what_load_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "run.json"
-    arguments = ["--models", TINY.name, "--rounds", "2", "--out", str(path), "--only", YARDSTICK, *OURS, LOOP]
-    assert step_time.main(arguments) == 0
-    run = load(path)
-    assert [row.contender for row in run.rows] == [YARDSTICK, *OURS, LOOP, COPY, READ]
+class Writer(torch.optim.SGD):
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                assert param.grad.abs().sum() > 0
+                param.grad.mul_(0.5)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_run_is_stored_and_shown_and_peers_that_lack_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(CONTENDERS, "timm", Contender("timm", "timm", lambda p: Writer(p, 0.1), "timm"))
+    peer = CONTENDERS["lightly"].make
+    monkeypatch.setitem(CONTENDERS, "lightly", Contender("lightly", "lightly", peer, "no_such"))
+    monkeypatch.setitem(sys.modules, "lightly", None)  # as where it is not installed
+    only = [YARDSTICK, *OURS[:2], LOOP, "lightly", "timm"]
+    assert performance.main(["--models", "resnet50", "--rounds", "2", "--out", str(tmp_path), "--only", *only]) == 0
+    run = load(tmp_path / "step_time-cpu.json")
+    assert run.cases == ["ResNet-50, weights adapted", "ResNet-50"]
+    measured = [YARDSTICK, *OURS[:2], LOOP, "timm", COPY, READ]
+    assert [row.contender for row in run.rows] == measured * 2
     assert all(len(row.ms) == 2 and min(row.ms) > 0 for row in run.rows)
-    assert {(row.tensors, row.elements) for row in run.rows} == {(TINY.tensors, TINY.elements)}
-    assert run.machine["versions"]["torch"] and str(tmp_path) not in path.read_text()
-    printed = capsys.readouterr().out
-    assert re.search(r"copy \d+\.\d GB/s, read \d+\.\d GB/s, 2 rounds", printed)
-    assert re.search(r"torch SGD\(fused=True\) and one more read +28\.0", printed)
-    assert printed.index("bytes/param") < printed.index("ms") and "\x1b" not in printed and "…" not in printed
-
-
-def test_a_training_run_has_first_steps(tmp_path: Path) -> None:
-    path = tmp_path / "run.json"
-    assert training_step.main(["--models", "tiny", "--rounds", "2", "--out", str(path)]) == 0
-    assert all(row.first_step_ms is not None and len(row.ms) == 2 for row in load(path).rows)
-
-
-def test_a_peer_that_is_not_installed_is_skipped_by_name() -> None:
-    assert (
-        Contender("x", "x", CONTENDERS[LOOP].make, package="no-such-package").missing()
-        == "no-such-package is not installed"
-    )
-
-    def broken(_params: Any) -> Any:
-        raise RuntimeError("operator torchvision::nms does not exist")
-
-    assert "nms does not exist" in Contender("x", "x", broken, package="torch").missing()
-    assert CONTENDERS[LOOP].missing() == ""
+    assert {row.contender for row in run.rows if row.writes_grad} == {"timm"}
+    assert list(run.skipped) == ["lightly"] and str(tmp_path) not in json.dumps(run.machine)
+    assert "skipped: " in capsys.readouterr().out
+    page = "\n".join(render.section([run], [], "cpu"))
+    assert "lightly was skipped" in page and "| torch SGD(fused=True) and one more read | " in page
+    assert r"| timm \* |" in page and "have not been measured" not in page
+    assert "| ResNet-50 | " in "\n".join(render.speed([run], []))
 
 
 def test_figures_are_computed_round_by_round(tmp_path: Path) -> None:
+    """And one more read in the same rounds: 20 MB by fused SGD, so 8 MB more, at 16 MB in 2, 4 and 2 ms."""
     run = a_run()
     save(run, tmp_path / "run.json")
     assert load(tmp_path / "run.json") == run
-    assert run.ratio("ResNet-50", LOOP, YARDSTICK) == 3.0  # of 3, 3, 2; the medians' ratio is 3 too
-    row, copy = run.find("ResNet-50", YARDSTICK), run.find("ResNet-50", COPY)
-    assert row is not None and copy is not None
+    assert run.ratio("ResNet-50", LOOP, YARDSTICK) == 3.0  # of 3, 3, 2
+    row = run.find("ResNet-50", YARDSTICK)
+    assert row is not None
     assert (row.bytes_per_parameter, row.gb_s, run.share_of_copy(row)) == (20.0, 10.0, 1.0)
-
-
-def test_what_one_more_read_takes_is_measured_in_the_same_rounds(tmp_path: Path) -> None:
-    """20 MB by fused SGD, so 8 MB are read once more: at 16 MB in 2, 4 and 2 ms."""
-    run = a_run()
     assert run.and_a_read("ResNet-50", YARDSTICK) is None  # in results from before
-    assert [row.contender for row in tables.rows_of(run, "ResNet-50")] == [YARDSTICK, OURS[0], LOOP]
     run.rows.append(Row("ResNet-50", READ, 10, 1_000_000, [2.0, 4.0, 2.0], bytes_moved=16_000_000))
     row = run.and_a_read("ResNet-50", YARDSTICK)
     assert row is not None
     assert (row.ms, row.bytes_moved) == ([2.0, 4.0, 5.0], 28_000_000)
     assert run.relative(row, YARDSTICK) == 2.0  # of 2, 2, 1.25
-    assert run.and_a_read("ResNet-50", "no-such") is None
-    rows = [row.contender for row in tables.rows_of(run, "ResNet-50")]
-    assert rows == [YARDSTICK, f"{tables.title(YARDSTICK)} and one more read", OURS[0], LOOP]
-    figure.draw(run, None, tmp_path / "with.svg")
-    assert "one more read" in (tmp_path / "with.svg").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    ("factor", "margin", "status"), [(1.0, "10", 0), (1.09, "10", 0), (1.11, "10", 1), (1.11, "12", 0), (0.5, "10", 0)]
-)
-def test_compare_exits_1_on_a_regression(tmp_path: Path, factor: float, margin: str, status: int) -> None:
-    before, after = tmp_path / "before.json", tmp_path / "after.json"
-    save(a_run(), before)
-    save(a_run(factor), after)
-    assert compare.main([str(before), str(after), "--margin", margin]) == status
-
-
-@pytest.mark.parametrize(
-    ("other", "reason"),
-    [
-        (results("scaling", {}), "one benchmark"),
-        (a_run(threads=8), "same threads"),
-        (results("step_time", {("ViT-B/16", YARDSTICK): [1.0]}), "no case in common"),
-        (None, "must be a result"),
-    ],
-    ids=["benchmark", "threads", "cases", "no file"],
-)
-def test_compare_refuses_what_does_not_compare(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], other: Results | None, reason: str
-) -> None:
-    save(a_run(), tmp_path / "before.json")
-    if other is not None:
-        save(other, tmp_path / "after.json")
-    assert compare.main([str(tmp_path / "before.json"), str(tmp_path / "after.json")]) == 2
-    assert reason in capsys.readouterr().err
-
-
-def test_cold_compilation_is_counted_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    case = next(iter(compile_time.CASES))
-    assert compile_time.main(["--rounds", "1", "--cases", case, "--out", str(tmp_path / "run.json")]) == 0
-    rows = load(tmp_path / "run.json").rows
-    assert [row.contender for row in rows] == list(compile_time.FUSED)
-    assert all(0 < row.ms[0] < 3e5 for row in rows)
-    page = "\n".join(render._compile_table(load(tmp_path / "run.json")))
-    assert f"| {case} |" in page and " 1.00 |" in page
-
-
-def test_the_page_has_the_figures_of_the_results(tmp_path: Path) -> None:
-    save(a_run(1.2), tmp_path / "results" / "step_time-cpu.json")
-    samples = {
-        (f"{series}: {i}", who): [1.0]
-        for series in ("tensors", "elements")
-        for i in (1, 2)
-        for who in (YARDSTICK, COPY)
-    }
-    save(results("scaling", samples), tmp_path / "results" / "scaling-cpu.json")
-    for _ in range(2):
-        assert render.main(["--results", str(tmp_path / "results"), "--docs", str(tmp_path / "docs")]) == 0
-        picture = (tmp_path / "docs" / "performance-cpu.svg").read_bytes()
-    page = (tmp_path / "docs" / "performance.md").read_text()
-    assert "| ResNet-50 | torch SGD(fused=True) | at most 1.40 times its time (aim 1.28) | 1.20 | kept |" in page
-    assert "| ViT-B/16 | quadra loop | at least 2.0 times as fast |  | not measured |" in page
-    assert "![Step time" in page and "fastlars fused 1.20 on ResNet-50" in page
-    assert "Not measured. `python -m nox -s bench -- --device cuda` measures it." in page
-    assert render.main(["--results", str(tmp_path / "results"), "--docs", str(tmp_path / "docs")]) == 0
-    assert (tmp_path / "docs" / "performance-cpu.svg").read_bytes() == picture, "the same results make the same file"
-
-
-def test_the_page_says_what_other_hosts_measured(tmp_path: Path) -> None:
-    save(a_run(1.2), tmp_path / "results" / "step_time-cpu.json")
-    save(a_run(1.7), tmp_path / "results" / ELSEWHERE / "slow.json")
-    assert render.main(["--results", str(tmp_path / "results"), "--docs", str(tmp_path / "docs")]) == 0
-    page = (tmp_path / "docs" / "performance.md").read_text()
-    here, there = page[: page.index("## GPU")].split("### On other hosts")
-    assert "| 1.20 | kept |" in here and "1.70" not in here
-    assert "| 1.70 | not kept |" in there and "1.20" not in there
-    assert "On other hosts" not in page[page.index("## GPU") :]
-    text = "\n".join(readme.speed([a_run(1.2)], [a_run(1.7)]))
+def test_the_page_and_readme_say_what_was_measured_where() -> None:
+    here, there, gpu = a_run(1.2), a_run(1.7), a_run(1.3, device="cuda")
+    page = "\n".join(render.section([here, gpu], [there], "cpu"))
+    assert "| ResNet-50 | torch SGD(fused=True) | kept | 1.40 | 1.20 |" in page.split("### Another host")[0]
+    assert "| ResNet-50 | torch SGD(fused=True) | not kept | 1.40 | 1.70 |" in page.split("### Another host")[1]
+    assert "real param groups have not been measured" in page
+    assert "a GPU (CUDA 13)" in "\n".join(render.section([here, gpu], [there], "cuda"))
+    assert "Not measured. `python -m nox -s performance -- --device cuda`" in "\n".join(render.section([], [], "cuda"))
+    text = "\n".join(render.speed([here], [there]))
+    assert "| ResNet-50 |  | 1.20 | 2.50 |" in text and "Nothing has been measured on a GPU." in text
     assert "On another host, which copies 10 GB/s instead of 10, it took 1.70 on ResNet-50." in text
+    real = a_run(1.1, case="ResNet-50" + performance.REAL)
+    real.rows += here.rows
+    assert "| ResNet-50 |  | 1.10 |" in "\n".join(render.speed([real], [])), "real use is what README shows"
 
 
-def test_the_page_says_what_a_run_on_a_gpu_kept(tmp_path: Path) -> None:
-    run = a_run(1.5, device="cuda", device_name="a GPU", cuda="13.0")
-    ours = run.find("ResNet-50", OURS[0])
-    assert ours is not None
-    ours.host_us = 249.6
-    save(run, tmp_path / "results" / "step_time-cuda.json")
-    assert render.main(["--results", str(tmp_path / "results"), "--docs", str(tmp_path / "docs")]) == 0
-    page = (tmp_path / "docs" / "performance.md").read_text()
-    assert "| ResNet-50 | torch SGD(fused=True) | at most 1.40 times its time (aim 1.25) | 1.50 | not kept |" in page
-    assert "| ResNet-50 | copy | at least 0.85 of its bandwidth | 0.67 | not kept |" in page  # medians of 3 and 2 ms
-    assert "| ResNet-50 | host | at most 250 us for a step | 250 | kept |" in page
-    assert "| ViT-L/16 | copy | at least 0.85 of its bandwidth |  | not measured |" in page
-    assert "| fastlars fused | 20.0 | 3 | 6.7 | 67 % | 1.50 | 250 |" in page
-
-
-def test_the_step_against_ranks_is_one_exchange_of_eight_bytes_a_tensor(tmp_path: Path) -> None:
-    if not ranks.FULLY_SHARDS_ON_CPU:
-        pytest.skip("fully_shard works on CPU from torch 2.9 on")
-    path = tmp_path / "results" / "distributed-cpu.json"
-    assert distributed.main(["--model", "tiny", "--ranks", "1", "2", "--rounds", "5", "--out", str(path)]) == 0
-    found = load(path)
-    assert [(row.case, row.contender, len(row.ms), row.bytes_moved) for row in found.rows] == [
-        ("tiny on 1 rank", distributed.COPIED, 5, None),
-        ("tiny on 1 rank", distributed.SHARDED, 5, None),
-        ("tiny on 2 ranks", distributed.COPIED, 5, None),
-        ("tiny on 2 ranks", distributed.SHARDED, 5, None),
-        ("tiny on 2 ranks", distributed.EXCHANGE, 5, 8 * (len(list(models.tiny().parameters())) + 1)),
-    ]
-
-
-def test_the_page_of_several_processes_keeps_what_is_written_by_hand(tmp_path: Path) -> None:
-    samples = {("x on 1 rank", name): [2.0, 1.0, 9.0] for name in (distributed.COPIED, distributed.SHARDED)}
-    samples |= {
-        ("x on 2 ranks", name): [4.0] for name in (distributed.COPIED, distributed.SHARDED, distributed.EXCHANGE)
+@pytest.mark.slow
+def test_pytest_benchmark_times_and_compares(tmp_path: Path) -> None:
+    pytest.importorskip("pytest_benchmark", reason="group bench")
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-k", "small and weights and (fused or timm)"]
+    command += [f"--benchmark-storage={tmp_path}", "--benchmark-max-time=0.01", "--benchmark-min-rounds=1"]
+    subprocess.run([*command, "--benchmark-save=one"], check=True, cwd=ROOT)
+    (stored,) = tmp_path.rglob("*one.json")
+    assert {entry["group"] for entry in json.loads(stored.read_text())["benchmarks"]} == {
+        "step, small, weights adapted"
     }
-    save(results("distributed", samples), tmp_path / "results" / "distributed-cpu.json")
-    page = tmp_path / "docs" / "distributed.md"
-    page.parent.mkdir()
-    page.write_text("\n".join(["above", render.BEGIN.format("ranks"), "| old |", render.END.format("ranks"), "below"]))
-    for _ in range(2):
-        assert render.main(["--results", str(tmp_path / "results"), "--docs", str(page.parent)]) == 0
-        text = page.read_text()
-        assert text.startswith("above\n") and text.endswith("\nbelow") and "old" not in text
-        assert "| x on 1 rank | 2 | 2 | none | 0 | 3 |" in text
-        assert "| x on 2 ranks | 4 | 4 | 4 | 20000000 | 1 |" in text
-    page.write_text("no such lines")
-    with pytest.raises(SystemExit, match="must hold the lines"):
-        render.main(["--results", str(tmp_path / "results"), "--docs", str(page.parent)])
+    stored.write_text(re.sub(r'"median": [\d.e-]+', '"median": 1e-9', stored.read_text()))
+    slower = subprocess.run(
+        [*command, "--benchmark-compare", "--benchmark-compare-fail=median:10%"], check=False, cwd=ROOT
+    )
+    assert slower.returncode != 0
 
 
 @pytest.mark.parametrize(
@@ -382,6 +211,6 @@ def test_a_long_run_fails_where_a_bound_breaks(late: dict[str, float], fault: st
     block: dict[str, Any] = {"step": 1000, "loss": 1.0, "resident_mib": 100.0, "objects": 1000, "torch SGD_us": 50.0}
     for name in long_run.IMPLEMENTATIONS:
         block |= {f"{name}_us": 100.0, f"{name}_drift": 1e-7}
-    text, faults = long_run.summary([block] * 18 + [block | late] * 2)
+    text, faults = long_run.summary([block] * 18 + [block | late] * 2, MACHINE)
     assert [fault in each for each in faults] == ([] if fault is None else [True])
-    assert text.count("\n| ") == 1 + len(long_run.IMPLEMENTATIONS) + 1 + 1
+    assert text.count("\n| ") == 1 + 1 + len(long_run.IMPLEMENTATIONS) + 1

@@ -238,26 +238,3 @@ def test_contributing_shows_every_session() -> None:
     sessions = re.findall(r"^@nox\.session\n(?:@.*\n)*def (\w+)", noxfile, re.MULTILINE)
     assert "quick" in sessions
     assert not [name for name in sessions if not re.search(rf'-s "?{name}\b', contributing)]
-
-
-def test_the_wrong_lrs_of_the_demo_are_those_of_its_runs() -> None:
-    """The table of docs/which-lr.md, from docs/demo/runs.csv."""
-    with (pages.ROOT / "docs" / "demo" / "runs.csv").open(encoding="utf-8", newline="") as file:
-        runs = [
-            run
-            for run in csv.DictReader(file)
-            if (run["phase"], run["optimizer"], run["batch"]) == ("search", "LARS", "1152")
-        ]
-    lines = (pages.ROOT / "docs" / "which-lr.md").read_text("utf-8").splitlines()
-    (lrs,), *rows = (
-        [[cell.strip() for cell in line.split("|")[2:-1]] for line in lines if line.startswith(f"| {start}")]
-        for start in ("LARS, lr", "biases at lr 0.1", "biases at the weights' lr")
-    )
-    for bias_lr, (row,) in zip(("0.1", "same"), rows, strict=True):
-        for lr, shown in zip(lrs, row, strict=True):
-            seeds = [
-                float(run["accuracy_percent"])
-                for run in runs
-                if run["bias_lr"] == bias_lr and round(float(run["lr"])) == int(lr)
-            ]
-            assert shown == (f"{statistics.mean(seeds):.1f}" if seeds else ""), (bias_lr, lr)

@@ -1,8 +1,4 @@
-"""Every figure that was measured is the stored one: rendered again, or counted again here. And every other has a ground.
-
-README and docs are searched for numbers with a unit. What stands between the comments of `benchmarks.render`, or on a page that a
-program writes, is compared with a new rendering; any other number must be in a table below, with what holds it.
-"""
+"""Every figure that was measured is the stored one: rendered again, or counted again here. And every other has a ground."""
 
 from __future__ import annotations
 
@@ -15,29 +11,22 @@ from pathlib import Path
 
 import pytest
 
-for module in ("rich", "matplotlib"):
-    pytest.importorskip(module, reason="the benchmarks have their own dependencies: group bench")
+for module in ("rich", "matplotlib", "sklearn"):
+    pytest.importorskip(module, reason="the benchmarks have their own dependencies: groups bench and demo")
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 sys.path.append(str(ROOT))  # benchmarks/ is no part of the package; it is run from the repository root
 
-from benchmarks import figure, long_run, render
-from benchmarks.commandline import FOLDER
-from benchmarks.demo.report import HEADER, drawn_from, read_csv
-from benchmarks.demo.training import METHODS
-from benchmarks.optimizers import CONTENDERS, YARDSTICK
-from benchmarks.promises import DEFAULT
-from benchmarks.readme import accuracies
-from benchmarks.results import ELSEWHERE, find, load_all
+from benchmarks import long_run, render
+from benchmarks.demo import __main__ as demo
+from benchmarks.demo import figure, outcome
+from benchmarks.optimizers import YARDSTICK
 from benchmarks.shapes import MODELS
 
-STORED, ELSEWHERE_STORED = load_all(FOLDER), load_all(FOLDER / ELSEWHERE)
-PAGES = render.pages(STORED, ELSEWHERE_STORED, DOCS)
-RUNS = read_csv(DOCS / "demo" / "runs.csv")
-
-
-# Pages
+STORED, ELSEWHERE = render.stored_in(render.FOLDER), render.stored_in(render.FOLDER / "elsewhere")
+PAGES = render.pages(STORED, ELSEWHERE)
+RUNS, TRIALS = outcome.read(DOCS / "demo" / "runs.csv"), outcome.read(demo.STORED)
 
 
 @pytest.mark.parametrize("path", list(PAGES), ids=lambda path: path.name)
@@ -45,198 +34,75 @@ def test_a_page_shows_what_is_stored(path: Path) -> None:
     assert path.read_text("utf-8") == PAGES[path], "run python -m benchmarks.render"
 
 
-def test_what_is_stored_is_shown() -> None:
-    """Without any of the files a page would be another."""
-    assert [path.name for path in PAGES] == ["performance.md", "README.md", "distributed.md"]
-    for left_out in [*STORED, *ELSEWHERE_STORED]:
-        here, there = ([run for run in runs if run is not left_out] for runs in (STORED, ELSEWHERE_STORED))
-        fewer = render.pages(here, there, DOCS)
-        changed = {path.name for path in PAGES if fewer.get(path) != PAGES[path]}
-        assert changed, left_out.benchmark
-        assert left_out in STORED or changed == {"performance.md", "README.md"}
-    # .csv and .md: the long run's, below
-    assert {path.suffix for path in FOLDER.rglob("*") if path.is_file()} == {".json", ".csv", ".md"}
-
-
-@pytest.mark.parametrize("device", render.DEVICES)
-def test_the_picture_of_the_performance_page_is_of_these_results(device: str) -> None:
-    picture, step_time = DOCS / f"performance-{device}.svg", find(STORED, "step_time", device)
-    assert picture.exists() == (step_time is not None)
-    if step_time is not None:
-        drawn = figure.drawn_from(step_time, find(STORED, "scaling", device))
-        assert f"<dc:identifier>{drawn}</dc:identifier>" in picture.read_text("utf-8"), (
-            "run python -m benchmarks.render"
-        )
-
-
-def test_the_table_of_the_demo_is_that_of_its_runs() -> None:
-    table = (DOCS / "demo" / "table.md").read_text("utf-8")
-    shown = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
-    assert shown[0] == list(HEADER)
-    expected = []
-    for batch in dict.fromkeys(run["batch"] for run in RUNS):
-        for method in METHODS:
-            key = (batch, method.optimizer, "same" if method.bias_lr is None else f"{method.bias_lr:g}")
-            search = [
-                run
-                for run in RUNS
-                if (run["phase"], run["batch"], run["optimizer"], run["bias_lr"]) == ("search", *key)
-            ]
-            lrs = sorted({float(run["lr"]) for run in search})
-            (best,) = {float(run["lr"]) for run in search if run["chosen"] == "1"}
-            chosen = [float(run["accuracy_percent"]) for run in search if float(run["lr"]) == best]
-            test = accuracies([run for run in RUNS if run["phase"] == "final"], *key)
-            edge = "" if lrs[0] < best < lrs[-1] else " *"
-            numbers = (statistics.mean(chosen), statistics.mean(test), statistics.stdev(test))
-            expected.append([*key, str(len(lrs)), f"{best:.3g}{edge}", *(f"{value:.1f}" for value in numbers)])
-    assert shown[2:] == expected
-
-
-def test_the_picture_of_the_demo_is_of_its_runs() -> None:
+def test_the_demo_ran_at_the_lrs_of_the_search_and_its_picture_is_of_these_runs() -> None:
+    best = outcome.chosen(TRIALS, outcome.batches(RUNS))
+    ran = {(run["name"], int(run["batch"])): (run["bias_lr"], float(run["lr"])) for run in RUNS}
+    biases = {key: "same" if method.bias_lr is None else f"{method.bias_lr:g}" for key, (method, _) in best.items()}
+    assert ran == {key: (biases[key], lr) for key, (_, lr) in best.items()}
+    assert len(RUNS) == 3 * len(ran), "three seeds"
     picture = (DOCS / "demo" / "demo.png").read_bytes()
-    assert f"tEXtSource\0{drawn_from(RUNS)}".encode() in picture, (
-        "python -m benchmarks.demo --out docs/demo writes all three"
-    )
+    assert f"tEXtSource\0{figure.drawn_from(RUNS)}".encode() in picture, "run python -m benchmarks.demo --out docs/demo"
+    means = {name: [outcome.mean(RUNS, name, batch) for batch in outcome.batches(RUNS)] for name in ("LARS", "SGD")}
+    assert means["LARS"][0] - means["LARS"][-1] < 2.5 and means["SGD"][0] - means["SGD"][-1] > 5  # "level", "falls"
 
 
 def test_the_long_run_of_the_page_is_that_of_its_blocks() -> None:
-    with (FOLDER / "long_run.csv").open(newline="", encoding="utf-8") as file:
+    with (render.FOLDER / "long_run.csv").open(newline="", encoding="utf-8") as file:
         blocks = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
     for block in blocks:
         block["step"] = int(block["step"])
-    text, faults = long_run.summary(blocks)
-    shown = (FOLDER / "long_run.md").read_text("utf-8").splitlines()
+    about = {"versions": {"torch": "0"}, "load": 0, "cores": 0, "date": ""}  # of that day
+    text, faults = long_run.summary(blocks, about)
+    shown, expected = (render.FOLDER / "long_run.md").read_text("utf-8").splitlines(), text.splitlines()
     assert not faults
-    expected = text.splitlines()
-    assert shown[0].split(" steps")[0] == expected[0].split(" steps")[0]
-    for line, again in zip(shown[2:], expected[2:], strict=True):  # load and date are those of that day
-        # the file is rounded to five digits
-        assert numbers(line) == pytest.approx(numbers(again), rel=5e-3), line
-        assert re.sub(r"[\d.,]+", "", line) == re.sub(r"[\d.,]+", "", again)
-
-
-def numbers(line: str) -> list[float]:
-    return [float(found) for found in re.findall(r"\d[\d.]*(?:e-\d+)?", line.replace(",", "").rstrip("."))]
-
-
-# Sentences
-
-
-def final(batch: str, optimizer: str, bias_lr: str) -> list[float]:
-    return accuracies([run for run in RUNS if run["phase"] == "final"], batch, optimizer, bias_lr)
-
-
-def test_what_readme_says_of_the_demo() -> None:
-    mean = {
-        (batch, optimizer, lr): statistics.mean(final(batch, optimizer, lr))
-        for batch in ("32", "1152")
-        for optimizer in ("SGD", "LARS")
-        for lr in ("same", "0.1")
-    }
-    readme = (ROOT / "README.md").read_text("utf-8")
-    said = readme[readme.index("With a separate lr for the biases") :].split("\n\n")[0].replace("\n", " ")
-    assert "LARS loses little when the whole training set is one batch" in said
-    assert 0 < mean["32", "LARS", "0.1"] - mean["1152", "LARS", "0.1"] < 2.5
-    assert mean["32", "SGD", "same"] - mean["1152", "SGD", "same"] > 5
-    assert "the same knob does not help SGD" in said
-    assert mean["1152", "SGD", "0.1"] < mean["1152", "SGD", "same"]
-    assert "With one lr for all tensors LARS is no better than SGD there" in said
-    assert mean["1152", "LARS", "same"] - mean["1152", "SGD", "same"] < statistics.stdev(final("1152", "LARS", "same"))
-    assert "of its five seeds two failed at batch 32 and one at 144" in said
-    for batch, failed in (("32", 2), ("144", 1)):
-        assert (
-            sorted(accuracy < 50 for accuracy in final(batch, "LARS", "same"))
-            == [False] * (5 - failed) + [True] * failed
-        )
-        search = [
-            float(run["accuracy_percent"])
-            for run in RUNS
-            if (run["phase"], run["chosen"], run["batch"]) == ("search", "1", batch)
-            and (run["optimizer"], run["bias_lr"]) == ("LARS", "same")
+    for line, again in zip(shown[2:], expected[2:], strict=True):
+        found = [
+            [float(n) for n in re.findall(r"[\d.]+\d(?:e-\d+)?|\d", each.replace(",", ""))] for each in (line, again)
         ]
-        assert len(search) == 5 and min(search) > 95, "all seeds of the search had trained"
-    assert "Where they trained, all four are alike at the smallest batch" in said
-    mean["32", "LARS", "same"] = statistics.mean(one for one in final("32", "LARS", "same") if one > 50)
-    at_32 = [value for (batch, _, _), value in mean.items() if batch == "32"]
-    assert max(at_32) - min(at_32) < 1
+        assert found[0] == pytest.approx(found[1], rel=5e-3), line  # the file is rounded to five digits
 
 
-def test_what_readme_and_lightly_say_of_speed() -> None:
-    """Faster than every other LARS, on every model; README says Fast, docs/frameworks/lightly.md that it is faster."""
-    results = find(STORED, "step_time", "cpu")
+def test_ours_is_faster_than_every_other_lars() -> None:
+    """README says Fast, docs/frameworks/lightly.md that it is faster."""
+    results = render.find(STORED, "cpu")
     assert results is not None
-    peers = [name for name, contender in CONTENDERS.items() if contender.package]
     for case in results.cases:
-        ours = results.ratio(case, DEFAULT, YARDSTICK)
-        others = [ratio for name in peers if (ratio := results.ratio(case, name, YARDSTICK)) is not None]
-        assert ours is not None and len(others) == len(peers) == 3 and ours < min(others), case
-
-
-def test_what_the_page_on_lr_says_of_the_demo() -> None:
-    best = {
-        int(run["batch"]): float(run["lr"])
-        for run in RUNS
-        if (run["phase"], run["optimizer"], run["bias_lr"], run["chosen"]) == ("search", "LARS", "0.1", "1")
-    }
-    batches, lrs = [math.log(batch) for batch in best], [math.log(lr) for lr in best.values()]
-    power = statistics.linear_regression(batches, lrs).slope
-    text = (DOCS / "which-lr.md").read_text("utf-8").replace("\n", " ")
-    assert f"LARS's best lr grows as batch to the power {power:.1f}: between root and linear" in text
-    assert f"{int(RUNS[0]['epochs'])} epochs each" in text and len(best) == 4 and "at four batches" in text
-    mean = {
-        lr: statistics.mean(
-            float(run["accuracy_percent"]) for run in RUNS if at_largest(run) and float(run["lr"]) == lr
+        ours, *peers = (
+            results.ratio(case, n, YARDSTICK) for n in (render.DEFAULT, "lightly", "timm", "pytorch_optimizer")
         )
-        for lr in {float(run["lr"]) for run in RUNS if at_largest(run)}
+        assert ours < min(peers), case
+
+
+def test_what_the_page_on_lr_says_of_the_search() -> None:
+    text = (DOCS / "which-lr.md").read_text("utf-8")
+    best = {
+        int(key[1]): lr for key, (_, lr) in outcome.chosen(TRIALS, outcome.batches(RUNS)).items() if key[0] == "LARS"
     }
-    lrs = sorted(mean)
-    best = lrs.index(max(lrs, key=mean.__getitem__))
-    assert "With the biases at 0.1 the best lr can be missed by half for a point or two" in text
-    assert all(
-        mean[lrs[best]] - mean[lrs[i]] < 2 and max(lrs[i] / lrs[best], lrs[best] / lrs[i]) > 1.4
-        for i in (best - 1, best + 1)
+    power = statistics.linear_regression(
+        [math.log(batch) for batch in best], [math.log(lr) for lr in best.values()]
+    ).slope
+    assert f"LARS's best lr grows as batch to the power {power:.1f}: between root and linear" in text.replace("\n", " ")
+    (lrs,), *rows = (
+        [
+            [cell.strip() for cell in line.split("|")[2:-1]]
+            for line in text.splitlines()
+            if line.startswith(f"| {start}")
+        ]
+        for start in ("LARS, lr", "biases at lr 0.1", "biases at the weights' lr")
     )
-
-
-def at_largest(run: dict[str, str]) -> bool:
-    return (run["phase"], run["optimizer"], run["bias_lr"], run["batch"]) == ("search", "LARS", "0.1", "1152")
-
-
-def test_what_is_said_of_the_picture_of_ratios() -> None:
-    ratios: dict[str, list[float]] = {}
-    rows = read_csv(DOCS / "trust-ratios.csv")
-    for row in rows:
-        ratios.setdefault(row["tensor"], []).append(float(row["ratio"]))
-    picture = (DOCS / "trust-ratios.png").read_bytes()
-    assert f"tEXtSource\0{drawn_from(rows)}".encode() in picture, (
-        "run python -m benchmarks.demo.ratios docs/trust-ratios.png"
-    )
-
-    def between(values: list[float]) -> str:
-        return f"between {min(values):.2g} and {max(values):.2g}"
-
-    first, lowest, last = ([f(row) for row in ratios.values()] for f in (lambda row: row[0], min, lambda row: row[-1]))
-    text = (DOCS / "ratios.md").read_text("utf-8").replace("\n", " ")
-    assert f"fall from {between(first)} to {between(lowest)} in the first steps" in text
-    assert all(row.index(min(row)) < 8 for row in ratios.values())
-    assert f"lowest in the last layer, then rise to {between(last)}; the biases are grey" in text
-    assert min(ratios, key=lambda name: min(ratios[name])) == list(ratios)[-1] == "output.weight"
-    assert all(name.endswith("weight") for name in ratios)
+    for bias_lr, (row,) in zip(("0.1", "same"), rows, strict=True):
+        tried = [t for t in TRIALS if (t["optimizer"], t["batch"], t["bias_lr"]) == ("LARS", "1152", bias_lr)]
+        means = {round(float(t["lr"])): f"{float(t['accuracy_percent']):.1f}" for t in tried}
+        assert row == [means.get(int(lr), "") for lr in lrs]
 
 
 def test_what_the_page_on_several_processes_counts() -> None:
     resnet = MODELS["resnet50"]
     text = (DOCS / "distributed.md").read_text("utf-8").replace("\n", " ")
     assert f"all of ResNet-50's {resnet.tensors} tensors under FSDP2" in text
-    assert (
-        f"one all-reduce of {(8 * resnet.tensors + 8) / 1e3:.1f} kB a step; their gradients, which torch reduces, are {4 * resnet.elements / 1e6:.0f} MB"
-        in text
-    )
-    measured = find(STORED, "distributed", "cpu")
-    assert measured is not None and {row.bytes_moved for row in measured.rows} == {None, 8 * resnet.tensors + 8}
+    sent, reduced = f"{(8 * resnet.tensors + 8) / 1e3:.1f} kB", f"{4 * resnet.elements / 1e6:.0f} MB"
+    assert f"all-reduce of {sent} a step; their gradients, which torch reduces, are {reduced}" in text
 
-
-# The rest
 
 # A number with a unit, or a number of times.
 UNIT = r"ms|us|s|GB/s|GB|MB|MiB|kB|GiB|%|points?|seconds?|minutes?|hours?|times|steps/s|x(?= faster| as)"

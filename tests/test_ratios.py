@@ -253,16 +253,6 @@ def test_tensorboard_shows_what_the_page_writes(tmp_path: Path, monkeypatch: pyt
         assert shown == pytest.approx({step: ratios[name] for step, ratios in history.items()}, rel=1e-6)
 
 
-@pytest.mark.slow
-def test_the_documents_picture_can_be_made_again(tmp_path: Path) -> None:
-    for module in ("matplotlib", "sklearn"):
-        pytest.importorskip(module, reason="the demo has its own dependencies: group demo")
-    file = tmp_path / "ratios.png"
-    command = [sys.executable, "-W", "error", "-m", "benchmarks.demo.ratios", str(file)]
-    subprocess.run(command, check=True, cwd=pages.ROOT)
-    assert file.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-
-
 def test_sparse_gradients_are_refused_as_in_a_step() -> None:
     w = torch.nn.Parameter(torch.ones(3, 2))
     w.grad = torch.ones(3, 2).to_sparse()

@@ -1,112 +1,105 @@
-"""SGD and LARS at growing batches, on handwritten digits. Run from the repository root: `nox -s demo`.
+"""SGD and LARS at growing batches, on handwritten digits: `nox -s demo`.
 
-The protocol. Four methods: SGD and LARS, each once with one lr for all tensors and once with an lr of 0.1 for the
-biases, so that the second knob is tried for both optimizers. The same for all of them: network, epochs, linear warm-up
-and polynomial decay, momentum, weight decay (weights only; biases are neither decayed nor, in LARS, adapted; there are
-no norm layers), and for each seed the initial weights and the order of the images. The lr is chosen on a validation
-split from a grid with factor 2, which moves until its best lies inside and is then refined by half a step; at each
-batch every method gets the same number of trials. Then fresh seeds, with other seeds than the search had, are trained
-at that lr, and only they are measured, once, on the test split. Every run is in the CSV.
+Three methods at four batches: LARS with an lr of its own for the biases, which is how it is meant to be used; SGD, with the
+better of that and one lr for all tensors; and LARS with one lr for all. Everything else is the same, and a seed sets the
+initial weights and the order of the images. Learning rates are the best of a stored search on a validation split, lrs.csv;
+`--search` repeats it. Other seeds than the search had are then trained, and only they see the test split, once.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
+from rich.live import Live
+from rich.progress import Progress
+from rich.table import Table
 
+from . import outcome
 from .data import DataError, Dataset, idx_digits, scikit_learn_digits
 from .figure import draw
-from .progress import show
-from .report import Study, describe, drawn_from, read_csv, terminal_table, write_csv, write_markdown
 from .search import search
-from .training import METHODS, Protocol, Run
+from .training import METHODS, Protocol, Result, Run
 from .workers import Workers
 
-QUICK = Protocol(epochs=3, warmup_epochs=1, first_trials=3, most_trials=3, search_seeds=(100,), test_seeds=(0, 1))
+STORED = Path(__file__).with_name("lrs.csv")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(arguments)
-    console = Console()
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--search", action="store_true", help="search the learning rates again: minutes")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="MNIST-format files (idx, gzipped or not); searches")
+    parser.add_argument("--out", type=Path, metavar="DIR", default=Path("results/demo"), help="(default: %(default)s)")
+    options = parser.parse_args(arguments)
     try:
         options.out.mkdir(parents=True, exist_ok=True)
         dataset = idx_digits(options.data) if options.data else scikit_learn_digits()
-        if options.quick:
-            dataset = replace(dataset, batches=dataset.batches[-2:])
-        study(dataset, QUICK if options.quick else Protocol(), options, console)
-    except DataError as error:
-        return fail(str(error), 2)
-    except OSError as error:
-        return fail(f"--out {options.out}: must be a directory that can be written, found: {error.strerror}", 2)
+        demo(dataset, Protocol(), options.out, Console(highlight=False), searching=options.search or bool(options.data))
+    except (DataError, OSError) as error:
+        parser.error(str(error))
     except KeyboardInterrupt:
-        return fail("interrupted; nothing was written", 130)
+        parser.exit(130, "demo: interrupted; nothing was written\n")
     return 0
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.demo",
-        description="Train a small convolutional network with SGD and with LARS at growing batches: about two minutes "
-        "on two cores for the digits inside scikit-learn.",
-    )
-    parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="MNIST-format files (idx, gzipped or not); about a quarter of an hour"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        default=Path("results/demo"),
-        help="where the files go (default: %(default)s)",
-    )
-    parser.add_argument("--quick", action="store_true", help="a few seconds, to see that it runs; no result")
-    parser.add_argument(
-        "--workers", type=int, metavar="N", default=2, help="processes of one thread each (default: %(default)s)"
-    )
-    options = parser.parse_args(arguments)
-    if options.workers < 1:
-        parser.error(f"--workers must be >= 1, got {options.workers}")
-    return options
-
-
-def fail(message: str, status: int) -> int:
-    print(f"demo: {message}", file=sys.stderr)
-    return status
-
-
-def study(dataset: Dataset, protocol: Protocol, options: argparse.Namespace, console: Console) -> None:
-    """Search, test, write: in this order, so that the test split cannot enter a choice."""
-    started = time.perf_counter()
-    for sentence in describe(dataset, protocol):
-        console.print(sentence, highlight=False, markup=False)
-
-    with Workers(options.workers, protocol, dataset) as workers:
-        grids = search(METHODS, dataset.batches, protocol, lambda runs: show("search", runs, workers, console))
-        runs = [
-            Run(method, batch, grid.best_lr, seed, final=True)
-            for (batch, method), grid in grids.items()
+def demo(dataset: Dataset, protocol: Protocol, out: Path, console: Console, *, searching: bool) -> None:
+    """Search if asked, train, and write lrs.csv (after a search), runs.csv and demo.png."""
+    began = time.perf_counter()
+    with Workers(protocol, dataset) as workers:
+        found = _search(dataset, protocol, workers, console) if searching else outcome.read(STORED)
+        names = {
+            Run(method, batch, lr, seed, final=True): name
+            for (name, batch), (method, lr) in outcome.chosen(found, dataset.batches).items()
             for seed in protocol.test_seeds
-        ]
-        results = show("test", runs, workers, console)
-    finals = {key: [r for r in results if (r.run.batch, r.run.method) == key] for key in grids}
+        }
+        results: list[Result] = []
+        with Live(console=console, transient=True) as live:
 
-    outcome = Study(dataset, protocol, METHODS, grids, finals, options.quick)
-    console.print(terminal_table(outcome))
-    write_csv(outcome, options.out / "runs.csv")
-    draw(outcome, options.out / "demo.png", drawn_from(read_csv(options.out / "runs.csv")))
-    write_markdown(outcome, options.out / "table.md", time.perf_counter() - started)
-    console.print(
-        f"{time.perf_counter() - started:.0f} s. Written: demo.png, runs.csv, table.md in {options.out}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+            def show(result: Result) -> None:
+                results.append(result)
+                live.update(_table(dataset, results, names))
+
+            results = workers.train(list(names), finished=show)
+    console.print(_table(dataset, results, names))
+    rows = outcome.finals([(names[result.run], result) for result in results], protocol)
+    console.print(outcome.one_lr(rows), soft_wrap=True)
+    if searching:
+        outcome.write(found, out / "lrs.csv")
+    outcome.write(rows, out / "runs.csv")
+    draw(rows, dataset.name, out / "demo.png")
+    written = ("lrs.csv, " if searching else "") + "runs.csv, demo.png"
+    console.print(f"{time.perf_counter() - began:.0f} s. Written: {written} in {out}", markup=False, soft_wrap=True)
+
+
+def _search(dataset: Dataset, protocol: Protocol, workers: Workers, console: Console) -> list[outcome.Row]:
+    def train(runs: list[Run]) -> list[Result]:
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task(f"search: {len(runs)} runs", total=len(runs))
+            return workers.train(runs, finished=lambda _: progress.advance(task))
+
+    return outcome.trials(search(METHODS, dataset.batches, protocol, train))
+
+
+def _table(dataset: Dataset, results: list[Result], names: dict[Run, str]) -> Table:
+    """A row a method, a column a batch: the mean of the seeds that have ended."""
+    title, done = f"{dataset.name}: test accuracy in %", f"means of the seeds, {len(results)} of {len(names)} runs"
+    table = Table(box=box.SIMPLE, title=title, caption=done, min_width=70)
+    table.add_column("batch")
+    for batch in dataset.batches:
+        table.add_column(str(batch), justify="right")
+    for name, words in outcome.TITLES.items():
+        ended = [
+            [result.accuracy for result in results if (names[result.run], result.run.batch) == (name, batch)]
+            for batch in dataset.batches
+        ]
+        table.add_row(words, *(f"{statistics.fmean(of_batch):.1f}" if of_batch else "" for of_batch in ended))
+    return table
 
 
 if __name__ == "__main__":

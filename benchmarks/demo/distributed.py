@@ -24,8 +24,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.distributed.fsdp
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -35,36 +33,25 @@ from torch.optim.lr_scheduler import LRScheduler
 
 import fastlars
 
-from .data import DataError, Dataset, Split, idx_digits, scikit_learn_digits
+from .data import Dataset, Split, scikit_learn_digits
 from .training import BIAS_LR, Protocol, build_model
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    try:
-        dataset = idx_digits(options.data) if options.data else scikit_learn_digits()
-    except DataError as error:
-        print(f"distributed: {error}", file=sys.stderr)
-        return 2
     device = start()
-    train(dataset, options, device)
+    train(scikit_learn_digits(), options, device)
     stop(device)
     return 0
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="torchrun --standalone --nproc-per-node=2 -m benchmarks.demo.distributed",
-        description="Train the demo's network with LARS on several processes.",
-    )
-    parser.add_argument("--data", type=Path, metavar="DIR", help="MNIST-format files (default: scikit-learn's digits)")
+    parser = argparse.ArgumentParser(description="Train the demo's network with LARS on several processes.")
     parser.add_argument("--shard", action="store_true", help="shard the model (FSDP2) instead of copying it (DDP)")
-    parser.add_argument(
-        "--checkpoint", type=Path, metavar="DIR", help="save here and go on from what is here; all nodes must see it"
-    )
-    parser.add_argument("--every", type=_positive, default=5, metavar="N", help="steps between (default: %(default)s)")
-    parser.add_argument("--epochs", type=_positive, default=20, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--batch", type=_positive, metavar="N", help="of all processes (default: all images at once)")
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="save here and resume; all nodes must see it")
+    parser.add_argument("--every", type=int, default=5, metavar="N", help="steps between (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=20, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--batch", type=int, metavar="N", help="of all processes (default: all images at once)")
     parser.add_argument("--lr", type=float, default=128.0, help="of the weights (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     options = parser.parse_args(arguments)
@@ -77,13 +64,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             f"--shard needs torch 2.6 or later, on a CPU 2.9, got {torch.__version__}; leave it out, or update torch"
         )
     return options
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be >= 1, got {value}")
-    return value
 
 
 def start() -> torch.device:
@@ -142,7 +122,6 @@ class Training(NamedTuple):
 
 def train(dataset: Dataset, options: argparse.Namespace, device: torch.device) -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    console = Console(quiet=rank != 0, highlight=False)
     images, labels = dataset.train.images.to(device), dataset.train.labels.to(device)
     batches = list(image_order(len(labels), options))
 
@@ -161,11 +140,10 @@ def train(dataset: Dataset, options: argparse.Namespace, device: torch.device) -
         parallel(images[:1]).sum().backward()
         optimizer.zero_grad()
     done = resume(options.checkpoint, training)
-    if done:
-        console.print(f"going on after step {done} of {len(batches)}")
+    if done and rank == 0:
+        print(f"going on after step {done} of {len(batches)}")
     began = time.perf_counter()
-    steps = range(done, len(batches))
-    for step in track(steps, "training", console=console, transient=True, disable=not console.is_terminal):
+    for step in range(done, len(batches)):
         mine = batches[step][rank::ranks]
         optimizer.zero_grad()
         # Gradients are averaged over the ranks. The sum over this rank's images, divided like this, makes that the
@@ -176,11 +154,11 @@ def train(dataset: Dataset, options: argparse.Namespace, device: torch.device) -
         scheduler.step()
         if options.checkpoint and ((step + 1) % options.every == 0 or step + 1 == len(batches)):
             save(options.checkpoint, step + 1, training)
-    speed = f", {len(steps) / (time.perf_counter() - began):.1f} steps/s" if steps else ""
-
+    speed = (len(batches) - done) / (time.perf_counter() - began)
     accuracy = measure(parallel, dataset.test, device)
-    how = "sharded" if options.shard else "data-parallel"
-    console.print(f"{how} on {ranks} x {device.type}: test accuracy {accuracy:.1f} %{speed}")
+    if rank == 0:
+        how = "sharded" if options.shard else "data-parallel"
+        print(f"{how} on {ranks} x {device.type}: test accuracy {accuracy:.1f} %, {speed:.1f} steps/s")
 
 
 def image_order(images: int, options: argparse.Namespace) -> Iterator[Tensor]:
@@ -193,9 +171,8 @@ def image_order(images: int, options: argparse.Namespace) -> Iterator[Tensor]:
 @torch.no_grad()
 def measure(parallel: nn.Module, split: Split, device: torch.device) -> float:
     """Accuracy in percent; each rank looks at its share of the images."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    logits = parallel(split.images[rank::ranks].to(device))
-    right = (logits.argmax(1) == split.labels[rank::ranks].to(device)).sum()
+    share = slice(dist.get_rank(), None, dist.get_world_size())
+    right = (parallel(split.images[share].to(device)).argmax(1) == split.labels[share].to(device)).sum()
     dist.all_reduce(right)
     return 100 * right.item() / len(split.labels)
 

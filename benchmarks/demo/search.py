@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -27,10 +28,7 @@ class Grid:
     def score(self, k: int) -> tuple[float, float]:
         """Mean validation accuracy; the mean loss decides between equal ones."""
         results = self.trials[k]
-        return (
-            sum(result.accuracy for result in results) / len(results),
-            -sum(result.loss for result in results) / len(results),
-        )
+        return statistics.fmean(r.accuracy for r in results), -statistics.fmean(r.loss for r in results)
 
     @property
     def best(self) -> int:
@@ -45,10 +43,6 @@ class Grid:
         below = sum(k < self.best for k in self.trials)
         return min(below, len(self.trials) - 1 - below) >= self.neighbours
 
-    @property
-    def is_refined(self) -> bool:
-        return any(k % COARSE for k in self.trials)
-
     def next_trial(self) -> int:
         """One more on the side on which the best lies nearer to the edge."""
         low, high = min(self.trials), max(self.trials)
@@ -58,18 +52,13 @@ class Grid:
 def next_trials(grids: Sequence[Grid], *, first: int, most: int) -> list[list[int]]:
     """What to try next, for the grids of all methods at one batch. Nothing for all of them: the search is over.
 
-    A best lr on the edge moves its grid on by one trial, and every shorter grid gets one more as well, so that all have
-    the same number of trials in the end. Once every best lies inside, one trial goes on either side of it, half-way
-    (in the logarithm) to its neighbours.
-
-    Args:
-        grids: One for each method.
-        first: Trials of a new grid; odd.
-        most: A grid of this many trials does not grow any further.
+    A grid begins with `first` trials, an odd number. A best lr on the edge adds a trial on that side, up to `most`, and
+    every shorter grid grows too, so that all have the same number in the end. Once every best lies inside, one trial
+    goes on either side of it, half-way (in the logarithm) to its neighbours.
     """
     if not all(grid.trials for grid in grids):
         return [list(range(1 - first, first, COARSE)) for _ in grids]
-    if any(grid.is_refined for grid in grids):
+    if any(k % COARSE for grid in grids for k in grid.trials):  # refined
         return [[] for _ in grids]
     longest = max(len(grid.trials) for grid in grids)
     wanted = [
@@ -91,20 +80,11 @@ def search(
         for method in methods
     }
     while True:
-        wanted = [
-            (batch, method, k)
-            for batch in batches
-            for method, trials in zip(
-                methods,
-                next_trials(
-                    [grids[batch, method] for method in methods],
-                    first=protocol.first_trials,
-                    most=protocol.most_trials,
-                ),
-                strict=True,
-            )
-            for k in trials
-        ]
+        wanted: list[tuple[int, Method, int]] = []
+        for batch in batches:
+            of_batch = [grids[batch, method] for method in methods]
+            trials = next_trials(of_batch, first=protocol.first_trials, most=protocol.most_trials)
+            wanted += [(batch, method, k) for method, ks in zip(methods, trials, strict=True) for k in ks]
         if not wanted:
             return grids
         seeds = protocol.search_seeds

@@ -1,0 +1,112 @@
+"""What the demo stores: the trials of the search, and the final runs. README's table and the picture come from these."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from .search import Grid
+from .training import BIAS_LR, LARS, LARS_ONE_LR, SGDS, Method, Protocol, Result
+
+Row = dict[str, str]  # of a CSV
+
+METHODS = {"LARS": (LARS,), "SGD": SGDS, "LARS, one lr": (LARS_ONE_LR,)}
+TITLES = {
+    "LARS": f"LARS, biases at lr {BIAS_LR:g}",
+    "SGD": f"SGD, one lr or biases at lr {BIAS_LR:g}",
+    "LARS, one lr": "LARS, one lr for all",
+}
+FAILED = 50.0  # percent: what stays below has not trained
+
+
+def read(path: Path) -> list[Row]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write(rows: Sequence[Row], path: Path) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _row(method: Method, batch: int, lr: float, **more: object) -> Row:
+    biases = "same" if method.bias_lr is None else f"{method.bias_lr:g}"
+    row = {"batch": batch, "optimizer": method.optimizer, "bias_lr": biases, "lr": lr, **more}
+    return {name: str(value) for name, value in row.items()}
+
+
+def trials(grids: dict[tuple[int, Method], Grid]) -> list[Row]:
+    """A row an lr of the search: means over its seeds, on the validation split."""
+    rows = []
+    for (batch, method), grid in grids.items():
+        for k in sorted(grid.trials):
+            accuracy, loss = grid.score(k)[0], -grid.score(k)[1]
+            numbers = {"seeds": len(grid.trials[k]), "accuracy_percent": f"{accuracy:.4f}", "loss": f"{loss:.6g}"}
+            rows.append(_row(method, batch, grid.lr(k), **numbers))
+    return rows
+
+
+def finals(named: Sequence[tuple[str, Result]], protocol: Protocol) -> list[Row]:
+    """A row a run at a chosen lr, on the test split."""
+    rows = []
+    for name, result in named:
+        run = result.run
+        row = {"name": name, **_row(run.method, run.batch, run.lr, seed=run.seed, epochs=protocol.epochs)}
+        numbers = {"accuracy_percent": f"{result.accuracy:.4f}", "loss": f"{result.loss:.6g}"}
+        rows.append({**row, **numbers, "seconds": f"{result.seconds:.3f}"})
+    return rows
+
+
+def chosen(found: Sequence[Row], batches: Sequence[int]) -> dict[tuple[str, int], tuple[Method, float]]:
+    """Method and lr by name and batch: the best on validation; the loss decides between equals."""
+
+    def best(name: str, batch: int) -> tuple[Method, float]:
+        tried = [
+            (float(row["accuracy_percent"]), -float(row["loss"]), float(row["lr"]), method)
+            for method in METHODS[name]
+            for row in found
+            if row.items() >= _row(method, batch, 0).items() - {("lr", "0")}
+        ]
+        *_, lr, method = max(tried, key=lambda trial: trial[:2])
+        return method, lr
+
+    return {(name, batch): best(name, batch) for name in METHODS for batch in batches}
+
+
+def accuracies(rows: Sequence[Row], name: str, batch: int) -> list[float]:
+    return [float(row["accuracy_percent"]) for row in rows if (row["name"], row["batch"]) == (name, str(batch))]
+
+
+def mean(rows: Sequence[Row], name: str, batch: int) -> float:
+    return statistics.fmean(accuracies(rows, name, batch))
+
+
+def batches(rows: Sequence[Row]) -> list[int]:
+    return sorted({int(row["batch"]) for row in rows})
+
+
+def one_lr(rows: Sequence[Row]) -> str:
+    """What goes wrong where all tensors share LARS's lr, in one line."""
+    runs = [accuracy for batch in batches(rows) for accuracy in accuracies(rows, "LARS, one lr", batch)]
+    *_, largest = batches(rows)
+    failed = sum(accuracy < FAILED for accuracy in runs)
+    return (
+        f"With one lr for all tensors {failed} of {len(runs)} LARS runs did not train, and batch {largest} reached "
+        f"{mean(rows, 'LARS, one lr', largest):.1f} % instead of {mean(rows, 'LARS', largest):.1f} %: LARS does not adapt "
+        "biases, so they take its large lr as it is."
+    )
+
+
+def readme(rows: Sequence[Row]) -> Iterator[str]:
+    """README's part on the demo."""
+    seeds = len({row["seed"] for row in rows})
+    yield f"Test accuracy in %, mean of {seeds} seeds, {rows[0]['epochs']} epochs; the last batch is the whole training set:\n"
+    yield f"| batch | {TITLES['LARS']} | {TITLES['SGD']}, whichever is better |"
+    yield "| ---: | ---: | ---: |"
+    for batch in batches(rows):
+        yield f"| {batch} | {mean(rows, 'LARS', batch):.1f} | {mean(rows, 'SGD', batch):.1f} |"
+    yield f"\n{one_lr(rows)}\n"

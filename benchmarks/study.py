@@ -1,0 +1,283 @@
+"""Accuracy against batch and lr, for SGD, SGD with Nesterov and with clipping, AdamW and LARS: `nox -s study`.
+
+docs/study.md says what is run, and what came out. Each run is a line of a CSV, written when the run ends; a study that was stopped
+or killed resumes from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import math
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from fastlars import DIALECTS
+
+from .demo.data import FILES, Cut, DataError, idx_digits
+from .demo.search import Grid, search
+from .demo.training import Method, Protocol, Result, Run
+from .demo.workers import Workers
+from .render import DOCS, FOLDER, table, with_part
+
+# Of MNIST's 60000 training images: batches of 256, 1024, 4096 and 8192, and images halved to 14 x 14 pixels.
+CUT = Cut(train=32768, validation=10000, share=0.8, parts=(128, 32, 8, 4), pool=2)
+PROTOCOL = Protocol(
+    *(5, 1),  # epochs, of which warm-up
+    neighbours=2,
+    search_seeds=(100, 101, 102),
+    test_seeds=(0, 1, 2, 3, 4),
+    first_stride=2,
+    ratios_an_epoch=4,
+)
+VERSION = "1"  # of all that changes runs: of what stands above, and of demo/training.py
+BATCHES = tuple(CUT.train // part for part in CUT.parts)
+LARGEST = BATCHES[-1]
+OWN_LR = {"SGD": 0.1, "LARS": 0.1, "AdamW": 0.001}  # of biases and norms: customary ones, not searched
+COLUMNS = (
+    *("protocol", "data", "train_images", "torch", "split", "images", "optimizer", "options", "clip", "bias_lr"),
+    *("adapt_all", "batch_norm", "batch", "lr", "seed", "epochs", "warmup_epochs", "momentum", "weight_decay"),
+    *("accuracy_percent", "loss", "seconds", "trust_ratios"),
+)
+OUTCOME = COLUMNS[-4:]
+
+
+def _dialect(name: str, first_lr: float) -> Method:
+    options = {option: value for option, value in DIALECTS[name].items() if option != "adapt"}  # the groups say that
+    return replace(MAIN["LARS"], options=tuple(sorted(options.items())), first_lr=first_lr)
+
+
+# first_lr comes from a pilot of single runs; where a grid begins costs trials at most
+BASE = {
+    "SGD": Method("SGD", None, 0.2),
+    "SGD with Nesterov": Method("SGD", None, 0.2, (("nesterov", True),)),
+    "SGD with clipping": Method("SGD", None, 1.6, clip=1.0, first_lr_power=0.5),
+    "AdamW": Method("AdamW", None, 0.032, first_lr_power=0.25),
+    "LARS": Method("LARS", None, 128.0, first_lr_power=0.6),
+}
+MAIN = {name: replace(method, bias_lr=OWN_LR[method.optimizer]) for name, method in BASE.items()}
+ONE_LR = {
+    f"{name}, one lr for all": replace(method, first_lr={"AdamW": 0.064, "LARS": 16.0}.get(name, method.first_lr))
+    for name, method in BASE.items()
+}
+# dialects whose options differ in eps alone, far below any norm here, share a row: paper and mlperf; bolts is LARS itself
+FAMILY = {
+    **{f"dialect {name}": _dialect(name, lr) for name, lr in (("larc", 16.0), ("timm_larc", 32.0), ("byol", 128.0))},
+    "dialect simclr": _dialect("simclr", 128.0),
+    "dialect paper and mlperf": _dialect("paper", 128.0),
+    "all tensors adapted": replace(BASE["LARS"], adapt_all=True, first_lr=64.0),
+}
+BATCH_NORM = {
+    name: replace(
+        *(method,), batch_norm=True, first_lr={"SGD with clipping": 0.8, "LARS": 32.0}.get(name, method.first_lr)
+    )
+    for name, method in MAIN.items()
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """What was found, by batch and method; the grids' trials are on the validation split, the finals on the test split."""
+
+    grids: dict[tuple[int, Method], Grid]
+    finals: dict[tuple[int, Method], list[Result]]  # none where the best lr is on the edge of the largest grid
+
+
+def study(train: Callable[[list[Run]], list[Result]]) -> Study:
+    """Search, then test; with a store's `results` for `train` it is read instead. No search sees a test."""
+    found = Study({}, defaultdict(list))
+    tables: list[tuple[dict[str, Method], tuple[int, ...]]] = [
+        ({**MAIN, **FAMILY, **ONE_LR}, (LARGEST,)),
+        (MAIN, BATCHES[:-1]),
+        (BATCH_NORM, (LARGEST,)),
+    ]
+    for rows, batches in tables:
+        grids = search(list(rows.values()), batches, PROTOCOL, train)
+        keys = [key for key, grid in grids.items() if grid.is_inside]
+        seeds = PROTOCOL.test_seeds
+        results = train(
+            [Run(method, batch, grids[batch, method].best_lr, seed, True) for batch, method in keys for seed in seeds]
+        )
+        found.grids.update(grids)
+        found.finals.update({key: results[i * len(seeds) : (i + 1) * len(seeds)] for i, key in enumerate(keys)})
+    return found
+
+
+class Store:
+    """The runs of a CSV. Only whole lines count: a kill may have cut off the last one."""
+
+    def __init__(self, path: Path, origin: Sequence[str] = ()) -> None:
+        self.path, self.origin = path, tuple(origin)
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        rows = list(csv.DictReader(line for line in lines if line.endswith("\n")))
+        self.rows = {tuple(row[name] for name in COLUMNS[4:-4]): row for row in rows}
+        others = {tuple(row[name] for name in COLUMNS[:4]) for row in rows} - {self.origin}
+        if self.origin and others:
+            raise DataError(f"{path}: holds runs of {others.pop()}, these are of {self.origin}; give another --out")
+        if lines and not lines[-1].endswith("\n"):
+            path.write_text("".join(lines[:-1]), encoding="utf-8")
+
+    def key(self, run: Run) -> tuple[str, ...]:
+        method = run.method
+        values = (
+            *(("test", 10000) if run.final else ("validation", CUT.validation)),
+            *(method.optimizer, json.dumps(dict(method.options)), method.clip, method.bias_lr),
+            *(int(method.adapt_all), int(method.batch_norm), run.batch, run.lr, run.seed),
+            *(PROTOCOL.epochs, PROTOCOL.warmup_epochs, PROTOCOL.momentum, PROTOCOL.weight_decay),
+        )
+        return tuple("" if value is None else str(value) for value in values)
+
+    def add(self, result: Result) -> None:
+        """Append one line, which is on the disk when this returns."""
+        ratios = {layer: [float(f"{ratio:.4g}") for ratio in values] for layer, values in result.trust_ratios.items()}
+        words = json.dumps(ratios, separators=(",", ":")) if ratios else ""
+        key = self.key(result.run)
+        values = (*self.origin, *key, repr(result.accuracy), repr(result.loss), f"{result.seconds:.2f}", words)
+        new = not self.path.exists()
+        with self.path.open("a", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerows([COLUMNS, values] if new else [values])
+        self.rows[key] = dict(zip(COLUMNS, map(str, values), strict=True))
+
+    def results(self, runs: Sequence[Run]) -> list[Result]:
+        found = []
+        for run in runs:
+            row = self.rows[self.key(run)]
+            numbers = (float(row[name]) for name in OUTCOME[:3])
+            found.append(Result(run, *numbers, json.loads(row["trust_ratios"] or "{}")))
+        return found
+
+
+def train(data: Path, out: Path, console: Console) -> Study:
+    """Train what the store lacks."""
+    names = [name for pair in FILES.values() for name in pair]
+    paths = [path for name in names for path in (data / name, data / f"{name}.gz") if path.exists()]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
+    dataset = idx_digits(data, CUT)
+    out.mkdir(parents=True, exist_ok=True)
+    origin = (VERSION, f"{data.resolve().name} {digest}", str(len(dataset.train.labels)), torch.__version__)
+    store = Store(out / "study.csv", origin)
+    with Workers(PROTOCOL, dataset) as workers, console.status("training") as status:
+
+        def stored(runs: list[Run]) -> list[Result]:
+            missing = [run for run in dict.fromkeys(runs) if store.key(run) not in store.rows]
+            status.update(f"{len(store.rows)} runs are there; training {len(missing)}")
+            workers.train(missing, finished=store.add)
+            return store.results(runs)
+
+        return study(stored)
+
+
+# Student's t for a two-sided interval of 95 % and as many paired seeds
+T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+
+
+def difference(ours: Sequence[Result], theirs: Sequence[Result]) -> str:
+    """Test accuracy minus theirs, in points: the mean of the paired seeds and half of its 95 % interval, and the verdict."""
+    if not ours or not theirs:
+        return "failed"
+    gaps = [a.accuracy - b.accuracy for a, b in zip(ours, theirs, strict=True) if a.run.seed == b.run.seed]
+    mean, half = statistics.mean(gaps), T[len(gaps)] * statistics.stdev(gaps) / math.sqrt(len(gaps))
+    return f"{mean:+.1f} ± {half:.1f}" + (", tie" if abs(mean) <= half else ", worse" if mean < 0 else "")
+
+
+def plateau(grid: Grid, within: float = 1.0) -> str:
+    """The factor between the ends of the tried lrs around the best, none left out, within some points of it."""
+    ks = sorted(grid.trials)
+    good = [grid.score(k)[0] >= grid.score(grid.best)[0] - within for k in ks]
+    low = high = ks.index(grid.best)
+    while low > 0 and good[low - 1]:
+        low -= 1
+    while high < len(ks) - 1 and good[high + 1]:
+        high += 1
+    edge = "at least " if low == 0 or high == len(ks) - 1 else ""
+    return f"{edge}{grid.lr(ks[high]) / grid.lr(ks[low]):.2g}"
+
+
+def cells(found: Study, batch: int, method: Method) -> list[str]:
+    """Trials, lr, plateau, validation, test, its range."""
+    grid, finals = found.grids[batch, method], [result.accuracy for result in found.finals.get((batch, method), [])]
+    searched = [str(len(grid.trials)), f"{grid.best_lr:.3g}", plateau(grid), f"{grid.score(grid.best)[0]:.1f}"]
+    if not finals:
+        return [*searched, "failed: on the edge", ""]
+    return [*searched, f"{statistics.mean(finals):.1f}", f"{min(finals):.1f} to {max(finals):.1f}"]
+
+
+def rival(found: Study, batch: int, name: str) -> tuple[Method, str]:
+    """The variant of a method of table 1 that LARS meets: at the largest batch, whichever is better on validation."""
+    own, one = MAIN[name], ONE_LR[f"{name}, one lr for all"]
+    both = [method for method in (own, one) if found.finals.get((batch, method))]
+    best = max(both, default=own, key=lambda m: found.grids[batch, m].score(found.grids[batch, m].best))
+    return best, " (one lr)" if best is one else ""
+
+
+def tables(found: Study) -> Iterator[str]:
+    """The measured part of docs/study.md."""
+    others = [name for name in MAIN if name != "LARS"]
+    rows = []
+    for name in others:
+        row = []
+        for batch in BATCHES:
+            method, remark = rival(found, batch, name)
+            row.append(difference(found.finals[batch, MAIN["LARS"]], found.finals[batch, method]) + remark)
+        pair = (found.finals[LARGEST, BATCH_NORM[which]] for which in ("LARS", name))
+        rows.append([name, *row, difference(*pair)])
+    yield "LARS minus the other method, in points of test accuracy; no remark means better:\n"
+    yield from table(["method", *(f"batch {batch}" for batch in BATCHES), f"{LARGEST}, batch-norm"], rows)
+    yield "The lr plateau, as the factor between its ends:\n"
+    at = [(BATCHES[0], 1.0), (LARGEST, 1.0), (LARGEST, 5.0)]
+    header = ["method", *(f"batch {batch}, within {within:g} of the best" for batch, within in at)]
+    yield from table(header, [[n, *(plateau(found.grids[b, m], w) for b, w in at)] for n, m in MAIN.items()])
+    columns = ["trials", "lr", "plateau", "valid.", "test", "lowest to highest"]
+    yield "Table 1: every batch, own lr for the biases.\n"
+    rows = [[name, str(batch), *cells(found, batch, method)] for batch in BATCHES for name, method in MAIN.items()]
+    yield from table(["method", "batch", *columns], rows)
+    yield f"Table 2: the rest of LARS's family at batch {LARGEST}, and one lr for all tensors.\n"
+    ours = found.finals[LARGEST, MAIN["LARS"]]
+    rest = {**FAMILY, **ONE_LR}.items()
+    rows = [[n, *cells(found, LARGEST, m), difference(ours, found.finals[LARGEST, m])] for n, m in rest]
+    yield from table(["method", *columns, "LARS minus it"], rows)
+    yield f"Table 3: batch {LARGEST}, with batch-norm.\n"
+    yield from table(["method", *columns], [[n, *cells(found, LARGEST, m)] for n, m in BATCH_NORM.items()])
+
+
+def rendered() -> str:
+    """docs/study.md, as it has to be."""
+    page = DOCS / "study.md"
+    return with_part(
+        page, page.read_text(encoding="utf-8"), "study", tables(study(Store(FOLDER / "study.csv").results))
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__)
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="MNIST-format files (idx, gzipped or not)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", default=Path("results/study"), help="where study.csv is kept"
+    )
+    options = parser.parse_args(arguments)
+    console = Console(highlight=False)
+    if options.data is None:
+        parser.error(
+            f"--data FOLDER must hold MNIST-format files, gzipped or not: {', '.join(map(str, FILES.values()))}"
+        )
+    try:
+        console.print("\n".join(tables(train(options.data, options.out, console))), markup=False, soft_wrap=True)
+    except DataError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "study: interrupted; start it again to resume\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

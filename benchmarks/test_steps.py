@@ -1,0 +1,56 @@
+"""Times of optimizer steps under pytest-benchmark: `nox -s bench`, with its options after `--`.
+
+Choose with `-k`: `-k "resnet50 and weights"`. Between two versions of one machine, `--benchmark-autosave`, then
+`--benchmark-compare --benchmark-compare-fail=median:10%`. Ratios between contenders are `performance.py`'s: here they run
+one after the other.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.counting import launches_and_host_reads
+from benchmarks.optimizers import ADAPTED, CONTENDERS, groups_of
+from benchmarks.performance import parameters, synchronize
+from benchmarks.shapes import MODELS
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
+
+
+@pytest.fixture(scope="module")
+def params(request: pytest.FixtureRequest, device: torch.device) -> list[nn.Parameter]:
+    """One model at a time: the largest take gigabytes."""
+    return parameters(MODELS[request.param].shapes(), device)
+
+
+@pytest.mark.parametrize("params", list(MODELS), indirect=True)
+@pytest.mark.parametrize("adapted", ADAPTED)
+@pytest.mark.parametrize("name", list(CONTENDERS))
+def test_step(
+    benchmark: BenchmarkFixture,
+    request: pytest.FixtureRequest,
+    params: list[nn.Parameter],
+    adapted: str,
+    name: str,
+    device: torch.device,
+) -> None:
+    """The optimizer alone; with "weights" biases and norms are not adapted, as in real use."""
+    contender = CONTENDERS[name]
+    if reason := contender.missing():
+        pytest.skip(reason)
+    benchmark.group = f"step, {request.node.callspec.params['params']}, {adapted} adapted"
+    step = contender.stepper(groups_of(params, adapted))
+
+    def whole() -> None:
+        step()
+        synchronize(device)
+
+    for _ in range(2):  # buffers, compilation
+        whole()
+    benchmark(whole)
+    benchmark.extra_info["launches"], benchmark.extra_info["host reads"] = launches_and_host_reads(step, device)
