@@ -112,7 +112,7 @@ def _is_named_parameter(item: object) -> bool:
 
 
 def _is_bias_or_vector(name: str, param: Tensor) -> bool:
-    leaf = _unwrapped(name).rpartition(".")[2]
+    leaf = unwrapped(name).rpartition(".")[2]
     is_vector = sum(size != 1 for size in param.shape) <= 1
     return leaf == "bias" or param.ndim <= 1 or (is_vector and leaf != "weight")
 
@@ -141,7 +141,7 @@ def _excluded(
     for item in [exclude] if isinstance(exclude, (str, type)) else exclude:
         if isinstance(item, str):
             wanted, known = item, [name for name, _ in named]
-            found = {p for n, p in named if fnmatchcase(n, wanted) or fnmatchcase(_unwrapped(n), wanted)}
+            found = {p for n, p in named if fnmatchcase(n, wanted) or fnmatchcase(unwrapped(n), wanted)}
         elif isinstance(item, type) and issubclass(item, nn.Module):
             if not isinstance(model, nn.Module):
                 raise TypeError(f"exclude: {item.__name__} needs a module; pass the model, not named parameters")
@@ -168,6 +168,6 @@ def _nearest(wanted: str, known: Iterable[str]) -> list[str]:
     return sorted(dict.fromkeys(known), key=likeness, reverse=True)[:3]
 
 
-def _unwrapped(name: str) -> str:
+def unwrapped(name: str) -> str:
     """A parameter's name without what DistributedDataParallel, torch.compile, FSDP and parametrize add to it."""
     return _PARAMETRIZED.sub(r"\1", _WRAPPERS.sub("", name))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from . import sharding
-from .convert import foreign_key
+from .convert import foreign_key, groups_and_states
 
 
 def check_saved_state(optimizer: Optimizer, state_dict: Any) -> None:
@@ -37,24 +37,6 @@ def check_saved_state(optimizer: Optimizer, state_dict: Any) -> None:
                 f"the state dict has a momentum_buffer under {key!r}, which is not among the keys of its param groups, "
                 f"{list(params)[:3]} and so on: it would be lost; rename or remove it"
             )
-
-
-def groups_and_states(state_dict: Any) -> tuple[list[dict[str, Any]], dict[Any, Any]]:
-    """The two parts of a state dict; raises for what is none."""
-    got = list(state_dict) if isinstance(state_dict, dict) else type(state_dict).__name__
-    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
-        raise ValueError(f"a state dict of an optimizer must have the keys 'state' and 'param_groups', got {got}")
-    groups, states = state_dict["param_groups"], state_dict["state"]
-    if not isinstance(groups, (list, tuple)) or not isinstance(states, dict):
-        raise TypeError(
-            "the state dict must have a dict under 'state' and a list under 'param_groups', got "
-            f"{type(states).__name__} and {type(groups).__name__}"
-        )
-    for i, group in enumerate(groups):
-        keys = group.get("params") if isinstance(group, dict) else None
-        if not isinstance(keys, (list, tuple)) or not all(isinstance(key, (int, str)) for key in keys):
-            raise TypeError(f"param group {i} of the state dict must be a dict with a list of keys under 'params'")
-    return list(groups), states
 
 
 def _check_state(state: Any, param: Tensor, where: str) -> None:

@@ -16,11 +16,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from . import sharding
 from .coefficients import is_adapted, is_nonzero, scalar_lr, trust_ratio
 from .compat import NAMED_PARAMETERS, outside_graphs, required, use_grad_for_differentiable
+from .convert import groups_and_states
 from .description import describe
 from .dispatch import Part, implementation, split
 from .functional import Group, check_captured, measure, step_groups
 from .fused_cuda import Tables, check_fused, is_capturing
-from .loading import check_saved_state, groups_and_states
+from .loading import check_saved_state
 from .options import NAMES, Options, check_can_be_skipped, check_grad, check_options, check_params, nearest_name
 
 if TYPE_CHECKING:
