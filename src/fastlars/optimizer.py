@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from torch.optim.optimizer import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import sharding
+from .checks import check_group, check_lr, check_numbers, check_tensors, largest_lr
 from .coefficients import is_adapted, is_nonzero, scalar_lr, trust_ratio
 from .compat import NAMED_PARAMETERS, outside_graphs, required, use_grad_for_differentiable
 from .convert import groups_and_states
@@ -22,7 +24,7 @@ from .dispatch import Part, implementation, split
 from .functional import Group, check_captured, measure, step_groups
 from .fused_cuda import Tables, check_fused, is_capturing
 from .loading import check_saved_state
-from .options import NAMES, Options, check_can_be_skipped, check_grad, check_options, check_params, nearest_name
+from .options import NAMES, Options, check_can_be_skipped, check_grad, check_options, nearest_name
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -170,7 +172,8 @@ class LARS(Optimizer):
         self._tables = Tables()
         # parameter -> (whether it is at its first step, as a tensor for graphs; the momentum buffer of which that holds)
         self._first_steps: Any = WeakTensorKeyDictionary()
-        self._checked: dict[int, list[Any]] = {}
+        # by the position of a group: its options and narrowest dtype at the last step, and the largest lr that they allow
+        self._checked: dict[int, tuple[list[Any], float]] = {}
         check_options({**defaults, "lr": 0.0} if _is_missing(lr) else defaults, "LARS")
         super().__init__(params, defaults)
 
@@ -198,13 +201,12 @@ class LARS(Optimizer):
                     "parameter group didn't specify a value of required optimization parameter lr "
                     f"({where}); give lr to LARS or to the group"
                 )
-            check_options({**self.defaults, **options}, where)
-            if {**self.defaults, **options}["skip_nonfinite"]:
-                sharding.check_not_divided(where)
+            options = {**self.defaults, **options}
             param_group = {**param_group, **_as_list(param_group["params"])}
-            check_params(param_group["params"], where)
+            check_group(options, param_group["params"], where)
+            self._check_whole(options, where)
             sharding.check_not_flattened(param_group["params"], where)
-            if {**self.defaults, **options}["fused"]:
+            if options["fused"]:
                 check_fused(param_group["params"], where)
         super().add_param_group(param_group)  # what is no group at all is refused there
 
@@ -256,7 +258,12 @@ class LARS(Optimizer):
             for name in (*NAMES, "param_names"):
                 if name in known:
                     group.setdefault(name, known[name])
-            check_options({key: value for key, value in group.items() if key != "params"}, f"param group {i}")
+            saved = {key: value for key, value in group.items() if key != "params"}
+            check_options(saved, f"param group {i}")
+            if loading:
+                # says how this optimizer steps, see _check_whole
+                saved["differentiable"] = group["differentiable"] = known["differentiable"]
+            check_group(saved, group["params"], f"param group {i}")
             if group["fused"]:
                 check_fused(group["params"], f"param group {i}")
         if loading:
@@ -403,17 +410,18 @@ class LARS(Optimizer):
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         capturing = not torch.compiler.is_compiling() and is_capturing()
         for i, group in enumerate(self.param_groups):  # all before the first state is made
-            if not torch.compiler.is_compiling():
-                self._check_edited(i, group)
+            if torch.compiler.is_compiling():
+                for grad in [p.grad for p in group["params"]]:
+                    if grad is not None and grad.layout is not torch.strided:
+                        check_grad(grad)
+            else:
+                self._check_before_step(i, group)
                 if capturing:
                     moving = [p for p in group["params"] if p.grad is not None]
                     buffers = [self.state.get(p, {}).get("momentum_buffer") for p in moving]
                     check_captured(moving, buffers, group["momentum"], f"param group {i}")
             if found_inf is not None:
                 check_can_be_skipped(group["momentum"], group["dampening"], f"param group {i}: found_inf")
-            for grad in [p.grad for p in group["params"]]:
-                if grad is not None and grad.layout is not torch.strided:
-                    check_grad(grad)
         shards = sharding.sharded(params_and_options)
 
         groups: list[Group] = []
@@ -438,15 +446,36 @@ class LARS(Optimizer):
                 for param, buffer in zip(params, momentum_buffers, strict=True):
                     self.state[param]["momentum_buffer"] = buffer
 
-    def _check_edited(self, i: int, group: dict[str, Any]) -> None:
-        """Check what was written into a group since the last step, before any group moves."""
+    def _check_whole(self, options: dict[str, Any], where: str) -> None:
+        """Raise for options that one group cannot set by itself."""
+        if bool(options["differentiable"]) != bool(self.defaults["differentiable"]):
+            raise ValueError(
+                f"{where}: differentiable must be the same in all groups, {self.defaults['differentiable']}, got "
+                f"{options['differentiable']}: a step runs with gradients or without; give it to LARS"
+            )
+        if options["skip_nonfinite"]:
+            sharding.check_not_divided(where)
+
+    def _check_before_step(self, i: int, group: dict[str, Any]) -> None:
+        """Check a group and its tensors before any group moves and before state is made."""
+        where, lr = f"param group {i}", group["lr"]
+        params = [p for p in group["params"] if p.grad is not None]
+        grads: list[Any] = [p.grad for p in params]
+        buffers = [self.state.get(p, {}).get("momentum_buffer") for p in params] if group["momentum"] != 0 else []
+        narrowest = check_tensors(params, grads, buffers, where) if params else None
         values = [group[name] for name in NAMES]
-        values[0] = 0.0 if isinstance(group["lr"], (float, Tensor)) else group["lr"]  # schedules may round it below 0
-        if i not in self._checked or any(new is not old for new, old in zip(values, self._checked[i])):
-            check_options(dict(zip(NAMES, values)), f"param group {i}")
-            if group["skip_nonfinite"]:
-                sharding.check_not_divided(f"param group {i}")
-            self._checked[i] = values
+        values[0] = 0.0 if isinstance(lr, (float, Tensor)) else lr  # schedules may round it below 0
+        values += [narrowest]
+        checked = self._checked.get(i)
+        if checked is None or any(new is not old for new, old in zip(values, checked[0])):
+            options = dict(zip(NAMES, values))
+            check_options(options, where)
+            self._check_whole(options, where)
+            if narrowest is not None:
+                check_numbers(options, narrowest, where)
+            limit = math.inf if narrowest is None else largest_lr(options, narrowest)
+            checked = self._checked[i] = values, limit
+        check_lr(lr, params[0] if params else None, checked[1], where)
 
     # As torch's own fused step leaves the graph, but once for all groups, whose gradients may decide together.
     _step_groups_outside_graphs = outside_graphs(_step_groups)

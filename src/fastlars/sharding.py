@@ -83,6 +83,20 @@ def check_not_divided(where: str) -> None:
         frame = frame.f_back
 
 
+def check_saved_buffer(buffer: Tensor, param: Tensor, where: str) -> None:
+    """Raise for a saved buffer that is distributed in another way than its parameter: every step would refuse it."""
+    if any_sharded([buffer]) != any_sharded([param]):
+        raise TypeError(
+            f"momentum_buffer of {where} must be a DTensor exactly if the parameter is one; save and load through "
+            "torch.distributed.checkpoint.state_dict, which distributes what it loads"
+        )
+    if any_sharded([param]) and not _is_laid_out_as(buffer, param):
+        raise ValueError(
+            f"momentum_buffer of {where} must have the mesh and placements of its parameter, {param.placements}, got "  # type: ignore[attr-defined]
+            f"{buffer.placements}; redistribute it, or save and load through torch.distributed.checkpoint.state_dict"  # type: ignore[attr-defined]
+        )
+
+
 def sharded(groups: Sequence[tuple[Sequence[Tensor], Options]]) -> Sharded | None:
     """What a step needs to know of the sharded tensors among these, all groups of an optimizer; None if there are none."""
     return Sharded(groups) if any(any_sharded(params) for params, _ in groups) else None
