@@ -492,7 +492,7 @@ class LARS(Optimizer):
 
         Returns:
             Name to ratio, in the optimizer's order; the names of named parameters, else "group.position" as in "0.3",
-            which also follows a name that an earlier group has. Tensors without a gradient and groups that are not
+            which also follows a name that an earlier tensor has. Tensors without a gradient and groups that are not
             adapted are left out. A tensor that is zero, or has a zero gradient, has 1: it is not scaled.
 
         Raises:
@@ -512,18 +512,18 @@ class LARS(Optimizer):
         known: list[tuple[Part, Options, Tensor | None]] = []
         names_of: list[list[str]] = []  # of the tensors of each part
         ratios: dict[str, float] = {}
+        taken: set[str] = set()
         for i, (group, (_, of_step)) in enumerate(zip(self.param_groups, params_and_options)):
+            names = []
+            for j, name in enumerate(group.get("param_names") or [f"{i}.{j}" for j in range(len(group["params"]))]):
+                names.append(f"{name} ({i}.{j})" if name in taken else name)
+                taken.add(name)
             positions = [j for j, p in enumerate(group["params"]) if p.grad is not None]
             params = [group["params"][j] for j in positions]
             if not params or not is_adapted(of_step):
                 continue
             for p in params:
                 check_grad(p.grad)
-            positions_as_names = [f"{i}.{j}" for j in range(len(group["params"]))]
-            names = [
-                f"{name} ({position})" if name in ratios else name
-                for name, position in zip(group.get("param_names") or positions_as_names, positions_as_names)
-            ]
             ratios.update(dict.fromkeys((names[j] for j in positions), 1.0))  # in the order in which they are asked
             # not fused, which measures at the update only
             options = of_step._replace(momentum=0.0, skip_nonfinite=False, fused=False)
