@@ -2,11 +2,13 @@
 
 from typing import TYPE_CHECKING, Dict, List, NamedTuple, Optional  # noqa: UP035  TorchScript reads these spellings only
 
+import torch
 from torch import Tensor
 
 from . import fused_cpu, fused_cuda
 from .coefficients import is_adapted
-from .compat import default_foreach, is_scripting
+from .compat import default_foreach, is_scripting, operations_are_seen
+from .layouts import find_shared_memory
 from .norms import is_conjugate
 from .options import Options
 
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
     Plan = fused_cpu.Plan
 else:
     Plan = int
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Part(NamedTuple):
@@ -50,6 +55,9 @@ def split(
     for i, param in enumerate(params):
         grad = grads[i]
         buffer = momentum_buffers[i] if options.momentum != 0 else None
+        if not is_scripting():  # noqa: SIM102  as above
+            if grad_is_written(param, grad, buffer):
+                grad = grad.clone()
         runs = runs_for(preferred, param, grad, buffer)
         key = _key(runs, param, grad, buffer)
         part = parts.get(key)
@@ -65,6 +73,17 @@ def split(
         if first_steps is not None and of_part is not None:
             of_part.append(first_steps[i])
     return list(parts.values())
+
+
+def grad_is_written(param: Tensor, grad: Tensor, buffer: Optional[Tensor]) -> bool:
+    """Whether the update of the parameter or its buffer would write the gradient, before all of that has been read."""
+    plain = type(grad) in _PLAIN and type(param) in _PLAIN and (buffer is None or type(buffer) in _PLAIN)
+    if not plain or torch.compiler.is_compiling() or grad.is_meta or operations_are_seen():
+        return False  # there are no addresses
+    memory = grad.untyped_storage().data_ptr()
+    targets = [param] if buffer is None else [param, buffer]
+    near = [t for t in targets if not t.is_meta and t.untyped_storage().data_ptr() == memory]
+    return bool(near) and find_shared_memory([grad, *near], 1) is not None
 
 
 def _as_one_part(

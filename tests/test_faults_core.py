@@ -1,0 +1,180 @@
+"""Gradients and histories that are unusual but legal: every implementation takes the step that torch's SGD would scale."""
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+import fastlars
+from cases import Options, tolerance
+from fastlars import LARS
+from harness import assert_equals, ignore_nothing_adapted, implementations, set_grads
+from reference import ReferenceLARS
+
+pytestmark = ignore_nothing_adapted
+OPTIONS: Options = {"lr": 0.5, "weight_decay": 0.05, "trust_coefficient": 0.1}
+MOMENTA: dict[str, Options] = {
+    "plain": {"momentum": 0.0},
+    "momentum": {"momentum": 0.9},
+    "nesterov": {"momentum": 0.9, "nesterov": True},
+}
+momenta = pytest.mark.parametrize("momentum", MOMENTA.values(), ids=MOMENTA)
+SHAPES = [(3, 4), (5,), (2, 2), (20_000,)]
+
+
+def tensors(dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in SHAPES]
+
+
+def equals_reference(params: list[Tensor], grads: list[Tensor], buffers: list[Any], options: Options) -> None:
+    """One functional step. What shares memory is read by the reference before anything is written."""
+    names = {key: value for key, value in options.items() if key not in ("foreach", "fused")}
+    reference = ReferenceLARS([{"params": params}], **names)
+    reference.realign(params, buffers)
+    reference.step(grads)
+    with torch.no_grad():
+        fastlars.lars(params, grads, buffers, **options)
+    for i, (param, buffer) in enumerate(zip(params, buffers, strict=True)):
+        wide = torch.complex128 if param.is_complex() else torch.float64
+        for name, actual, expected, size in (
+            ("parameter", param, reference.params[i], reference.param_sizes[i]),
+            ("buffer", buffer, reference.momentum_buffers[i], reference.buffer_sizes[i]),
+        ):
+            if expected is not None and actual is not None:
+                torch.testing.assert_close(
+                    actual.detach().to(wide),
+                    torch.as_tensor(expected),
+                    msg=lambda text, what=f"{name} {i}": f"{what}: {text}",
+                    **tolerance(actual.dtype, size),
+                )
+
+
+# ---------------------------------------------------------------- real gradients of complex parameters
+@implementations
+@pytest.mark.parametrize("adapt", [True, False])
+@momenta
+def test_a_real_gradient_of_a_complex_parameter(momentum: Options, adapt: bool, implementation: Options) -> None:
+    """Of shape (..., 2) too, which is no list of pairs. torch's SGD takes its imaginary part for zero."""
+    options = {**OPTIONS, **momentum, "adapt": adapt, **implementation}
+    params = [torch.complex(a, b) for a, b in zip(tensors(), tensors(seed=1), strict=True)]
+    grads = tensors(seed=2)
+    equals_reference(params, grads, [torch.zeros_like(p) for p in params], options)
+
+
+# ---------------------------------------------------------------- gradients that share memory
+@implementations
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("adapt", [True, False])
+@pytest.mark.parametrize("of", ["param", "buffer", "part of param"])
+@momenta
+def test_a_gradient_that_shares_memory(
+    momentum: Options, of: str, adapt: bool, dtype: torch.dtype, implementation: Options
+) -> None:
+    """With its own parameter or momentum buffer: it is read before what it shares is written."""
+    options = {**OPTIONS, **momentum, "adapt": adapt, **implementation}
+    if of == "buffer" and options["momentum"] == 0:
+        pytest.skip("no buffer")
+    params, buffers = tensors(dtype), tensors(dtype, seed=1)
+    if of == "part of param":
+        storages = [torch.cat([p.flatten(), p.flatten()[:1] * 3]) for p in params]
+        grads = [s[1:].view(p.shape) for s, p in zip(storages, params, strict=True)]
+        params = [s[:-1].view(p.shape) for s, p in zip(storages, params, strict=True)]
+    else:
+        grads = [(p if of == "param" else v).detach() for p, v in zip(params, buffers, strict=True)]
+    equals_reference(params, grads, buffers, options)
+
+
+# ---------------------------------------------------------------- torch's SGD, bit for bit
+BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float64: torch.int64}
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("dtype", BITS, ids=str)
+@pytest.mark.parametrize("what", ["late gradient", "negative zeros"])
+@momenta
+def test_unadapted_groups_have_the_bits_of_sgd(momentum: Options, what: str, dtype: torch.dtype, foreach: bool) -> None:
+    options = {"lr": 0.37, "weight_decay": 0.0 if what == "negative zeros" else 0.05, **momentum, "foreach": foreach}
+    runs = []
+    for make in (lambda ps: torch.optim.SGD(ps, **options), lambda ps: LARS(ps, **options, adapt=False)):
+        params = [Parameter(p) for p in tensors(dtype)]
+        optimizer: torch.optim.Optimizer = make(params)
+        for step in range(4):
+            grads: list[Tensor | None] = [*tensors(dtype, seed=step + 1)]
+            if what == "negative zeros":
+                grads[0] = torch.full_like(params[0], -0.0)
+            elif step < 2:
+                grads[-1] = None
+            set_grads(params, grads)
+            optimizer.step()
+        buffers = [optimizer.state[p].get("momentum_buffer") for p in params]
+        runs.append([t.detach().view(BITS[dtype]) for t in [*params, *buffers] if t is not None])
+    assert len(runs[0]) == len(runs[1])
+    for i, (sgd, ours) in enumerate(zip(*runs, strict=True)):
+        assert torch.equal(sgd, ours), i
+
+
+# ---------------------------------------------------------------- leaves outside no_grad
+@implementations
+@momenta
+def test_functional_steps_of_leaves_outside_no_grad(momentum: Options, implementation: Options) -> None:
+    """One behaviour: like torch's in-place operations, it refuses, before anything is written; or it steps."""
+    outcomes = []
+    for each in ({"foreach": False}, {"foreach": True}, {"fused": True}, implementation):
+        options = {**OPTIONS, **momentum, "adapt": True, **each}
+        params = [Parameter(p) for p in tensors()]
+        buffers: list[Tensor | None] = [*tensors(seed=1)]
+        before = copy.deepcopy([*params, *buffers])
+        try:
+            fastlars.lars([*params], tensors(seed=2), buffers, **options)
+        except RuntimeError:
+            outcomes.append("refused")
+            assert all(torch.equal(a, b) for a, b in zip(before, [*params, *buffers], strict=True)), "half a step"
+        else:
+            outcomes.append("stepped")
+    assert len(set(outcomes)) == 1, outcomes
+
+
+# ---------------------------------------------------------------- a parameter that comes twice
+@pytest.mark.parametrize("adapt", [True, False])
+@pytest.mark.parametrize("steps", [1, 3])
+@momenta
+def test_a_parameter_that_comes_twice_steps_alike_in_every_implementation(
+    momentum: Options, steps: int, adapt: bool
+) -> None:
+    """As in torch's single-tensor SGD: one step after the other, with one buffer."""
+    results = []
+    for implementation in ({"foreach": False}, {"foreach": True}, {"fused": True}):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            p = Parameter(tensors(torch.float64 if implementation != {"fused": True} else torch.float32)[0])
+            optimizer = LARS([p, p], **{**OPTIONS, **momentum, "adapt": adapt, **implementation})
+        for step in range(steps):
+            p.grad = tensors(p.dtype, seed=step + 1)[0]
+            try:
+                optimizer.step()
+            except RuntimeError:
+                results.append(None)
+                break
+        else:
+            results.append(p.detach().double())
+    if None in results:
+        assert results == [None] * 3
+    for other in results[1:]:
+        torch.testing.assert_close(results[0], other, rtol=1e-5, atol=1e-6)
+
+
+def test_the_reference_is_used() -> None:
+    """Of the comparison above: a wrong step is found."""
+    params = tensors()
+    reference = ReferenceLARS([{"params": params}], **OPTIONS)
+    optimizer = LARS([Parameter(p.clone()) for p in params], **{**OPTIONS, "lr": 0.6})
+    set_grads(optimizer.param_groups[0]["params"], tensors(seed=1))
+    reference.step(tensors(seed=1))
+    optimizer.step()
+    with pytest.raises(AssertionError):
+        assert_equals(reference, optimizer, "")
