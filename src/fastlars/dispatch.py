@@ -129,7 +129,10 @@ def runs_for(preferred: str, param: Tensor, grad: Tensor, buffer: Optional[Tenso
     _check_sizes(param, grad, buffer)
     if preferred == "fused" and param.is_cpu:
         return "single"
-    # foreach ops do not write to conjugate views
+    if not is_scripting() and not torch.compiler.is_compiling():  # noqa: SIM102  as above
+        # foreach ops write neither to negative views nor, as the next line says, to conjugate ones
+        if param.is_neg() or (buffer is not None and buffer.is_neg()):
+            return "single"
     return "single" if preferred == "single" or is_conjugate(param) else "foreach"
 
 
