@@ -55,6 +55,8 @@ def split(
     for i, param in enumerate(params):
         grad = grads[i]
         buffer = momentum_buffers[i] if options.momentum != 0 else None
+        if param.is_complex() and not grad.is_complex():
+            grad = grad.to(param.dtype)  # else its last dimension could be taken for real and imaginary part
         if not is_scripting():  # noqa: SIM102  as above
             if grad_is_written(param, grad, buffer):
                 grad = grad.clone()

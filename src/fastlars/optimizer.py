@@ -475,7 +475,7 @@ class LARS(Optimizer):
                 check_numbers(options, narrowest, where)
             limit = math.inf if narrowest is None else largest_lr(options, narrowest)
             checked = self._checked[i] = values, limit
-        check_lr(lr, params[0] if params else None, checked[1], where)
+        check_lr(lr, next(iter(group["params"]), None), checked[1], where)
 
     # As torch's own fused step leaves the graph, but once for all groups, whose gradients may decide together.
     _step_groups_outside_graphs = outside_graphs(_step_groups)
