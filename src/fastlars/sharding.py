@@ -116,7 +116,6 @@ class Sharded:
         self._parts: list[Tensor] = []  # the local part of each row
         self._part_of: dict[int, Tensor] = {}  # by the id of a parameter
         self._row: dict[int, int] = {}  # by the id of a local part
-        self._trained: list[bool] = []
         self._skips = any(options.skip_nonfinite for _, options in groups)
         for params, options in groups:
             for param in params:
@@ -137,7 +136,6 @@ class Sharded:
         self._options.append(options)
         for ranks in dims:
             self._rows[ranks].append(row)
-        self._trained.append(param.requires_grad)
 
     def _sharded_dims(self, param: Any) -> tuple[frozenset[int], ...]:
         """The mesh dimensions along which a tensor is sharded, as the ranks that each joins with this one."""
@@ -282,8 +280,8 @@ class Sharded:
                     if id(param) in self._row:
                         place[self._row[id(param)]] = count
                     count += 1
-        for row, trained in enumerate(self._trained):
-            if place[row] != 0 or not trained:
+        for row in range(len(self._parts)):
+            if place[row] != 0:
                 continue
             # no gradient here: where other ranks have one, they need the norm of the whole parameter
             norm = norms([real(self._parts[row])], foreach=False)
