@@ -12,7 +12,7 @@ from torch.nn import Parameter
 import fastlars
 from cases import Options, tolerance
 from fastlars import LARS
-from harness import assert_equals, ignore_nothing_adapted, implementations, set_grads
+from harness import IMPLEMENTATIONS, assert_equals, ignore_nothing_adapted, implementations, set_grads
 from reference import ReferenceLARS
 
 pytestmark = ignore_nothing_adapted
@@ -119,24 +119,31 @@ def test_unadapted_groups_have_the_bits_of_sgd(momentum: Options, what: str, dty
 
 
 # ---------------------------------------------------------------- leaves outside no_grad
-@implementations
 @momenta
-def test_functional_steps_of_leaves_outside_no_grad(momentum: Options, implementation: Options) -> None:
-    """One behaviour: like torch's in-place operations, it refuses, before anything is written; or it steps."""
-    outcomes = []
-    for each in ({"foreach": False}, {"foreach": True}, {"fused": True}, implementation):
-        options = {**OPTIONS, **momentum, "adapt": True, **each}
-        params = [Parameter(p) for p in tensors()]
-        buffers: list[Tensor | None] = [*tensors(seed=1)]
-        before = copy.deepcopy([*params, *buffers])
-        try:
+def test_functional_steps_of_leaves_outside_no_grad(momentum: Options) -> None:
+    """They are not recorded, in any implementation."""
+    for implementation in IMPLEMENTATIONS.values():
+        options = {**OPTIONS, **momentum, "adapt": True, **implementation}
+        results = []
+        for params in ([Parameter(p) for p in tensors()], tensors()):
+            buffers: list[Tensor | None] = [*tensors(seed=1)]
             fastlars.lars([*params], tensors(seed=2), buffers, **options)
-        except RuntimeError:
-            outcomes.append("refused")
-            assert all(torch.equal(a, b) for a, b in zip(before, [*params, *buffers], strict=True)), "half a step"
-        else:
-            outcomes.append("stepped")
-    assert len(set(outcomes)) == 1, outcomes
+            results.append([*params, *buffers])
+        assert all(map(torch.equal, *results)) and all(p.is_leaf for p in results[0])
+
+
+@momenta
+@pytest.mark.parametrize("call", ["lars", "LARS"])
+def test_a_differentiable_step_of_leaves_is_refused_whole(call: str, momentum: Options) -> None:
+    params, buffers = [Parameter(p) for p in tensors()], tensors(seed=1)
+    before = copy.deepcopy([*params, *buffers])
+    options = {**OPTIONS, **momentum, "differentiable": True}
+    optimizer = LARS(params, **options)
+    for param, grad, buffer in zip(params, tensors(seed=2), buffers, strict=True):
+        param.grad, optimizer.state[param]["momentum_buffer"] = grad, buffer
+    with pytest.raises(RuntimeError, match="cannot step a leaf that requires gradients"):
+        optimizer.step() if call == "LARS" else fastlars.lars([*params], tensors(seed=2), [*buffers], **options)
+    assert all(map(torch.equal, before, [*params, *buffers]))
 
 
 # ---------------------------------------------------------------- a parameter that comes twice

@@ -49,7 +49,8 @@ def lars(
     """One LARS step, in place, for tensors that share their options.
 
     The options are those of :class:`fastlars.LARS`, in its order and with its defaults; their values are not checked
-    here. Gradients are not written.
+    here. Gradients are not written. Unless ``differentiable``, the step is not recorded by autograd, so that parameters may
+    be leaves.
 
     Args:
         params: tensors to update, of any shape, floating or complex.
@@ -73,6 +74,34 @@ def lars(
     """
     if not params:
         return
+    if not is_scripting() and torch.is_grad_enabled():
+        if not differentiable:
+            with torch.no_grad():
+                lars(
+                    params,
+                    grads,
+                    momentum_buffers,
+                    lr,
+                    momentum,
+                    dampening,
+                    weight_decay,
+                    nesterov,
+                    trust_coefficient,
+                    eps,
+                    adapt,
+                    trust_clip,
+                    trust_denominator,
+                    lr_in_momentum,
+                    skip_nonfinite,
+                    maximize,
+                    foreach,
+                    differentiable,
+                    fused,
+                    grad_scale,
+                    found_inf,
+                )
+            return
+        check_no_leaves(params)
     options = Options(
         lr,
         momentum,
@@ -104,6 +133,16 @@ def lars(
             _step_groups_outside_graphs(groups, grad_scale, found_inf, _TABLES, shards)
         else:
             step_groups(groups, grad_scale, found_inf, _TABLES)
+
+
+def check_no_leaves(params: List[Tensor]) -> None:
+    """Raise for what autograd would refuse after the first buffer has been written."""
+    for i, param in enumerate(params):
+        if param.is_leaf and param.requires_grad:
+            raise RuntimeError(
+                f"differentiable=True cannot step a leaf that requires gradients, as parameter {i} is; pass its clone(), or "
+                "leave differentiable=False"
+            )
 
 
 def check_captured(params: List[Tensor], momentum_buffers: List[Optional[Tensor]], momentum: float, where: str) -> None:

@@ -21,7 +21,7 @@ from .compat import NAMED_PARAMETERS, outside_graphs, required, use_grad_for_dif
 from .convert import groups_and_states
 from .description import describe
 from .dispatch import Part, implementation, split
-from .functional import Group, check_captured, measure, step_groups
+from .functional import Group, check_captured, check_no_leaves, measure, step_groups
 from .fused_cuda import Tables, check_fused, is_capturing
 from .loading import check_saved_state
 from .options import NAMES, Options, check_can_be_skipped, check_grad, check_options, nearest_name
@@ -462,6 +462,8 @@ class LARS(Optimizer):
         params = [p for p in group["params"] if p.grad is not None]
         grads: list[Any] = [p.grad for p in params]
         buffers = [self.state.get(p, {}).get("momentum_buffer") for p in params] if group["momentum"] != 0 else []
+        if group["differentiable"] and torch.is_grad_enabled():
+            check_no_leaves(params)
         narrowest = check_tensors(params, grads, buffers, where) if params else None
         values = [group[name] for name in NAMES]
         values[0] = 0.0 if isinstance(lr, (float, Tensor)) else lr  # schedules may round it below 0
