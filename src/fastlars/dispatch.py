@@ -47,6 +47,9 @@ def split(
     """The tensors sorted into parts; torch's own helper does not sort while compiling."""
     preferred = implementation(params, options)
     if not is_scripting():  # noqa: SIM102  TorchScript would compile the second condition
+        if len(set(map(id, params))) < len(params):
+            preferred = "single"  # one step after the other: in lists each would start from what the tensor was
+    if not is_scripting():  # noqa: SIM102  TorchScript would compile the second condition
         if preferred == "fused":
             whole = _as_one_part(params, grads, momentum_buffers, options)
             if whole is not None:

@@ -161,9 +161,10 @@ def step(
     buffers = cast(List[Tensor], momentum_buffers)
     small, alone = _plan(params) if plan is None else plan
     # To what traces a step, memory from before is a constant; and memory that is made there may be no real tensor.
-    spare = deque() if operations_are_seen() else _SPARE
+    traced = operations_are_seen()
+    spare = deque() if traced else _SPARE
     workspace = _workspace(spare)
-    fused = _Fused(options, first_step, workspace)
+    fused = _Fused(options, first_step, workspace, has_addresses=not traced)
     for stacks in _workspaces_full(small):
         places = [i for _, stack in stacks for i in stack]
         fused.stacked(
@@ -202,13 +203,14 @@ def _workspaces_full(places: Dict[torch.Size, List[int]]) -> Iterator[List[Tuple
 class _Fused:
     """The step of tensors that share options and that `serves` let in."""
 
-    def __init__(self, options: Options, first_step: bool, workspace: _Workspace) -> None:
+    def __init__(self, options: Options, first_step: bool, workspace: _Workspace, has_addresses: bool) -> None:
         self.options = options
         self.adapted = is_adapted(options)
         self.first_step = first_step
         self.lr = float(options.lr)
         self.step_size = 1.0 if options.lr_in_momentum else self.lr
         self.workspace = workspace
+        self.has_addresses = has_addresses
 
     def stacked(
         self,
@@ -245,6 +247,8 @@ class _Fused:
 
     def alone(self, param: Tensor, grad: Tensor, buffer: List[Tensor], norms: Optional[Tuple[float, float]]) -> None:
         """A tensor by itself: norms, then one call of the kernel, which reads again what is still in cache."""
+        if self.has_addresses and any(_is_shifted(grad, written) for written in (param, *buffer)):
+            grad = grad.clone()
         if norms is None and self.adapted:
             norms = (_norm(param), self._direction_norm(param, grad))
         b, c = cast(Tuple[float, float], self._coefficients(norms))
@@ -306,6 +310,11 @@ class _Fused:
         blocks = zip(torch.split(_flat(param), STACK), torch.split(_flat(grad), STACK))
         decay = self.options.weight_decay
         return math.hypot(*(_norm((g * sign(self.options)).add_(w, alpha=decay)) for w, g in blocks))
+
+
+def _is_shifted(grad: Tensor, written: Tensor) -> bool:
+    """Whether the kernel would write elements of the gradient before it reads them; of the same memory it reads first."""
+    return 0 < abs(grad.data_ptr() - written.data_ptr()) < grad.nbytes
 
 
 def _flat(tensor: Tensor) -> Tensor:
