@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .coefficients import is_adapted
-from .dispatch import implementation, runs_for
-from .functional import _is_torch_sgd
+from .dispatch import implementation, is_torch_sgd, runs_for
 from .options import NAMES, Options
 from .sharding import local
 
@@ -61,7 +60,7 @@ def _kind(group: dict[str, Any], options: Options) -> str:
     runs = collections.Counter(runs_for(preferred, param, param, None) for param in params)
     named = {_NAMES_OF_WHAT_RUNS.get(name, name): count for name, count in runs.items()}
     what_runs = ", ".join(named if len(named) == 1 else (f"{name} {count}" for name, count in named.items()))
-    return f"{kind}, {what_runs}" + (" (torch's SGD)" if _is_torch_sgd(options) else "")
+    return f"{kind}, {what_runs}" + (" (torch's SGD)" if is_torch_sgd(options) else "")
 
 
 def _options(group: dict[str, Any]) -> str:

@@ -55,6 +55,7 @@ def split(
             if whole is not None:
                 return [whole]
     parts: Dict[Key, Part] = {}
+    together = makes_its_buffers(options)
     for i, param in enumerate(params):
         grad = grads[i]
         buffer = momentum_buffers[i] if options.momentum != 0 else None
@@ -64,7 +65,8 @@ def split(
             if grad_is_written(param, grad, buffer):
                 grad = grad.clone()
         runs = runs_for(preferred, param, grad, buffer)
-        key = _key(runs, param, grad, buffer)
+        # first steps are parts of their own, but where torch's SGD takes them together
+        key = _key(runs, param, grad, buffer if first_steps is not None or not together else param)
         part = parts.get(key)
         if part is None:
             part = Part(runs, [], [], [], [], None if first_steps is None else [])
@@ -149,6 +151,21 @@ def _check_sizes(param: Tensor, grad: Tensor, buffer: Optional[Tensor]) -> None:
             f"a parameter of shape {param.shape} has a momentum buffer of shape {buffer.shape}; when a parameter is "
             "resized, delete its state (optimizer.state.pop(param)), or make the optimizer anew"
         )
+
+
+def is_torch_sgd(options: Options) -> bool:
+    """Whether torch's own SGD computes this step. With what it lacks, or would read lr on the host for, ours does."""
+    if is_scripting():
+        return False  # it is no script
+    lr = options.lr
+    reads_lr = isinstance(lr, Tensor) and (lr.requires_grad or lr.device.type != "cpu")
+    return not (is_adapted(options) or options.lr_in_momentum or reads_lr)
+
+
+def makes_its_buffers(options: Options) -> bool:
+    """Whether torch's SGD makes the buffers of first steps itself, among tensors that are past theirs: its bits depend on it."""
+    fused = options.fused is not None and options.fused
+    return is_torch_sgd(options) and not fused and not options.differentiable
 
 
 def implementation(params: List[Tensor], options: Options) -> str:

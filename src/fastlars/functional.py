@@ -13,7 +13,7 @@ from torch.optim.sgd import sgd
 from . import fused_cpu, fused_cuda, sharding
 from .coefficients import Number, coefficients, is_adapted, on_device, scalar_lr, sign
 from .compat import bump_versions, is_scripting, outside_graphs
-from .dispatch import Part, implementation, split
+from .dispatch import Part, implementation, is_torch_sgd, split
 from .norms import buckets, cat, is_conjugate, is_half, joint_norms, norm_dtype, norms, real, unbind
 from .options import Options, check_can_be_skipped
 from .updates import _multi_tensor_lars, _scripted_multi_tensor_lars, _single_tensor_lars
@@ -249,7 +249,7 @@ def _is_triton(part: Part, options: Options, grad_scale: Optional[Tensor], found
         return False
     # torch's fused SGD knows no gate, writes the gradients that it unscales, and takes those of the parameter's dtype only
     ours = options.skip_nonfinite or found_inf is not None or part.params[0].dtype != part.grads[0].dtype
-    return ours or grad_scale is not None or not _is_torch_sgd(options)
+    return ours or grad_scale is not None or not is_torch_sgd(options)
 
 
 def _unscaled(part: Part, grad_scale: Tensor) -> Part:
@@ -309,7 +309,7 @@ def update(part: Part, measured: Optional[Tensor], options: Options, found_inf: 
         if found_inf is not None and found_inf.any():
             return
         found_inf = None
-    if not is_scripting() and found_inf is None and part.first_steps is None and _is_torch_sgd(options):
+    if not is_scripting() and found_inf is None and part.first_steps is None and is_torch_sgd(options):
         _torch_sgd(part.params, part.grads, part.momentum_buffers, options, part.implementation)
     elif not is_scripting() and part.implementation == "fused":
         # one row are gradient norms: it takes the others itself
@@ -335,7 +335,7 @@ def _update_ours(part: Part, measured: Optional[Tensor], options: Options, found
 
     # On copies, a bucket at a time: half types are computed in float32 and rounded once, when they are written back; a
     # step that the device may skip is written back or not (a factor of 0 would not do: 0 * NaN is NaN).
-    torch_sgd = part.first_steps is None and _is_torch_sgd(options)
+    torch_sgd = part.first_steps is None and is_torch_sgd(options)
     wide = torch.float32 if is_half(dtype) and not torch_sgd else dtype
     skip = None if found_inf is None else on_device(found_inf, part.params[0]) != 0
     for bucket in buckets(part.params) if foreach else [[i] for i in range(len(part.params))]:
@@ -352,15 +352,6 @@ def _update_ours(part: Part, measured: Optional[Tensor], options: Options, found
             _step(new_params, grads, new_buffers, [b[i] for i in bucket], [c[i] for i in bucket], options, foreach)
         _write_back(params + momentum_buffers, new_params + new_buffers, skip, foreach)
         new_params, new_buffers, grads = [], [], []  # freed before the next bucket is made
-
-
-def _is_torch_sgd(options: Options) -> bool:
-    """Whether torch's own SGD computes this step. With what it lacks, or would read lr on the host for, ours does."""
-    if is_scripting():
-        return False  # it is no script
-    lr = options.lr
-    reads_lr = isinstance(lr, Tensor) and (lr.requires_grad or lr.device.type != "cpu")
-    return not (is_adapted(options) or options.lr_in_momentum or reads_lr)
 
 
 def _torch_sgd(

@@ -20,7 +20,7 @@ from .coefficients import is_adapted, is_nonzero, scalar_lr, trust_ratio
 from .compat import NAMED_PARAMETERS, outside_graphs, required, use_grad_for_differentiable
 from .convert import groups_and_states
 from .description import describe
-from .dispatch import Part, implementation, split
+from .dispatch import Part, implementation, makes_its_buffers, split
 from .functional import Group, check_captured, check_no_leaves, measure, step_groups
 from .fused_cuda import Tables, check_fused, is_capturing
 from .loading import check_saved_state
@@ -309,6 +309,12 @@ class LARS(Optimizer):
         if first_steps is None and not settles and _NONE.isdisjoint(map(type, found)):
             momentum_buffers += found  # as in nearly every step: the loop below takes as long as small tensors
             return
+        # but for a parameter that comes twice, of which torch's SGD would make two
+        left_to_sgd = (
+            first_steps is None
+            and makes_its_buffers(_options(group))
+            and len(set(map(id, with_grad))) == len(with_grad)
+        )
         for p in with_grad:
             buffer = self.state[p].get("momentum_buffer")  # anew: a parameter that comes twice has one
             # With dampening the first step must be known as such: the buffer stays None until the step has made it;
@@ -316,7 +322,7 @@ class LARS(Optimizer):
             if settles and self._is_untouched(p, buffer):
                 del self.state[p]["momentum_buffer"]
                 buffer = None
-            is_new = buffer is None and (group["dampening"] == 0 or first_steps is not None)
+            is_new = buffer is None and (group["dampening"] == 0 or first_steps is not None) and not left_to_sgd
             if is_new:
                 buffer = self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             momentum_buffers.append(buffer)
@@ -437,12 +443,17 @@ class LARS(Optimizer):
             if params:
                 groups.append((params, grads, momentum_buffers, options, first_steps or None))
 
+        made_by_step = [
+            not torch.compiler.is_compiling()
+            and options.momentum != 0
+            and not _NONE.isdisjoint(map(type, momentum_buffers))
+            for _, _, momentum_buffers, options, _ in groups
+        ]
         step_groups(groups, grad_scale, found_inf, self._tables, shards)
-        for params, _, momentum_buffers, options, known_in_graph in groups:
-            if known_in_graph is not None:
-                for is_first in known_in_graph:
-                    is_first.fill_(False)
-            elif options.momentum != 0 and options.dampening != 0:
+        for (params, _, momentum_buffers, _, known_in_graph), made in zip(groups, made_by_step, strict=True):
+            for is_first in known_in_graph or []:
+                is_first.fill_(False)
+            if made:
                 for param, buffer in zip(params, momentum_buffers, strict=True):
                     self.state[param]["momentum_buffer"] = buffer
 
