@@ -118,7 +118,7 @@ def properties(session: nox.Session) -> None:
     """The properties on new random examples, each for a minute; `-- 600` makes it ten."""
     install(session, NEWEST, "--group", "test")
     env = {"FASTLARS_EXPECT_WHEEL": "1", "FASTLARS_PROPERTIES_SECONDS": (session.posargs or ["60"])[0]}
-    session.run("python", "-m", "pytest", "tests/test_properties.py", env=env)
+    session.run("python", "-m", "pytest", "tests/test_properties.py", "tests/test_fuzz_steps.py", env=env)
 
 
 @nox.session

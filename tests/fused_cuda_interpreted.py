@@ -47,7 +47,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "runs_for", runs_for)
     monkeypatch.setattr(dispatch, "_as_one_part", lambda *_: None)  # for CPU tensors, the fused CPU step
     # torch's CPU kernel is not what runs for groups that are not adapted on a GPU: ours must be right there too
-    monkeypatch.setattr(functional, "_is_torch_sgd", lambda _options: False)
+    monkeypatch.setattr(functional, "is_torch_sgd", lambda _options: False)
 
     launch = fused_cuda.update
 

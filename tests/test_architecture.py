@@ -27,6 +27,7 @@ FLOORS = [
     ["options"],
     ["buckets"],
     ["formula", "backends.layouts"],
+    ["checks"],
     ["norms"],
     ["compiled"],
     ["backends.triton_kernels", "backends.eager"],

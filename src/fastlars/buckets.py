@@ -15,7 +15,7 @@ class Memory:
     def __init__(self) -> None:
         """Empty."""
         self.steps = 0  # so far, for caches that age
-        self.assignments: dict[int, Any] = {}  # backends/__init__.py: one per group
+        self.assignments: dict[str, Any] = {}  # backends/__init__.py: one per group
         self.workspace: Any = None  # backends/fused_cpu.py
         self.tables: Any = None  # backends/triton.py
 
@@ -31,12 +31,12 @@ class Group(NamedTuple):
     grads: list[Tensor]
     momentum_buffers: list[Tensor | None]  # None before the first step; not read without momentum
     options: Options
-    number: int = 0  # which group of its optimizer
+    where: str = "lars"  # what errors call it: "param group 0"
     memory: Memory | None = None  # None in graphs and in the functional form
 
 
 class Bucket(NamedTuple):
-    """Tensors of one group that one backend steps together: of one device and dtype, all at their first step or none."""
+    """Tensors of one group that one backend steps together: of one device and dtype, all at their first step or none, as a rule."""
 
     backend: Backend
     indices: list[int]  # places in the lists of the group
@@ -65,6 +65,7 @@ class Backend(Protocol):
     name: str  # as repr shows it
     takes_scale: bool  # whether it divides gradients by the scale of a GradScaler itself
     traceable: bool  # whether torch.compile may trace it; if not, the step leaves the graph
+    mixes_first_steps: bool  # whether a bucket may hold tensors with and without a buffer
 
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:
         """Whether it is for a group of these options and devices; ``gated`` steps may be skipped or have scaled gradients."""

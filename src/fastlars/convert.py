@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from .groups import unwrapped
 
 # Where optimizers keep momentum that LARS can go on with.
 MOMENTUM = ("momentum_buffer", "mu", "state1", "trace")
@@ -27,6 +29,33 @@ def foreign_key(state: Mapping[str, Any], param: Tensor) -> str | None:
         return None
     state = _flat(state)
     return next((key for key in (*MOMENTUM, *OTHERS) if _is_like(state.get(key), param)), None)
+
+
+def groups_and_states(state_dict: Any) -> tuple[list[Mapping[str, Any]], Mapping[Any, Any]]:
+    """The two parts of a state dict; raises for anything else."""
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+        got = list(state_dict) if isinstance(state_dict, Mapping) else type(state_dict).__name__
+        raise ValueError(
+            f"a state dict of an optimizer must have the keys 'state' and 'param_groups', got {got}{_hint(state_dict)}"
+        )
+    groups, states = state_dict["param_groups"], state_dict["state"]
+    if not isinstance(groups, (list, tuple)) or not isinstance(states, Mapping):
+        raise TypeError(
+            "the state dict must have a dict under 'state' and a list under 'param_groups', got "
+            f"{type(states).__name__} and {type(groups).__name__}"
+        )
+    for i, group in enumerate(groups):
+        keys = group.get("params") if isinstance(group, Mapping) else None
+        if not isinstance(keys, (list, tuple)) or not all(isinstance(key, (int, str)) for key in keys):
+            raise TypeError(f"param group {i} of the state dict must be a dict with a list of keys under 'params'")
+    return list(groups), states
+
+
+def _hint(state_dict: Any) -> str:
+    """Where in a whole checkpoint the optimizer's state dict is."""
+    entries = state_dict.items() if isinstance(state_dict, Mapping) else ()
+    found = next((key for key, value in entries if isinstance(value, Mapping) and "param_groups" in value), None)
+    return "" if found is None else f"; this looks like a whole checkpoint, pass its entry {found!r}"
 
 
 @torch.no_grad()
@@ -53,7 +82,8 @@ def convert_state_dict(
             are positions then: ``{"state": {0: {"trace": tensor}, ...}}``.
         optimizer: the one that will load the result; it is not changed. Its groups may be other ones than those saved.
         params: the parameters in the order in which the other optimizer had them, as of ``model.parameters()``. None:
-            by their names, if both optimizers know them, else by position, if the groups are of equal sizes.
+            by their names if both optimizers have them (``module.`` and the like, which wrappers add, do not count), else
+            by position, which needs groups of equal sizes.
         keep_lr: keep the lr that ``optimizer`` has. Buffers are then scaled by saved lr / lr, so that momentum moves
             the parameters as far as it did; for optimizers in which lr means something else, as in SGD.
 
@@ -61,8 +91,9 @@ def convert_state_dict(
         A new state dict; it shares no tensors with the old one.
 
     Raises:
-        ValueError: for state without momentum that LARS could go on with, parameters that do not fit or cannot be told
-            apart, several saved lr in one group of ``optimizer``, and lr 0 where buffers must be divided by it.
+        ValueError: for what is no state dict, state without momentum that LARS could go on with, parameters that do not
+            fit or cannot be told apart, momentum under a key of no parameter, several saved lr in one group of
+            ``optimizer``, and lr 0 where buffers must be divided by it.
 
     Example:
         >>> w = torch.nn.Parameter(torch.ones(2))
@@ -99,30 +130,23 @@ class _Saved(NamedTuple):
 
 def _match(state_dict: Mapping[str, Any], optimizer: Optimizer, params: list[Tensor] | None) -> dict[Tensor, _Saved]:
     """Every parameter of ``optimizer`` with what was saved of it."""
-    states = state_dict["state"]
-    sizes = [len(group["params"]) for group in optimizer.param_groups]
     ours = [p for group in optimizer.param_groups for p in group["params"]]
-    count = len(ours) if params is None else len(params)
-    keys = (
-        list(states) if any(isinstance(key, str) for key in states) else range(max([count, *(k + 1 for k in states)]))
-    )
-    groups = state_dict.get("param_groups", [{"params": list(keys)}])
+    if isinstance(state_dict, Mapping) and "param_groups" not in state_dict and "state" in state_dict:
+        count = len(ours if params is None else params)
+        named = params is None and bool(_names(optimizer.param_groups))
+        state_dict = {**state_dict, "param_groups": [{"params": _keys_by_hand(state_dict["state"], count, named)}]}
+    groups, states = groups_and_states(state_dict)
+    keys = [key for group in groups for key in group["params"]]
+    _check_states(keys, states)
     saved = [_Saved(states.get(key, {}), group) for group in groups for key in group["params"]]
-
     if params is None:
-        names, our_names = _names(groups), _names(optimizer.param_groups)
-        if names and sorted(names) == sorted(our_names):
-            params = [dict(zip(our_names, ours, strict=True))[name] for name in names]
-        elif [len(group["params"]) for group in groups] == sizes:
-            params = ours
-        else:
-            raise ValueError(
-                f"the groups of the state dict have {[len(group['params']) for group in groups]} parameters, those of "
-                f"the optimizer {sizes}; pass params, the parameters in the order of the state dict, as in "
-                "params=model.parameters()"
-            )
+        params = _in_saved_order(groups, optimizer.param_groups)
     if len(params) != len(saved):
         raise ValueError(f"params has {len(params)} parameters, the state dict {len(saved)}")
+    param_of: dict[int | str, Tensor] = {}
+    for key, param in zip(keys, params, strict=True):
+        if param_of.setdefault(key, param) is not param:
+            raise ValueError(f"the state dict has two parameters under the key {key!r}; keys must differ")
     saved_of = dict(zip(params, saved, strict=True))
     if lacking := [i for i, p in enumerate(ours) if p not in saved_of]:
         raise ValueError(
@@ -136,11 +160,63 @@ def _match(state_dict: Mapping[str, Any], optimizer: Optimizer, params: list[Ten
     return saved_of
 
 
+def _keys_by_hand(states: Any, count: int, named: bool) -> list[Any]:
+    """The keys of all parameters where no group lists them: positions or, if ``named``, names."""
+    texts = [key for key in states if isinstance(key, str)] if isinstance(states, Mapping) else []
+    if not texts:
+        return list(range(count))
+    if not named:
+        raise ValueError(
+            f"without param_groups the keys of 'state' must be positions, got {texts[0]!r}; use integers (JSON turns them "
+            "into text), or build the optimizer of named parameters and leave out params"
+        )
+    return texts
+
+
+def _check_states(keys: list[int | str], states: Mapping[Any, Any]) -> None:
+    """Raise for states that are none, and for those that no parameter would get."""
+    known = set(keys)
+    for key, state in states.items():
+        if key in known and not isinstance(state, Mapping):
+            raise TypeError(f"the state under {key!r} must be a dict, got {type(state).__name__}")
+        if key in known or not isinstance(state, Mapping):
+            continue  # hooks keep things of their own there
+        if any(isinstance(_flat(state).get(name), Tensor) for name in (*MOMENTUM, *OTHERS)):
+            raise ValueError(
+                f"the state dict has optimizer state under {key!r}, which is not among the keys of its parameters, "
+                f"{keys[:3]} and so on, so it would be lost; restore or remove the key (JSON turns numbers into text)"
+            )
+
+
+def _in_saved_order(groups: Sequence[Mapping[str, Any]], our_groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+    """Our parameters in the order of the saved ones: by their names if both have some, else by position."""
+    ours = [p for group in our_groups for p in group["params"]]
+    names, our_names = _names(groups), _names(our_groups)
+    if names and our_names:
+        by_name = dict(zip(our_names, ours, strict=True))
+        if names == our_names:
+            return ours
+        if len(by_name) == len(ours) and sorted(names) == sorted(our_names):
+            return [by_name[name] for name in names]
+        differing = sorted(set(names) ^ set(our_names)) or names
+        raise ValueError(
+            f"the state dict and the optimizer name their parameters differently, {differing[0]!r} is one name that only "
+            "one of them has or that several parameters have; pass params, the parameters in the order of the state dict, "
+            "as in params=model.parameters()"
+        )
+    sizes, our_sizes = ([len(group["params"]) for group in each] for each in (groups, our_groups))
+    if sizes != our_sizes:
+        raise ValueError(
+            f"the groups of the state dict have {sizes} parameters, those of the optimizer {our_sizes}; pass params, "
+            "the parameters in the order of the state dict, as in params=model.parameters()"
+        )
+    return ours
+
+
 def _names(groups: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The names of all parameters, or none if one has none."""
-    names = [group.get("param_names", group["params"]) for group in groups]
-    flat = [name for of_group in names for name in of_group]
-    return flat if all(isinstance(name, str) for name in flat) else []
+    """The names of all parameters, without what wrappers add; none if one has no name."""
+    names = [name for group in groups for name in group.get("param_names", group["params"])]
+    return [unwrapped(name) for name in names] if all(isinstance(name, str) for name in names) else []
 
 
 def _buffer(saved: _Saved, param: Tensor, target: Mapping[str, Any], keep_lr: bool, where: str) -> Tensor | None:

@@ -9,6 +9,7 @@ from . import sharding
 from .backends import leaves_graph
 from .backends.triton import check_captured, is_capturing
 from .buckets import Group
+from .checks import check_no_leaves
 from .compat import is_scripting, outside_graphs
 from .options import Options, check_can_be_skipped
 from .script import scripted_step
@@ -41,7 +42,8 @@ def lars(
     """One LARS step, in place, for tensors that share their options.
 
     The options are those of :class:`fastlars.LARS`, in its order and with its defaults; their values are not checked
-    here. Gradients are not written.
+    here. Gradients are not written. Unless ``differentiable``, the step is not recorded by autograd, so that parameters may
+    be leaves.
 
     Args:
         params: tensors to update, of any shape, floating or complex.
@@ -88,7 +90,13 @@ def lars(
     if is_scripting():
         scripted_step(params, grads, momentum_buffers, options, grad_scale, found_inf)
     else:
-        _step(Group(params, grads, momentum_buffers, options), grad_scale, found_inf)
+        group = Group(params, grads, momentum_buffers, options)
+        if differentiable:
+            check_no_leaves(params if torch.is_grad_enabled() else [])
+            _step(group, grad_scale, found_inf)
+        else:
+            with torch.no_grad():
+                _step(group, grad_scale, found_inf)
 
 
 def _step(group: Group, grad_scale: Optional[Tensor], found_inf: Optional[Tensor]) -> None:

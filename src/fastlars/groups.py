@@ -9,10 +9,13 @@ from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 _NORMALISATION = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_PARAMETRIZED = re.compile(r"\bparametrizations\.(\w+)\.original$")
+# what hold a layer's own tensor under parametrize (original, of weight_norm the direction original1), prune and the old
+# spectral_norm (weight_orig), and the old weight_norm (weight_v)
+_PARAMETRIZED = re.compile(r"\bparametrizations\.(\w+)\.original1?$|\b(\w+)_orig$|\b(weight)_v$")
 
 # A pattern of names, or a class of modules.
 Exclude: TypeAlias = str | type[nn.Module]
@@ -32,7 +35,8 @@ def param_groups(
 
     - biases: what is named "bias";
     - vectors: tensors with at most one dimension longer than 1, as the gains of normalisation layers, LayerScale and
-      class tokens are. Of more than one dimension and named "weight", as that of ``Linear(n, 1)``, it is a matrix;
+      class tokens are. Of more than one dimension and named "weight", as that of ``Linear(n, 1)``, it is a matrix, also
+      under torch's parametrizations, weight and spectral norm, and pruning, which rename it;
     - what belongs directly to a normalisation layer of whatever shape: torch's, and modules whose class name ends in
       "Norm";
     - what ``exclude`` names.
@@ -55,7 +59,7 @@ def param_groups(
         be unfrozen later (they do not move without a gradient).
 
     Raises:
-        ValueError: if there is no parameter at all; for an ``exclude`` that matches nothing (the nearest names are
+        ValueError: if there is no parameter at all; for parameters of lazy modules that have not run; for an ``exclude`` that matches nothing (the nearest names are
             given), two parameters of one name, and ``unadapted`` with "adapt" or "params".
         TypeError: for parameters without names, for an ``exclude`` that is neither, for module classes where ``model``
             is no module, and where ``adapt`` returns neither True nor False.
@@ -93,6 +97,11 @@ def _named_parameters(model: nn.Module | Iterable[tuple[str, Tensor]]) -> list[t
         raise TypeError("param_groups needs a module or (name, parameter) pairs; pass model.named_parameters()")
     if not named:
         raise ValueError("param_groups got no parameters; pass a module that has some, or its named_parameters()")
+    if lazy := [name for name, param in named if is_lazy(param)]:
+        raise ValueError(
+            f"param_groups needs the shapes of parameters, and {lazy[0]!r} has none yet; run the model once, as a lazy module "
+            "takes its shapes from its first input"
+        )
     first_names: dict[Tensor, str] = {}
     for name, param in named:
         first_names.setdefault(param, name)
@@ -112,7 +121,7 @@ def _is_named_parameter(item: object) -> bool:
 
 
 def _is_bias_or_vector(name: str, param: Tensor) -> bool:
-    leaf = _unwrapped(name).rpartition(".")[2]
+    leaf = unwrapped(name).rpartition(".")[2]
     is_vector = sum(size != 1 for size in param.shape) <= 1
     return leaf == "bias" or param.ndim <= 1 or (is_vector and leaf != "weight")
 
@@ -141,7 +150,7 @@ def _excluded(
     for item in [exclude] if isinstance(exclude, (str, type)) else exclude:
         if isinstance(item, str):
             wanted, known = item, [name for name, _ in named]
-            found = {p for n, p in named if fnmatchcase(n, wanted) or fnmatchcase(_unwrapped(n), wanted)}
+            found = {p for n, p in named if fnmatchcase(n, wanted) or fnmatchcase(unwrapped(n), wanted)}
         elif isinstance(item, type) and issubclass(item, nn.Module):
             if not isinstance(model, nn.Module):
                 raise TypeError(f"exclude: {item.__name__} needs a module; pass the model, not named parameters")
@@ -168,6 +177,6 @@ def _nearest(wanted: str, known: Iterable[str]) -> list[str]:
     return sorted(dict.fromkeys(known), key=likeness, reverse=True)[:3]
 
 
-def _unwrapped(name: str) -> str:
-    """A parameter's name without what DistributedDataParallel, torch.compile, FSDP and parametrize add to it."""
-    return _PARAMETRIZED.sub(r"\1", _WRAPPERS.sub("", name))
+def unwrapped(name: str) -> str:
+    """A parameter's name without what DistributedDataParallel, torch.compile, FSDP, parametrize and prune add to it."""
+    return _PARAMETRIZED.sub(r"\1\2\3", _WRAPPERS.sub("", name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from . import sharding
-from .convert import foreign_key
+from .backends.layouts import find_shared_memory, own_every_element
+from .convert import foreign_key, groups_and_states
 
 
 def check_saved_state(optimizer: Optimizer, state_dict: Any) -> None:
@@ -31,6 +33,7 @@ def check_saved_state(optimizer: Optimizer, state_dict: Any) -> None:
                     f"{where} has the key {key!r} of an earlier parameter; keys must differ as parameters do"
                 )
             _check_state(states.get(key, {}), param, where)
+    _check_own_memory(params, states)
     for key, state in states.items():  # of what is no parameter's: hooks keep things of their own there
         if key not in params and isinstance(state, dict) and "momentum_buffer" in state:
             raise ValueError(
@@ -39,22 +42,20 @@ def check_saved_state(optimizer: Optimizer, state_dict: Any) -> None:
             )
 
 
-def groups_and_states(state_dict: Any) -> tuple[list[dict[str, Any]], dict[Any, Any]]:
-    """The two parts of a state dict; raises for what is none."""
-    got = list(state_dict) if isinstance(state_dict, dict) else type(state_dict).__name__
-    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
-        raise ValueError(f"a state dict of an optimizer must have the keys 'state' and 'param_groups', got {got}")
-    groups, states = state_dict["param_groups"], state_dict["state"]
-    if not isinstance(groups, (list, tuple)) or not isinstance(states, dict):
-        raise TypeError(
-            "the state dict must have a dict under 'state' and a list under 'param_groups', got "
-            f"{type(states).__name__} and {type(groups).__name__}"
+def _check_own_memory(params: dict[int | str, Tensor], states: Mapping[Any, Any]) -> None:
+    """Raise where a step of one parameter would write another parameter or its buffer."""
+    buffers = {key: states[key].get("momentum_buffer") for key in params if key in states}
+    made = {key: sharding.local(buffer) for key, buffer in buffers.items() if buffer is not None}
+    owners = [f"the momentum_buffer under key {key!r}" for key in made] + [
+        f"the parameter of key {key!r}" for key in params
+    ]
+    tensors = [*made.values(), *map(sharding.local, params.values())]
+    shared = find_shared_memory(tensors, len(made))
+    if shared is not None:
+        raise ValueError(
+            f"{owners[shared[0]]} of the state dict shares memory with {owners[shared[1]]}, so that a step would write "
+            "both; load a copy, as in copy.deepcopy(state_dict), or save a clone of each buffer"
         )
-    for i, group in enumerate(groups):
-        keys = group.get("params") if isinstance(group, dict) else None
-        if not isinstance(keys, (list, tuple)) or not all(isinstance(key, (int, str)) for key in keys):
-            raise TypeError(f"param group {i} of the state dict must be a dict with a list of keys under 'params'")
-    return list(groups), states
 
 
 def _check_state(state: Any, param: Tensor, where: str) -> None:
@@ -77,16 +78,11 @@ def _check_state(state: Any, param: Tensor, where: str) -> None:
             f"momentum_buffer of {where} must have shape {tuple(param.shape)} and kind {param.dtype}, got "
             f"{tuple(buffer.shape)} and {buffer.dtype}; was the state dict saved for other parameters?"
         )
-    if sharding.any_sharded([buffer]) != sharding.any_sharded([param]):
-        raise TypeError(
-            f"momentum_buffer of {where} must be a DTensor exactly if the parameter is one; save and load through "
-            "torch.distributed.checkpoint.state_dict, which distributes what it loads"
-        )
+    sharding.check_saved_buffer(buffer, param, where)
+    own = sharding.local(buffer)
     # a step would fail in its middle
-    if buffer.layout is not torch.strided or any(
-        n > 1 and stride == 0 for n, stride in zip(buffer.shape, buffer.stride())
-    ):
+    if own.layout is not torch.strided or not own_every_element(own):
         raise ValueError(
-            f"momentum_buffer of {where} must have memory of its own for every element, got layout {buffer.layout} or an "
-            "expanded tensor; save a dense copy"
+            f"momentum_buffer of {where} must have memory of its own for every element, got layout {own.layout} or an "
+            "expanded or overlapping tensor; save a dense copy"
         )

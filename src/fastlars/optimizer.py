@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -16,11 +17,13 @@ from . import sharding
 from .backends import leaves_graph, split
 from .backends.triton import check_captured, check_fused, is_capturing
 from .buckets import Bucket, Group, Memory, Norms
+from .checks import check_group, check_lr, check_no_leaves, check_numbers, largest_lr, narrowest_dtype
 from .compat import NAMED_PARAMETERS, outside_graphs, required, use_grad_for_differentiable
+from .convert import groups_and_states
 from .description import describe
 from .formula import is_adapted, is_nonzero, scalar_lr, trust_ratio
-from .loading import check_saved_state, groups_and_states
-from .options import NAMES, Options, check_can_be_skipped, check_grad, check_options, check_params, nearest_name
+from .loading import check_saved_state
+from .options import NAMES, Options, check_can_be_skipped, check_grad, check_options, nearest_name
 from .step import step
 
 if TYPE_CHECKING:
@@ -151,7 +154,8 @@ class LARS(Optimizer):
         given = locals()
         defaults = {name: given[name] for name in NAMES}
         self._memory = Memory()
-        self._checked: dict[int, list[Any]] = {}
+        # by the position of a group: its options and narrowest dtype at the last step, and the largest lr that they allow
+        self._checked: dict[int, tuple[list[Any], float]] = {}
         check_options({**defaults, "lr": 0.0} if _is_missing(lr) else defaults, "LARS")
         super().__init__(params, defaults)
 
@@ -179,13 +183,12 @@ class LARS(Optimizer):
                     "parameter group didn't specify a value of required optimization parameter lr "
                     f"({where}); give lr to LARS or to the group"
                 )
-            check_options({**self.defaults, **options}, where)
-            if {**self.defaults, **options}["skip_nonfinite"]:
-                sharding.check_not_divided(where)
+            options = {**self.defaults, **options}
             param_group = {**param_group, **_as_list(param_group["params"])}
-            check_params(param_group["params"], where)
+            check_group(options, param_group["params"], where)
+            self._check_whole(options, where)
             sharding.check_not_flattened(param_group["params"], where)
-            if {**self.defaults, **options}["fused"]:
+            if options["fused"]:
                 check_fused(map(sharding.local_of, param_group["params"]), where)
         super().add_param_group(param_group)  # what is no group at all is refused there
 
@@ -236,7 +239,12 @@ class LARS(Optimizer):
             for name in (*NAMES, "param_names"):
                 if name in known:
                     group.setdefault(name, known[name])
-            check_options({key: value for key, value in group.items() if key != "params"}, f"param group {i}")
+            saved = {key: value for key, value in group.items() if key != "params"}
+            check_options(saved, f"param group {i}")
+            if loading:
+                # says how this optimizer steps, see _check_whole
+                saved["differentiable"] = group["differentiable"] = known["differentiable"]
+            check_group(saved, group["params"], f"param group {i}")
             if group["fused"]:
                 check_fused(map(sharding.local_of, group["params"]), f"param group {i}")
         if loading:
@@ -277,8 +285,9 @@ class LARS(Optimizer):
         if group["momentum"] == 0:
             return
         found = [self.state[p].get("momentum_buffer") for p in with_grad]
-        if group["dampening"] == 0 and not _NONE.isdisjoint(map(type, found)):
-            # With dampening the first step must be known as such: there the buffer stays None until the step has made it.
+        missing = not _NONE.isdisjoint(map(type, found))
+        # A graph is to serve all steps, and a parameter that comes twice has one buffer. Else the step makes buffers.
+        if missing and (in_graph or len(set(map(id, with_grad))) < len(with_grad)):
             for p in with_grad:
                 if self.state[p].get("momentum_buffer") is None:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -356,17 +365,18 @@ class LARS(Optimizer):
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         capturing = not torch.compiler.is_compiling() and is_capturing()
         for i, group in enumerate(self.param_groups):  # all before the first state is made
-            if not torch.compiler.is_compiling():
-                self._check_edited(i, group)
-                if capturing:
-                    moving = [p for p in group["params"] if p.grad is not None]
-                    buffers = [self.state.get(p, {}).get("momentum_buffer") for p in moving]
-                    check_captured(moving, buffers, group["momentum"], f"param group {i}")
+            if torch.compiler.is_compiling():
+                for grad in [p.grad for p in group["params"]]:
+                    if grad is not None and grad.layout is not torch.strided:
+                        check_grad(grad)
+            else:
+                self._check_before_step(i, group)
+            if capturing:
+                moving = [p for p in group["params"] if p.grad is not None]
+                buffers = [self.state.get(p, {}).get("momentum_buffer") for p in moving]
+                check_captured(moving, buffers, group["momentum"], f"param group {i}")
             if found_inf is not None:
                 check_can_be_skipped(group["momentum"], group["dampening"], f"param group {i}: found_inf")
-            for grad in [p.grad for p in group["params"]]:
-                if grad is not None and grad.layout is not torch.strided:
-                    check_grad(grad)
         shards = sharding.sharded(params_and_options)
 
         groups: list[Group] = []
@@ -379,23 +389,48 @@ class LARS(Optimizer):
             momentum_buffers: list[Tensor | None] = []
             self._init_group(group, params, grads, momentum_buffers, in_graph)
             if params:
-                groups.append(Group(params, grads, momentum_buffers, options, i, None if in_graph else self._memory))
+                groups.append(
+                    Group(
+                        params, grads, momentum_buffers, options, f"param group {i}", None if in_graph else self._memory
+                    )
+                )
 
+        unmade = [not in_graph and not _NONE.isdisjoint(map(type, group.momentum_buffers)) for group in groups]
         step(groups, grad_scale, found_inf, shards)
-        for stepped in groups:
-            if stepped.options.momentum != 0 and stepped.options.dampening != 0:
-                for param, buffer in zip(stepped.params, stepped.momentum_buffers, strict=True):
+        for stepped, is_new in zip(groups, unmade, strict=True):
+            for param, buffer in zip(stepped.params, stepped.momentum_buffers, strict=True) if is_new else ():
+                if buffer is not None:  # else the step was skipped
                     self.state[param]["momentum_buffer"] = buffer
 
-    def _check_edited(self, i: int, group: dict[str, Any]) -> None:
-        """Check what was written into a group since the last step, before any group moves."""
+    def _check_whole(self, options: dict[str, Any], where: str) -> None:
+        """Raise for options that one group cannot set by itself."""
+        if bool(options["differentiable"]) != bool(self.defaults["differentiable"]):
+            raise ValueError(
+                f"{where}: differentiable must be the same in all groups, {self.defaults['differentiable']}, got "
+                f"{options['differentiable']}: a step runs with gradients or without; give it to LARS"
+            )
+        if options["skip_nonfinite"]:
+            sharding.check_not_divided(where)
+
+    def _check_before_step(self, i: int, group: dict[str, Any]) -> None:
+        """Check what was written into a group since the last step, before any group moves; `split` checks its tensors."""
+        where, lr = f"param group {i}", group["lr"]
+        if group["differentiable"] and torch.is_grad_enabled():
+            check_no_leaves([p for p in group["params"] if p.grad is not None])
+        narrowest = narrowest_dtype(group["params"])
         values = [group[name] for name in NAMES]
-        values[0] = 0.0 if isinstance(group["lr"], (float, Tensor)) else group["lr"]  # schedules may round it below 0
-        if i not in self._checked or any(new is not old for new, old in zip(values, self._checked[i])):
-            check_options(dict(zip(NAMES, values)), f"param group {i}")
-            if group["skip_nonfinite"]:
-                sharding.check_not_divided(f"param group {i}")
-            self._checked[i] = values
+        values[0] = 0.0 if isinstance(lr, (float, Tensor)) else lr  # schedules may round it below 0
+        values += [narrowest]
+        checked = self._checked.get(i)
+        if checked is None or any(new is not old for new, old in zip(values, checked[0])):
+            options = dict(zip(NAMES, values))
+            check_options(options, where)
+            self._check_whole(options, where)
+            if narrowest is not None:
+                check_numbers(options, narrowest, where)
+            limit = math.inf if narrowest is None else largest_lr(options, narrowest)
+            checked = self._checked[i] = values, limit
+        check_lr(lr, next(iter(group["params"]), None), checked[1], where)
 
     # As torch's own fused step leaves the graph, but once for all groups, whose gradients may decide together.
     _step_groups_outside_graphs = outside_graphs(_step_groups)
@@ -412,7 +447,7 @@ class LARS(Optimizer):
 
         Returns:
             Name to ratio, in the optimizer's order; the names of named parameters, else "group.position" as in "0.3",
-            which also follows a name that an earlier group has. Tensors without a gradient and groups that are not
+            which also follows a name that an earlier tensor has. Tensors without a gradient and groups that are not
             adapted are left out. A tensor that is zero, or has a zero gradient, has 1: it is not scaled.
 
         Raises:
@@ -432,18 +467,18 @@ class LARS(Optimizer):
         buckets: list[Bucket] = []
         names_of: list[list[str]] = []  # of the tensors of each bucket
         ratios: dict[str, float] = {}
+        taken: set[str] = set()
         for i, (group, (_, of_step)) in enumerate(zip(self.param_groups, params_and_options)):
+            names = []
+            for j, name in enumerate(group.get("param_names") or [f"{i}.{j}" for j in range(len(group["params"]))]):
+                names.append(f"{name} ({i}.{j})" if name in taken else name)
+                taken.add(name)
             positions = [j for j, p in enumerate(group["params"]) if p.grad is not None]
             params = [group["params"][j] for j in positions]
             if not params or not is_adapted(of_step):
                 continue
             for p in params:
                 check_grad(p.grad)
-            positions_as_names = [f"{i}.{j}" for j in range(len(group["params"]))]
-            names = [
-                f"{name} ({position})" if name in ratios else name
-                for name, position in zip(group.get("param_names") or positions_as_names, positions_as_names)
-            ]
             ratios.update(dict.fromkeys((names[j] for j in positions), 1.0))  # in the order in which they are asked
             group_here = Group(
                 params, [p.grad for p in params], [], of_step._replace(momentum=0.0, skip_nonfinite=False)

@@ -87,13 +87,19 @@ def _check_lr(lr: Any, where: str) -> None:
     if not isinstance(lr, Tensor):
         _check_number("lr", lr, where, minimum=0.0)
         return
-    if lr.numel() != 1 or not lr.is_floating_point():
-        raise ValueError(
-            f"{where}: Tensor lr must be 1-element and of a floating dtype, got shape {tuple(lr.shape)} and {lr.dtype}"
-        )
+    check_tensor_lr(lr, where)
     # a value on an accelerator would have to be waited for; schedulers write it there anyway
     if lr.device.type == "cpu":
         _check_number("lr", lr.item(), where, minimum=0.0)
+
+
+def check_tensor_lr(lr: Tensor, where: str) -> None:
+    """Raise for a tensor that cannot be an lr, whatever its value."""
+    if lr.numel() != 1 or not lr.is_floating_point() or lr.layout != torch.strided:
+        raise ValueError(
+            f"{where}: Tensor lr must be 1-element and of a floating dtype, got shape {tuple(lr.shape)} and {lr.dtype}"
+            + ("" if lr.layout == torch.strided else f" of layout {lr.layout}; make it dense")
+        )
 
 
 def _check_number(name: str, value: Any, where: str, minimum: float = -math.inf) -> None:
@@ -103,10 +109,9 @@ def _check_number(name: str, value: Any, where: str, minimum: float = -math.inf)
     exact = isinstance(value, numbers.Rational) and not isinstance(value, numbers.Integral)
     if not isinstance(value, numbers.Real) or isinstance(value, bool) or exact:
         raise TypeError(f"{where}: {name} {rule}, got {value!r}")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
+    if isinstance(value, numbers.Integral) and abs(int(value)) >= 2**63:
+        raise ValueError(f"{where}: {name} {rule}, got {value}, an integer beyond 64 bits; give a float")
+    number = float(value)
     if not (minimum <= number < math.inf and number > -math.inf):
         raise ValueError(f"{where}: {name} {rule}, got {value}")
 

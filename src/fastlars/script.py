@@ -24,6 +24,8 @@ def scripted_step(
     fused = options.fused  # TorchScript narrows names only
     if fused is not None and fused:
         raise RuntimeError("fused=True cannot be scripted; leave fused=None or use foreach=True")
+    # a real gradient's last dimension could be taken for real and imaginary part
+    grads = [g.to(p.dtype) if p.is_complex() and not g.is_complex() else g for p, g in zip(params, grads)]
     if grad_scale is not None:
         grads = [unscaled(grad, grad_scale) for grad in grads]
     b: List[Tensor] = []

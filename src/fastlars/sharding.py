@@ -86,6 +86,20 @@ def check_not_divided(where: str) -> None:
         frame = frame.f_back
 
 
+def check_saved_buffer(buffer: Tensor, param: Tensor, where: str) -> None:
+    """Raise for a saved buffer that is distributed in another way than its parameter: every step would refuse it."""
+    if any_sharded([buffer]) != any_sharded([param]):
+        raise TypeError(
+            f"momentum_buffer of {where} must be a DTensor exactly if the parameter is one; save and load through "
+            "torch.distributed.checkpoint.state_dict, which distributes what it loads"
+        )
+    if any_sharded([param]) and not _is_laid_out_as(buffer, param):
+        raise ValueError(
+            f"momentum_buffer of {where} must have the mesh and placements of its parameter, {param.placements}, got "  # type: ignore[attr-defined]
+            f"{buffer.placements}; redistribute it, or save and load through torch.distributed.checkpoint.state_dict"  # type: ignore[attr-defined]
+        )
+
+
 def sharded(groups: Sequence[tuple[Sequence[Tensor], Options]]) -> Sharded | None:
     """What a step needs to know of the sharded tensors among these, all groups of an optimizer; None if there are none."""
     return Sharded(groups) if any(any_sharded(params) for params, _ in groups) else None
@@ -105,7 +119,6 @@ class Sharded:
         self._parts: list[Tensor] = []  # the local part of each row
         self._part_of: dict[int, Tensor] = {}  # by the id of a parameter
         self._row: dict[int, int] = {}  # by the id of a local part
-        self._trained: list[bool] = []
         self._skips = any(options.skip_nonfinite for _, options in groups)
         for params, options in groups:
             for param in params:
@@ -126,7 +139,6 @@ class Sharded:
         self._options.append(options)
         for ranks in dims:
             self._rows[ranks].append(row)
-        self._trained.append(param.requires_grad)
 
     def _sharded_dims(self, param: Any) -> tuple[frozenset[int], ...]:
         """The mesh dimensions along which a tensor is sharded, as the ranks that each joins with this one."""
@@ -267,8 +279,8 @@ class Sharded:
                     if id(param) in self._row:
                         place[self._row[id(param)]] = count
                     count += 1
-        for row, trained in enumerate(self._trained):
-            if place[row] != 0 or not trained:
+        for row in range(len(self._parts)):
+            if place[row] != 0:
                 continue
             # no gradient here: where other ranks have one, they need the norm of the whole parameter
             norm = norms([real(self._parts[row])], foreach=False)

@@ -41,7 +41,7 @@ def step(
 
     for group, each in zip(local, buckets_of):
         for bucket in each:
-            if bucket.is_first_step and bucket.momentum_buffers is not group.momentum_buffers:
+            if bucket.momentum_buffers is not group.momentum_buffers:
                 for i, buffer in zip(bucket.indices, bucket.momentum_buffers):
                     group.momentum_buffers[i] = buffer
     if shards is not None:

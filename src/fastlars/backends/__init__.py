@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import chain
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastlars.buckets import Backend, Bucket, Group
-from fastlars.compat import metadata_guard
+from fastlars.checks import check_fit
+from fastlars.compat import metadata_guard, operations_are_seen
 from fastlars.dtypes import is_conjugate
 from fastlars.formula import unscaled
 from fastlars.options import Options
 
 from .eager import FOREACH, SINGLE
 from .fused_cpu import FUSED_CPU
+from .layouts import PLAIN, find_shared_memory
 from .torch_sgd import TorchSGD
 from .triton import TRITON
 
@@ -57,12 +60,12 @@ def split(group: Group, grad_scale: Tensor | None = None, found_inf: Tensor | No
     gated = bool(options.skip_nonfinite) or found_inf is not None or grad_scale is not None
     backends = wanted(params, options, gated)
     if group.memory is None:
-        places = _sort(backends, params, grads, buffers)
+        places, grads = _sort(backends, group, buffers)
     else:
-        assignment = group.memory.assignments.get(group.number)
+        assignment = group.memory.assignments.get(group.where)
         if assignment is None:
-            assignment = group.memory.assignments[group.number] = _Assignment()
-        places = assignment.places(backends, params, grads, buffers)
+            assignment = group.memory.assignments[group.where] = _Assignment()
+        places, grads = assignment.places(backends, group, buffers)
     buckets: list[Bucket] = []
     for backend, indices, plan in places:
         whole = len(indices) == len(params)
@@ -102,46 +105,79 @@ class _Assignment:
         self._places: list[_Place] = []
 
     def places(
-        self, backends: list[Backend], params: list[Tensor], grads: list[Tensor], buffers: Sequence[Tensor | None]
-    ) -> list[_Place]:
+        self, backends: list[Backend], group: Group, buffers: list[Tensor | None]
+    ) -> tuple[list[_Place], list[Tensor]]:
         """As `_sort`."""
         made = [buffer for buffer in buffers if buffer is not None]
-        tensors = list(chain(params, grads, made))
-        key = (backends, len(params), len(buffers), len(made))
+        tensors = list(chain(group.params, group.grads, made))
+        key = (backends, len(group.params), len(buffers), len(made), torch.is_inference_mode_enabled())
         if self._guard is not None and key == self._key and self._guard(*tensors):
-            return self._places
-        failed = self._guard is not None
-        self._places = _sort(backends, params, grads, buffers)
-        # The guard is built the second time a list is seen, and not right after one failed: building costs two sorts.
-        # Which buffers are missing, where only some are, it does not see.
-        guardable = self._seen and not failed and len(made) in (0, len(buffers))
-        self._guard = metadata_guard(tensors) if guardable else None
+            reads_first = not self._places[0].backend.traceable  # the fused steps
+            if reads_first or not _share_addresses(group.grads, [*group.params, *made]):
+                return self._places, group.grads
+        failed, self._guard = self._guard is not None, None
+        self._places, grads = _sort(backends, group, buffers)
+        # The guard is built the second time a list is seen, and not right after one failed: building costs two sorts. It
+        # does not see which buffers are missing, nor what gradients share memory with.
+        if self._seen and not failed and len(made) in (0, len(buffers)) and grads is group.grads:
+            self._guard = metadata_guard(tensors)
         self._key, self._seen = key, not failed
-        return self._places
+        return self._places, grads
 
 
-def _sort(
-    backends: list[Backend], params: list[Tensor], grads: list[Tensor], buffers: Sequence[Tensor | None]
-) -> list[_Place]:
+def _sort(backends: list[Backend], group: Group, buffers: list[Tensor | None]) -> tuple[list[_Place], list[Tensor]]:
+    """The places, and the gradients; copies of those that the step could not read as they are."""
+    params, grads = group.params, group.grads
     made = [buffer for buffer in buffers if buffer is not None]
+    if len(set(map(id, params))) < len(params):
+        # one step after the other: in lists each would start from what the tensor was
+        backends = [backend for backend in backends if backend.name == SINGLE.name]
     one_step = len(made) in (0, len(buffers))
-    if one_step and _is_uniform(params, grads) and backends[0].serves(params, grads, made):
-        return [_Place(backends[0], list(range(len(params))), backends[0].plan(params))]
+    fused = not backends[0].traceable
+    if one_step and fused and _is_uniform(params, grads) and backends[0].serves(params, grads, made):
+        return [_Place(backends[0], list(range(len(params))), backends[0].plan(params))], grads
+    readable: list[Tensor] = []
     indices_of: dict[Any, list[int]] = {}
     backend_of: dict[Any, Backend] = {}
     for i, param in enumerate(params):
         grad, buffer = grads[i], buffers[i] if buffers else None
-        _check_fit(param, grad, buffer)
+        if not torch.compiler.is_compiling():
+            check_fit(param, grad, buffer, group.where)
+        if param.is_complex() and not grad.is_complex():
+            grad = grad.to(param.dtype)  # else its last dimension could be taken for real and imaginary part
+        if _is_written(param, grad, buffer):
+            grad = grad.clone()
+        readable.append(grad)
         backend = preferred(backends, param, grad, buffer)
-        key = (backend.name, buffer is None, is_conjugate(param), param.device, param.dtype, grad.dtype)
+        first_step = buffer is None and not backend.mixes_first_steps
+        key = (backend.name, first_step, is_conjugate(param), param.device, param.dtype, grad.dtype)
         if key not in indices_of:
             indices_of[key] = []
             backend_of[key] = backend
         indices_of[key].append(i)
-    return [
+    places = [
         _Place(backend_of[key], indices, backend_of[key].plan([params[i] for i in indices]))
         for key, indices in indices_of.items()
     ]
+    same = all([one is other for one, other in zip(readable, grads)])  # noqa: C419  old compilers trace no generators
+    return places, grads if same else readable
+
+
+def _is_written(param: Tensor, grad: Tensor, buffer: Tensor | None) -> bool:
+    """Whether updating the parameter or its buffer would write the gradient before all of it has been read."""
+    written = [param] if buffer is None else [param, buffer]
+    if torch.compiler.is_compiling() or not PLAIN.issuperset(map(type, [grad, *written])) or operations_are_seen():
+        return False  # there are no addresses
+    memory = 0 if grad.is_meta else grad.untyped_storage().data_ptr()
+    near = [tensor for tensor in written if not tensor.is_meta and tensor.untyped_storage().data_ptr() == memory]
+    return bool(near) and find_shared_memory([grad, *near], 1) is not None
+
+
+def _share_addresses(grads: list[Tensor], written: list[Tensor]) -> bool:
+    """Whether a gradient begins where a written tensor does, as after ``p.grad = p.detach()``; on no device, never."""
+    if grads[0].is_meta or operations_are_seen():
+        return False
+    return not set(map(Tensor.data_ptr, grads)).isdisjoint(map(Tensor.data_ptr, written))
 
 
 def preferred(backends: list[Backend], param: Tensor, grad: Tensor, buffer: Tensor | None) -> Backend:
@@ -161,18 +197,3 @@ def _is_uniform(params: list[Tensor], grads: list[Tensor]) -> bool:
         if grads[i].shape != param.shape or is_conjugate(param) != is_conjugate(like):
             return False
     return True
-
-
-def _check_fit(param: Tensor, grad: Tensor, buffer: Tensor | None) -> None:
-    for what, tensor in (("gradient", grad), ("momentum buffer", buffer)):
-        if tensor is not None and tensor.device != param.device:
-            raise RuntimeError(f"a parameter on {param.device} has a {what} on {tensor.device}; move it there")
-    if grad.shape != param.shape:
-        raise RuntimeError(
-            f"a parameter of shape {param.shape} has a gradient of shape {grad.shape}; compute the gradient again"
-        )
-    if buffer is not None and buffer.shape != param.shape:
-        raise RuntimeError(
-            f"a parameter of shape {param.shape} has a momentum buffer of shape {buffer.shape}; after resizing a "
-            "parameter delete its state (optimizer.state.pop(param)), or create a new optimizer"
-        )

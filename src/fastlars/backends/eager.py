@@ -74,6 +74,7 @@ class Single:
     name = "single"
     takes_scale = False
     traceable = True
+    mixes_first_steps = False
     foreach = False
 
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:  # noqa: ARG002
@@ -154,8 +155,11 @@ class Foreach(Single):
         return bool(options.foreach)
 
     def serves(self, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]) -> bool:  # noqa: ARG002
-        """All but conjugate views, to which foreach ops do not write."""
-        return not any(is_conjugate(param) for param in params)
+        """All but conjugate and negative views, to which foreach ops do not write."""
+        if any([is_conjugate(param) for param in params]):  # noqa: C419  old compilers trace no generators
+            return False
+        # they do not come in graphs
+        return torch.compiler.is_compiling() or not any(map(Tensor.is_neg, params + momentum_buffers))
 
 
 def single_tensor_update(

@@ -51,6 +51,7 @@ class FusedCPU:
     name = "fused"
     takes_scale = False
     traceable = False
+    mixes_first_steps = False
 
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:  # noqa: ARG002
         """On the CPU where it is asked for, and by default for adapted groups: torch's SGD is fused only where one asks."""
@@ -88,7 +89,7 @@ class FusedCPU:
         params, grads, buffers = bucket.params, bucket.grads, make_buffers(bucket)
         known = None if norms.param is None or norms.direction is None else torch.stack([norms.param, norms.direction])
         workspace = _take_workspace(bucket.memory)
-        fused = _Fused(bucket.options, first_step, workspace)
+        fused = _Fused(bucket.options, first_step, workspace, has_addresses=not operations_are_seen())
         for stacks in _workspaces_full(bucket.plan.small):
             places = [i for _, stack in stacks for i in stack]
             fused.stacked(
@@ -203,13 +204,14 @@ def _workspaces_full(places: dict[torch.Size, list[int]]) -> Iterator[list[tuple
 class _Fused:
     """The step of tensors that share options and that `serves` let in."""
 
-    def __init__(self, options: Options, first_step: bool, workspace: _Workspace) -> None:
+    def __init__(self, options: Options, first_step: bool, workspace: _Workspace, has_addresses: bool) -> None:
         self.options = options
         self.adapted = is_adapted(options)
         self.first_step = first_step
         self.lr = float(options.lr)
         self.step_size = 1.0 if options.lr_in_momentum else self.lr
         self.workspace = workspace
+        self.has_addresses = has_addresses
 
     def stacked(
         self,
@@ -246,6 +248,8 @@ class _Fused:
 
     def alone(self, param: Tensor, grad: Tensor, buffer: list[Tensor], norms: tuple[float, float] | None) -> None:
         """A tensor by itself: norms, then one call of the kernel, which reads again what is still in cache."""
+        if self.has_addresses and any(_is_shifted(grad, written) for written in (param, *buffer)):
+            grad = grad.clone()
         if norms is None and self.adapted:
             norms = (_norm(param), self._direction_norm(param, grad))
         b, c = cast(tuple[float, float], self._coefficients(norms))
@@ -307,6 +311,11 @@ class _Fused:
         blocks = zip(torch.split(_flat(param), STACK), torch.split(_flat(grad), STACK))
         decay = self.options.weight_decay
         return math.hypot(*(_norm((g * sign(self.options)).add_(w, alpha=decay)) for w, g in blocks))
+
+
+def _is_shifted(grad: Tensor, written: Tensor) -> bool:
+    """Whether the kernel would write elements of the gradient before it reads them; of the same memory it reads first."""
+    return 0 < abs(grad.data_ptr() - written.data_ptr()) < grad.nbytes
 
 
 def _flat(tensor: Tensor) -> Tensor:

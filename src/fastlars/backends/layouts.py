@@ -15,6 +15,7 @@ def can_be_walked(params: list[Tensor], *others: list[Tensor]) -> bool:
     return (
         PLAIN.issuperset(map(type, tensors))
         and not any(map(Tensor.is_neg, tensors))
+        and (torch.is_inference_mode_enabled() or not any(map(Tensor.is_inference, tensors)))
         # a kernel would go on beyond the end of the smaller one
         and all(all(map(Tensor.is_same_size, params, other)) for other in others)
         and (all(map(Tensor.is_contiguous, tensors)) or all(map(are_laid_out_alike, params, *others)))
@@ -40,3 +41,46 @@ def _is_dense(strides: list[tuple[int, int]]) -> bool:
             return False
         expected *= size
     return True
+
+
+def own_every_element(tensor: Tensor) -> bool:
+    """Whether no two elements of a strided tensor share memory, as those of an expanded tensor do."""
+    if tensor.is_contiguous():
+        return True
+    reach = 0  # the largest offset so far: a larger stride steps over all of them
+    for stride, size in sorted(_effective_strides(tensor)):
+        if stride == 0:
+            return False
+        if stride <= reach:
+            return bool(_offsets(tensor).sort().values.diff().all())  # interleaved, or shared
+        reach += stride * (size - 1)
+    return True
+
+
+def find_shared_memory(tensors: list[Tensor], first: int) -> tuple[int, int] | None:
+    """The places of two tensors with an element in the same memory, one of them among the ``first``; None if there are none."""
+    spans: list[tuple[str, int, int, int]] = []
+    for i, tensor in enumerate(tensors):
+        if type(tensor) in PLAIN and tensor.numel() > 0 and not tensor.is_meta:
+            reach = sum(stride * (size - 1) for stride, size in _effective_strides(tensor))
+            start = tensor.data_ptr()
+            spans.append((str(tensor.device), start, start + (reach + 1) * tensor.element_size(), i))
+    spans.sort()
+    for n, (device, _, end, i) in enumerate(spans):
+        for other_device, start, _, j in spans[n + 1 :]:
+            if other_device != device or start >= end:
+                break
+            if min(i, j) < first and torch.isin(_addresses(tensors[i]), _addresses(tensors[j])).any():
+                return min(i, j), max(i, j)
+    return None
+
+
+def _offsets(tensor: Tensor) -> Tensor:
+    reach = sum(stride * (size - 1) for stride, size in _effective_strides(tensor))
+    return torch.arange(reach + 1, device="cpu").as_strided(tensor.shape, tensor.stride()).reshape(-1)
+
+
+def _addresses(tensor: Tensor) -> Tensor:
+    """The address of every byte."""
+    first = tensor.data_ptr() + _offsets(tensor) * tensor.element_size()
+    return (first[:, None] + torch.arange(tensor.element_size(), device="cpu")).view(-1)

@@ -33,6 +33,8 @@ class TorchSGD:
         self._ours, self._foreach, self._fused = ours, foreach, fused
         self.name = "fused" if fused else ours.name
         self.traceable = ours.traceable
+        # its bits depend on which buffers it makes, among tensors that are past their first step
+        self.mixes_first_steps = not fused
 
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:
         """Groups that are not adapted. torch's SGD knows no gate: the host reads it, on the CPU, where nothing waits."""

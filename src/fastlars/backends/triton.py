@@ -206,6 +206,7 @@ class Triton:
     name = "fused (Triton)"
     takes_scale = True
     traceable = False
+    mixes_first_steps = False
 
     def __init__(self) -> None:
         """With tables for the functional form, whose calls have no optimizer to keep them."""
