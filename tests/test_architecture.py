@@ -105,6 +105,7 @@ class NumPy:
     name = "numpy"
     takes_scale = False
     traceable = False
+    mixes_first_steps = False
     stepped = 0
 
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:

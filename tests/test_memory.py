@@ -137,7 +137,7 @@ def test_options_that_change_change_the_backend() -> None:
         optimizer.param_groups[0].update(options)
         for _ in range(3):
             optimizer.step()
-        places = optimizer._memory.assignments[0]._places
+        places = optimizer._memory.assignments["param group 0"]._places
         names.append({f"{type(place.backend).__name__} {place.backend.name}" for place in places})
     fused, foreach, single = {"FusedCPU fused"}, {"Foreach foreach"}, {"Single single"}
     assert names == [fused, fused, foreach, single, fused, {"TorchSGD fused"}]
