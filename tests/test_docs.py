@@ -1,6 +1,5 @@
 """What the documentation shows runs: every docstring's examples, and README's Python, read from top to bottom."""
 
-import csv
 import doctest
 import importlib
 import inspect
@@ -9,7 +8,6 @@ import pkgutil
 import pydoc
 import re
 import runpy
-import statistics
 import sys
 from pathlib import Path
 from typing import Any

@@ -141,7 +141,7 @@ def train(dataset: Dataset, options: argparse.Namespace, device: torch.device) -
         optimizer.zero_grad()
     done = resume(options.checkpoint, training)
     if done and rank == 0:
-        print(f"going on after step {done} of {len(batches)}")
+        print(f"going on after step {done} of {len(batches)}", flush=True)
     began = time.perf_counter()
     for step in range(done, len(batches)):
         mine = batches[step][rank::ranks]
@@ -158,7 +158,7 @@ def train(dataset: Dataset, options: argparse.Namespace, device: torch.device) -
     accuracy = measure(parallel, dataset.test, device)
     if rank == 0:
         how = "sharded" if options.shard else "data-parallel"
-        print(f"{how} on {ranks} x {device.type}: test accuracy {accuracy:.1f} %, {speed:.1f} steps/s")
+        print(f"{how} on {ranks} x {device.type}: test accuracy {accuracy:.1f} %, {speed:.1f} steps/s", flush=True)
 
 
 def image_order(images: int, options: argparse.Namespace) -> Iterator[Tensor]:
