@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _P = ParamSpec("_P")
 _NONE = {type(None)}
+_NO_STATE: dict[str, Any] = {}
 
 
 def _naming_the_nearest_option(
@@ -284,7 +285,7 @@ class LARS(Optimizer):
         grads += [p.grad for p in with_grad]
         if group["momentum"] == 0:
             return
-        found = [self.state[p].get("momentum_buffer") for p in with_grad]
+        found = [self.state.get(p, _NO_STATE).get("momentum_buffer") for p in with_grad]
         missing = not _NONE.isdisjoint(map(type, found))
         # A graph is to serve all steps, and a parameter that comes twice has one buffer. Else the step makes buffers.
         if missing and (in_graph or len(set(map(id, with_grad))) < len(with_grad)):
@@ -352,7 +353,7 @@ class LARS(Optimizer):
         params_and_options = self._params_and_options()
         if any(
             # with dampening the first step of a tensor differs, and one graph is to serve all steps
-            sharding.any_sharded(params) or leaves_graph(params, options) or options.momentum * options.dampening != 0
+            sharding.any_sharded(params) or leaves_graph(params, options) or (options.momentum and options.dampening)
             for params, options in params_and_options
         ):
             self._step_groups_outside_graphs(params_and_options)

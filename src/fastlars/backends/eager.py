@@ -90,6 +90,7 @@ class Single:
 
     def measure(self, bucket: Bucket, now: bool) -> Norms:  # noqa: ARG002
         """All norms, at once."""
+        make_buffers(bucket)  # memory may run out, so before anything moves
         return measure(bucket, self.foreach)
 
     def update(self, bucket: Bucket, norms: Norms, gate: Tensor | None) -> None:
@@ -149,7 +150,7 @@ class Foreach(Single):
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:  # noqa: ARG002
         """Where it is asked for, by torch's rule for the default, and off the CPU for what fused kernels leave."""
         if options.fused:
-            return not params[0].is_cpu
+            return not all(param.is_cpu for param in params)
         if options.foreach is None and options.fused is None and not options.differentiable:
             return default_foreach(params)
         return bool(options.foreach)

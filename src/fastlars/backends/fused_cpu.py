@@ -76,6 +76,7 @@ class FusedCPU:
 
     def measure(self, bucket: Bucket, now: bool) -> Norms:
         """Gradient norms for ``skip_nonfinite``; the others are taken by `update`, while the tensor is in cache."""
+        make_buffers(bucket)  # memory may run out, so before anything moves
         if now:
             return measure(bucket, foreach=False)
         return Norms(grad=norms(bucket.grads, foreach=False) if bucket.options.skip_nonfinite else None)

@@ -42,8 +42,8 @@ class TorchSGD:
         return is_torch_sgd(options) and reads_gate and self._ours.wants(params, options, gated)
 
     def serves(self, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]) -> bool:
-        """As ours; the fused kernel takes gradients of the parameter's dtype only."""
-        alike = not self._fused or all(param.dtype == grad.dtype for param, grad in zip(params, grads))
+        """As ours, with gradients of the parameter's dtype: torch would make buffers of another, and its kernel read nonsense."""
+        alike = all([param.dtype == grad.dtype for param, grad in zip(params, grads)])  # noqa: C419  a list traces
         return alike and self._ours.serves(params, grads, momentum_buffers)
 
     def plan(self, params: list[Tensor]) -> None:
