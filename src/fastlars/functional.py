@@ -13,8 +13,9 @@ from torch.optim.sgd import sgd
 from . import fused_cpu, fused_cuda, sharding
 from .coefficients import Number, coefficients, is_adapted, on_device, scalar_lr, sign
 from .compat import bump_versions, is_scripting, outside_graphs
+from .compiled import joint_norms, norms, unbind
 from .dispatch import Part, implementation, split
-from .norms import buckets, cat, is_conjugate, is_half, joint_norms, norm_dtype, norms, real, unbind
+from .norms import buckets, is_conjugate, is_half, norm_dtype, real
 from .options import Options, check_can_be_skipped
 from .updates import _multi_tensor_lars, _scripted_multi_tensor_lars, _single_tensor_lars
 
@@ -249,7 +250,7 @@ def measure(part: Part, options: Options, early: bool = False) -> Optional[Tenso
         rows.append(joint_norms(params, grads, sign(options), options.weight_decay, foreach))
     if options.skip_nonfinite or options.trust_denominator == "separate":
         rows.append(norms(grads, foreach))
-    return cat(rows).view(len(rows), -1)
+    return torch.cat(rows).view(len(rows), -1)
 
 
 def any_nonfinite(measured: List[Optional[Tensor]], found_inf: Optional[Tensor]) -> Tensor:
@@ -393,6 +394,9 @@ def _unbind(numbers: Union[float, Tensor], part: Part, like: Tensor) -> List[Ten
 
 
 def _copies(tensors: List[Tensor], dtype: torch.dtype, foreach: bool) -> List[Tensor]:
+    if not is_scripting() and torch.compiler.is_compiling():
+        # no memory in a graph: the conversions become part of the loops that read them
+        return [t.to(dtype) for t in tensors] if tensors[:1] and tensors[0].dtype != dtype else [t.clone() for t in tensors]
     # with the strides kept, even if they leave gaps: torch's kernels round bfloat16 differently in another layout
     copies = [
         torch.empty_like(t, dtype=dtype)
@@ -407,7 +411,8 @@ def _copies(tensors: List[Tensor], dtype: torch.dtype, foreach: bool) -> List[Te
 
 
 def _write_back(targets: List[Tensor], sources: List[Tensor], skip: Optional[Tensor], foreach: bool) -> None:
-    if not is_scripting() and foreach and skip is None:  # see _scripted_multi_tensor_lars
+    # not in a graph, where it keeps the conversions out of the list kernel: a kernel a tensor
+    if not is_scripting() and foreach and skip is None and not torch.compiler.is_compiling():
         torch._foreach_copy_(targets, sources)
         return
     for target, source in zip(targets, sources):

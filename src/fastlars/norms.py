@@ -59,9 +59,6 @@ def buckets(tensors: List[Tensor], limit: int = BUCKET) -> List[List[int]]:
 def norms(tensors: List[Tensor], foreach: bool) -> Tensor:
     """L2 norms of real tensors of one device and dtype, shape (n,)."""
     if tensors[0].device.type == "cpu":
-        if not is_scripting():  # noqa: SIM102  TorchScript would compile the second condition
-            if _in_cpu_graph(tensors[0]):
-                return cat([_cpu_norms_in_graph(tensors[i : i + NODE]) for i in range(0, len(tensors), NODE)])
         return _cpu_norms(tensors)
     dtype = norm_dtype(tensors[0].dtype)
     if foreach:
@@ -69,57 +66,13 @@ def norms(tensors: List[Tensor], foreach: bool) -> Tensor:
     return torch.stack([vector_norm(tensor, dtype=dtype) for tensor in tensors])
 
 
-def cat(vectors: List[Tensor]) -> Tensor:
-    """Vectors end to end."""
-    if not is_scripting():  # noqa: SIM102  as above
-        if _in_cpu_graph(vectors[0]):
-            one_node: Tensor = _cat_in_graph(vectors)
-            return one_node
-    return torch.cat(vectors)
-
-
-def unbind(vector: Tensor) -> List[Tensor]:
-    """The numbers of a vector as 0-dim tensors."""
-    if not is_scripting():  # noqa: SIM102  as above
-        if _in_cpu_graph(vector):
-            one_node: List[Tensor] = _unbind_in_graph(vector)
-            return one_node
-    return list(vector.unbind())
-
-
 def _cpu_norms(tensors: List[Tensor]) -> Tensor:
-    return torch.stack([_cpu_norm(tensor) for tensor in tensors])
+    return _norms_of([_row_norms(tensor) for tensor in tensors], norm_dtype(tensors[0].dtype))
 
 
-# What Inductor, torch.compile's backend, would make of these on CPU takes it longer than all the rest of a step: a dozen
-# operations for each norm, a loop for each part of a vector, and the formula anew in the loop over each tensor, for
-# each of whose numbers it looks for partners to fuse with among all that read the same vector. So each is one node.
-# Norms of at most NODE tensors: those that are written later all wait for the node, and would be such partners too.
-NODE = 16
-
-
-def _in_cpu_graph(tensor: Tensor) -> bool:
-    return tensor.is_cpu and torch.compiler.is_compiling() and not torch.is_grad_enabled()
-
-
-def _cat(vectors: List[Tensor]) -> Tensor:
-    return torch.cat(vectors)
-
-
-def _copies_of_numbers(vector: Tensor) -> List[Tensor]:
-    return [number.clone() for number in vector.unbind()]  # an operator may not return views of what it takes
-
-
-_cpu_norms_in_graph = torch.library.custom_op("fastlars::cpu_norms", _cpu_norms, mutates_args=())
-_cat_in_graph = torch.library.custom_op("fastlars::cat", _cat, mutates_args=())
-_unbind_in_graph = torch.library.custom_op("fastlars::unbind", _copies_of_numbers, mutates_args=())
-_cat_in_graph.register_fake(_cat)
-_unbind_in_graph.register_fake(_copies_of_numbers)
-
-
-@_cpu_norms_in_graph.register_fake
-def _(tensors: List[Tensor]) -> Tensor:
-    return tensors[0].new_empty(len(tensors), dtype=norm_dtype(tensors[0].dtype))
+def _norms_of(row_norms: List[Tensor], dtype: torch.dtype) -> Tensor:
+    """The norm of each of these, in one call for all and added in float64."""
+    return torch.stack(torch._foreach_norm(row_norms, 2.0, dtype=torch.float64)).to(dtype)
 
 
 def joint_norms(params: List[Tensor], grads: List[Tensor], sign: float, weight_decay: float, foreach: bool) -> Tensor:
@@ -128,10 +81,6 @@ def joint_norms(params: List[Tensor], grads: List[Tensor], sign: float, weight_d
     Computed directly: from |g|, |w| and their dot product it cancels where g is near -weight_decay * w.
     """
     if params[0].device.type == "cpu":
-        if not is_scripting():  # noqa: SIM102  as in `norms`
-            if _in_cpu_graph(params[0]):
-                slices = [slice(i, i + NODE) for i in range(0, len(params), NODE)]
-                return cat([_cpu_joint_norms_in_graph(params[s], grads[s], sign, weight_decay) for s in slices])
         return _cpu_joint_norms(params, grads, sign, weight_decay)
     return _joint_norms_by_buckets(params, grads, sign, weight_decay, foreach)
 
@@ -140,21 +89,14 @@ def _cpu_joint_norms(
     params: List[Tensor], grads: List[Tensor], sign: float, weight_decay: float, limit: int = SUM
 ) -> Tensor:
     dtype = norm_dtype(params[0].dtype)
-    result: List[Tensor] = []
+    row_norms: List[Tensor] = []
     for param, grad in zip(params, grads):
         pieces: List[Tensor] = []
         for w, g in zip(_pieces(param, limit), _pieces(grad, limit)):
-            pieces.append(_cpu_norm((g.to(dtype) * sign).add_(w, alpha=weight_decay)))
-        result.append(pieces[0] if len(pieces) == 1 else _norm_of_norms(torch.stack(pieces), dtype))
-    return torch.stack(result)
-
-
-_cpu_joint_norms_in_graph = torch.library.custom_op("fastlars::cpu_joint_norms", _cpu_joint_norms, mutates_args=())
-
-
-@_cpu_joint_norms_in_graph.register_fake
-def _(params: List[Tensor], *_: object) -> Tensor:
-    return params[0].new_empty(len(params), dtype=norm_dtype(params[0].dtype))
+            # |s g + decay w| is |g + s decay w|, where s is 1 or -1
+            pieces.append(_row_norms(torch.add(g.to(dtype), w, alpha=sign * weight_decay)).reshape(-1))
+        row_norms.append(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
+    return _norms_of(row_norms, dtype)
 
 
 def _joint_norms_by_buckets(
@@ -174,23 +116,33 @@ def _joint_norms_by_buckets(
     return torch.cat(result)
 
 
-def _cpu_norm(tensor: Tensor, row: int = ROW) -> Tensor:
-    dtype = norm_dtype(tensor.dtype)
+def _row_norms(tensor: Tensor, row: int = ROW) -> Tensor:
+    """What has the norm of this CPU tensor and so few elements that one sum of squares is exact enough."""
     # elements that are not beside each other are added one by one: 3e-5 off after 4096 equal ones, 4e-6 if they are
-    if tensor.numel() <= row and tensor.is_contiguous():
-        norm: Tensor = vector_norm(tensor, dtype=dtype)
-        return norm
-    ordered = tensor
-    if not tensor.is_contiguous():
+    if tensor.is_contiguous():
+        if tensor.numel() <= row:
+            return tensor
+        if tensor.dtype == norm_dtype(tensor.dtype):
+            return _norms_of_rows(tensor, row)
+        ordered = tensor.view(-1)
+    else:
         # memory order, so that every dense tensor (channels_last, transposed) is one flat view
         order = sorted([(-stride, i) for i, stride in enumerate(tensor.stride())])
         ordered = tensor.permute([i for _, i in order])
-    if ordered.is_contiguous():
-        ordered = ordered.view(-1)
-        if tensor.dtype == dtype:
-            return flat_norm(ordered)
-    pieces = [flat_norm(piece.contiguous().view(-1).to(dtype)) for piece in _pieces(ordered)]
-    return _norm_of_norms(torch.stack(pieces), dtype)
+        if ordered.is_contiguous() and tensor.dtype == norm_dtype(tensor.dtype):
+            return _norms_of_rows(ordered, row)
+    dtype = norm_dtype(tensor.dtype)
+    return torch.cat([_norms_of_rows(piece.contiguous().to(dtype), row) for piece in _pieces(ordered)])
+
+
+def _norms_of_rows(tensor: Tensor, row: int) -> Tensor:
+    """Norms of the rows into which the elements of a contiguous tensor fall, and of what is left."""
+    if tensor.numel() % row == 0:
+        norms: Tensor = vector_norm(tensor.view(-1, row), dim=1)
+        return norms
+    flat = tensor.view(-1)
+    length = flat.numel() // row * row
+    return torch.cat([vector_norm(flat[:length].view(-1, row), dim=1), vector_norm(flat[length:]).reshape(1)])
 
 
 def _pieces(tensor: Tensor, limit: int = COPY) -> List[Tensor]:
@@ -208,15 +160,6 @@ def _pieces(tensor: Tensor, limit: int = COPY) -> List[Tensor]:
     return pieces
 
 
-def flat_norm(flat: Tensor, row: int = ROW) -> Tensor:
-    """The norm of a contiguous CPU vector: of its rows, then of those."""
-    length = flat.numel() // row * row
-    row_norms = vector_norm(flat[:length].view(-1, row), dim=1)
-    if length < flat.numel():
-        row_norms = torch.cat([row_norms, vector_norm(flat[length:]).reshape(1)])
-    return _norm_of_norms(row_norms, flat.dtype)
-
-
-def _norm_of_norms(norms: Tensor, dtype: torch.dtype) -> Tensor:
-    norm: Tensor = vector_norm(norms, dtype=torch.float64).to(dtype)
-    return norm
+def flat_norm(flat: Tensor) -> Tensor:
+    """The norm of a contiguous CPU vector."""
+    return _cpu_norms([flat])[0]

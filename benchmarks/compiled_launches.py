@@ -1,0 +1,217 @@
+"""What a compiled step would launch on a GPU: kernels and bytes of the code that Inductor writes, counted without one.
+
+Inductor is shown a GPU that is not there. It writes its code, which is counted and never loaded. Needs g++, triton and
+torch 2.13 or a later version whose internals are the same. Run from the repository root: `nox -s compiled`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import functools
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.optim.sgd import sgd
+
+import fastlars
+
+from .shapes import MODELS
+
+Step = Callable[[list[Tensor], list[Tensor], list[Tensor], Tensor], None]
+
+GUARD = """#include <c10/core/impl/DeviceGuardImplInterface.h>
+C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>);
+"""
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8, "i1": 1}  # of Triton's types
+KINDS = {"for": "list", "poi": "pointwise", "per": "reduction", "red": "reduction"}
+
+
+@dataclass
+class Count:
+    """One case: launches of generated kernels by kind, calls of operators that stay eager, bytes a parameter of the former."""
+
+    launches: collections.Counter[str]
+    on_one_element: int
+    operators: collections.Counter[str]
+    bytes_a_parameter: float
+
+
+# ---------------------------------------------------------------- what is compiled
+COMMON: dict[str, Any] = {"momentum": 0.9, "weight_decay": 1e-4}
+
+
+def _lars(**options: Any) -> Step:
+    return lambda p, g, v, lr: fastlars.lars(p, g, v, lr=lr, **{**COMMON, "foreach": True, **options})  # type: ignore[arg-type]
+
+
+def _sgd(foreach: bool) -> Step:
+    options: dict[str, Any] = {**COMMON, "dampening": 0.0, "nesterov": False, "maximize": False}
+    return lambda p, g, v, lr: sgd(p, g, v, lr=lr, foreach=foreach, **options)  # type: ignore[arg-type]
+
+
+def _mixed(p: list[Tensor], g: list[Tensor], v: list[Tensor], lr: Tensor) -> None:
+    """As `param_groups` makes them: vectors are not adapted."""
+    for adapt in (True, False):
+        chosen = [[t for t, w in zip(each, p) if (w.ndim > 1) == adapt] for each in (p, g, v)]
+        _lars(adapt=adapt, weight_decay=1e-4 if adapt else 0.0)(*chosen, lr)
+
+
+def _found_inf(p: list[Tensor], g: list[Tensor], v: list[Tensor], lr: Tensor) -> None:
+    _lars(found_inf=torch.zeros_like(lr))(p, g, v, lr)
+
+
+CASES: dict[str, Step] = {
+    "torch SGD(foreach=True)": _sgd(True),
+    "torch SGD(foreach=False)": _sgd(False),
+    "foreach": _lars(),
+    "single": _lars(foreach=False),
+    "momentum=0": _lars(momentum=0.0),
+    "nesterov": _lars(nesterov=True),
+    "trust_clip": _lars(trust_clip=True),
+    "lr_in_momentum": _lars(lr_in_momentum=True),
+    "maximize": _lars(maximize=True),
+    "joint": _lars(trust_denominator="joint"),
+    "skip_nonfinite": _lars(skip_nonfinite=True),
+    "found_inf": _found_inf,
+    "mixed groups": _mixed,
+    "not adapted": _lars(adapt=False),
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+# ---------------------------------------------------------------- a GPU that is not there
+@functools.cache
+def pretend_gpu() -> None:
+    """Let Inductor compile for an NVIDIA H200 in this process, which can use no GPU afterwards."""
+    import torch._inductor.config as config
+    from torch._dynamo.device_interface import CudaInterface
+    from torch._inductor.fx_passes import joint_graph, post_grad
+
+    def always(value: object) -> Callable[..., Any]:  # a new function each: Dynamo wants them to differ
+        return lambda *_, **__: value
+
+    properties = types.SimpleNamespace(
+        name="NVIDIA H200", major=9, minor=0, multi_processor_count=132, total_memory=141 << 30, warp_size=32,
+        L2_cache_size=50 << 20, regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048,
+        max_threads_per_block=1024, shared_memory_per_block=49152, shared_memory_per_block_optin=232448,
+        shared_memory_per_multiprocessor=233472, uuid="0", gcnArchName="",
+    )  # fmt: skip
+    answers: dict[str, object] = {
+        "is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0, "_exchange_device": 0,
+        "_maybe_exchange_device": 0, "_lazy_init": None, "synchronize": None, "current_stream": None,
+        "set_rng_state": None, "get_rng_state": torch.zeros(16, dtype=torch.uint8), "get_device_name": properties.name,
+        "get_device_properties": properties, "get_device_capability": (9, 0), "is_bf16_supported": True,
+        "is_current_stream_capturing": False,
+    }  # fmt: skip
+    for name, value in answers.items():
+        setattr(torch.cuda, name, always(value))
+    for name in ("current_device", "device_count", "get_device_properties", "synchronize", "is_bf16_supported"):
+        setattr(CudaInterface, name, staticmethod(getattr(torch.cuda, name)))
+    # patterns of attention and matrix products are traced on real CUDA tensors, and the hash of Triton asks the driver
+    joint_graph.lazy_init = post_grad.lazy_init = always(None)
+    torch.utils._triton.triton_hash_with_backend = always("none")
+    config.compile_threads, config.force_disable_caches = 1, True
+
+    # Views of fake CUDA tensors ask for a device guard: CUDA builds of torch have one, CPU builds get one that does nothing.
+    getattr(torch._C, "_ensureCUDADeviceGuardSet", always(None))()
+    if not torch.version.cuda:
+        home = Path(torch.__file__).parent
+        with tempfile.TemporaryDirectory() as folder:
+            source, built = Path(folder, "guard.cpp"), Path(folder, "guard.so")
+            source.write_text(GUARD, encoding="utf-8")
+            flags = ["-std=c++20", "-shared", "-fPIC", f"-I{home}/include", f"-L{home}/lib", "-lc10", "-o", str(built)]
+            subprocess.run([os.environ.get("CXX", "g++"), str(source), *flags], check=True)
+            torch.ops.load_library(str(built))
+    # Constant folding makes a few real scalars on the device: here on the CPU.
+    _LIBRARY.impl("empty.memory_format", lambda size, dtype=None, **_: torch.empty(size, dtype=dtype), "CUDA")
+    _LIBRARY.impl(
+        "empty_strided", lambda size, stride, dtype=None, **_: torch.empty_strided(size, stride, dtype=dtype), "CUDA"
+    )
+
+
+_LIBRARY = torch.library.Library("aten", "IMPL")
+
+
+def generated(step: Step, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> str:
+    """The code that Inductor writes for a step of tensors of these shapes."""
+    from torch._inductor.graph import GraphLowering
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    pretend_gpu()
+    torch._dynamo.reset()
+    found: list[str] = []
+
+    def instead(graph: Any) -> None:
+        found.append(graph.codegen()[0].value)
+        raise InterruptedError  # all that is wanted
+
+    with FakeTensorMode(allow_non_fake_inputs=True), mock.patch.object(GraphLowering, "compile_to_module", instead):
+        lists = [[torch.empty(shape, device="cuda", dtype=dtype) for shape in shapes] for _ in range(3)]
+        try:
+            with torch.no_grad():
+                torch.compile(step, fullgraph=True)(*lists, torch.empty((), device="cuda"))  # type: ignore[arg-type]
+        except Exception:
+            if not found:
+                raise
+    return found[0]
+
+
+# ---------------------------------------------------------------- counting
+def count(code: str, elements: int) -> Count:
+    call = code[code.index("def call") :]
+    kernels = re.findall(r"^\s+(triton_\w+)\.run\(", call, re.M)
+    bodies = {m[1]: m[0] for m in re.finditer(r"^(triton_\w+) = async_compile.*?^''', device_str", code, re.M | re.S)}
+    operators = re.findall(r"= torch\.ops\.([\w.]+)\(|(?<=extern_kernels\.)(\w+)\(", call)
+    return Count(
+        collections.Counter(KINDS[kernel.split("_")[1]] for kernel in kernels),
+        sum("xnumel = 1\n" in bodies[kernel] and "_poi_" in kernel for kernel in kernels),
+        collections.Counter(name or other for name, other in operators),
+        sum(sum(_accesses(bodies[kernel])) for kernel in kernels) / elements,
+    )
+
+
+def _accesses(kernel: str) -> Iterator[int]:
+    """Bytes of each load and store of a kernel that walks over a tensor."""
+    kinds = dict(re.findall(r"'(\w+_ptr\d+)': '\*(\w+)'", kernel))
+    for part in re.split(r"\n    (?:if|elif) pid < |\n    else:", kernel[kernel.index("@triton.jit") :]):
+        sizes = [int(size) for size in re.findall(r"\b(?:xnumel|r0_numel) = (\d+)\n", part)]
+        for pointer, index in re.findall(r"tl\.(?:load|store)\((\w+) \+ \((.*?)\)(?:,|\))", part):
+            if re.search(r"[xr]\d|xindex", index):
+                yield math.prod(sizes if "r0_" in index else sizes[:1]) * BYTES[kinds[pointer]]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled_launches", description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["resnet50"], metavar="NAME")
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE")
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"], metavar="DTYPE")
+    parser.add_argument("--tensors", type=int, metavar="N", help="the first N tensors of each model (default: all)")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="write the generated code there")
+    options = parser.parse_args(arguments)
+    for model in options.models:
+        shapes = MODELS[model].shapes()[: options.tensors]
+        for dtype in options.dtypes:
+            for case in options.cases:
+                code = generated(CASES[case], shapes, DTYPES[dtype])
+                if options.keep:
+                    Path(options.keep, f"{case}_{dtype}_{model}.py".replace(" ", "_")).write_text(code, encoding="utf-8")
+                found = count(code, sum(map(math.prod, shapes)))
+                print(f"{model} {dtype} {case}: {sum(found.launches.values())} {dict(found.launches)}; one element {found.on_one_element}; {dict(found.operators)}; {found.bytes_a_parameter:.1f}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""What only torch.compile needs: operators that stay whole in its graphs.
+
+Inductor, its usual backend, copies each result of ``_foreach_norm`` in a kernel of its own when they are stacked, and on
+a CPU traces a dozen operations for each norm. So a graph has one operator for the norms of a list. Everything else
+stays arithmetic that Inductor fuses: see `updates.py`.
+
+The operators are registered with a plain ``Library``. Each call of a ``torch.library.custom_op`` also checks that its
+results share no memory with what it was given, which takes 0.3 ms for a model's list of tensors.
+"""
+
+from typing import List  # noqa: UP035  TorchScript reads these spellings only
+
+import torch
+from torch import Tensor
+
+from . import norms as exact
+from .compat import is_scripting
+
+# Where Inductor generates code. Other backends' graphs (openxla) stay whole without operators that they do not know.
+_DEVICES = ("cpu", "cuda", "xpu")
+
+_LIBRARY = torch.library.Library("fastlars", "DEF")
+_LIBRARY.define("norms(Tensor[] tensors) -> Tensor")
+_LIBRARY.define("joint_norms(Tensor[] params, Tensor[] grads, float sign, float weight_decay) -> Tensor")
+_LIBRARY.define("realized(Tensor vector) -> Tensor")
+
+
+def _norms(tensors: List[Tensor]) -> Tensor:
+    return exact.norms(tensors, foreach=True)
+
+
+def _joint_norms(params: List[Tensor], grads: List[Tensor], sign: float, weight_decay: float) -> Tensor:
+    return exact.joint_norms(params, grads, sign, weight_decay, foreach=True)
+
+
+def _one_for_each(tensors: List[Tensor], *_: object) -> Tensor:
+    return tensors[0].new_empty(len(tensors), dtype=exact.norm_dtype(tensors[0].dtype))
+
+
+for _name, _kernel, _fake in (
+    ("norms", _norms, _one_for_each),
+    ("joint_norms", _joint_norms, _one_for_each),
+    ("realized", torch.clone, torch.empty_like),
+):
+    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastlars::{_name}", _fake, lib=_LIBRARY)
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether what is computed from this tensor goes into a graph in which our operators serve.
+
+    Not where gradients are recorded: autograd does not see through an operator.
+    """
+    return torch.compiler.is_compiling() and not torch.is_grad_enabled() and tensor.device.type in _DEVICES
+
+
+def norms(tensors: List[Tensor], foreach: bool) -> Tensor:
+    """As `norms.norms`."""
+    if not is_scripting():  # noqa: SIM102  TorchScript would compile the second condition
+        if is_traced(tensors[0]):
+            in_graph: Tensor = torch.ops.fastlars.norms(tensors)
+            return in_graph
+    return exact.norms(tensors, foreach)
+
+
+def joint_norms(params: List[Tensor], grads: List[Tensor], sign: float, weight_decay: float, foreach: bool) -> Tensor:
+    """As `norms.joint_norms`."""
+    if not is_scripting():  # noqa: SIM102  as above
+        if is_traced(params[0]):
+            in_graph: Tensor = torch.ops.fastlars.joint_norms(params, grads, sign, weight_decay)
+            return in_graph
+    return exact.joint_norms(params, grads, sign, weight_decay, foreach)
+
+
+def unbind(vector: Tensor) -> List[Tensor]:
+    """The numbers of a vector as 0-dim tensors.
+
+    In a graph the vector is made first: Inductor would compute it anew in the loop over each tensor that reads a number of it.
+    """
+    if not is_scripting():  # noqa: SIM102  as above
+        if is_traced(vector) and vector.is_cpu:
+            vector = torch.ops.fastlars.realized(vector)
+    return list(vector.unbind())
