@@ -58,7 +58,7 @@ def norms(tensors: List[Tensor], foreach: bool) -> Tensor:
     """As `norms.norms`."""
     if not is_scripting():  # noqa: SIM102  TorchScript would compile the second condition
         if is_traced(tensors[0]):
-            in_graph: Tensor = torch.ops.fastlars.norms(tensors)
+            in_graph: Tensor = torch.ops.fastlars.norms.default(tensors)
             return in_graph
     return exact.norms(tensors, foreach)
 
@@ -67,7 +67,7 @@ def joint_norms(params: List[Tensor], grads: List[Tensor], sign: float, weight_d
     """As `norms.joint_norms`."""
     if not is_scripting():  # noqa: SIM102  as above
         if is_traced(params[0]):
-            in_graph: Tensor = torch.ops.fastlars.joint_norms(params, grads, sign, weight_decay)
+            in_graph: Tensor = torch.ops.fastlars.joint_norms.default(params, grads, sign, weight_decay)
             return in_graph
     return exact.joint_norms(params, grads, sign, weight_decay, foreach)
 
@@ -79,5 +79,5 @@ def unbind(vector: Tensor) -> List[Tensor]:
     """
     if not is_scripting():  # noqa: SIM102  as above
         if is_traced(vector) and vector.is_cpu:
-            vector = torch.ops.fastlars.realized(vector)
+            vector = torch.ops.fastlars.realized.default(vector)
     return list(vector.unbind())

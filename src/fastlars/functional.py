@@ -387,6 +387,8 @@ def _unbind(numbers: Union[float, Tensor], part: Part, like: Tensor) -> List[Ten
     """One 0-dim tensor for each of the part's, on their device and in the dtype of their norms."""
     dtype = norm_dtype(like.dtype)
     if isinstance(numbers, Tensor):
+        if numbers.dim() == 1:  # norms had it, and each view is an operation
+            return unbind(numbers)
         numbers = numbers.to(dtype)
     else:
         numbers = torch.full((), numbers, dtype=dtype, device=like.device)

@@ -107,12 +107,15 @@ def _joint_norms_by_buckets(
     dtype = norm_dtype(params[0].dtype)
     result: List[Tensor] = []
     for bucket in buckets(params):
-        sums = [grads[i].to(dtype) * sign for i in bucket]
-        if not is_scripting() and foreach:  # see _scripted_multi_tensor_lars
-            torch._foreach_add_(sums, [params[i] for i in bucket], alpha=weight_decay)
+        ws = [params[i] for i in bucket]
+        gs = [grads[i] for i in bucket]
+        # |s g + decay w| is |g + s decay w|, where s is 1 or -1
+        if is_half(params[0].dtype) or is_half(grads[0].dtype):
+            sums = [torch.add(g.to(dtype), w, alpha=sign * weight_decay) for g, w in zip(gs, ws)]
+        elif not is_scripting() and foreach:  # see _scripted_multi_tensor_lars
+            sums = list(torch._foreach_add(gs, ws, alpha=sign * weight_decay))
         else:
-            for j, i in enumerate(bucket):
-                sums[j].add_(params[i], alpha=weight_decay)
+            sums = [torch.add(g, w, alpha=sign * weight_decay) for g, w in zip(gs, ws)]
         result.append(norms(sums, foreach))
         sums = []  # freed before the next bucket is made
     return torch.cat(result)
