@@ -7,8 +7,9 @@ torch 2.13 or a later version whose internals are the same. Run from the reposit
 from __future__ import annotations
 
 import argparse
-import collections
 import functools
+import itertools
+import json
 import math
 import os
 import re
@@ -17,17 +18,23 @@ import sys
 import tempfile
 import types
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._dynamo.device_interface import CudaInterface
+from torch._inductor import config
+from torch._inductor.fx_passes import joint_graph, post_grad
+from torch._inductor.graph import GraphLowering
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.sgd import sgd
 
 import fastlars
 
+from .commandline import FOLDER
 from .shapes import MODELS
 
 Step = Callable[[list[Tensor], list[Tensor], list[Tensor], Tensor], None]
@@ -36,17 +43,17 @@ GUARD = """#include <c10/core/impl/DeviceGuardImplInterface.h>
 C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>);
 """
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8, "i1": 1}  # of Triton's types
-KINDS = {"for": "list", "poi": "pointwise", "per": "reduction", "red": "reduction"}
 
 
 @dataclass
 class Count:
-    """One case: launches of generated kernels by kind, calls of operators that stay eager, bytes a parameter of the former."""
+    """What one compiled step launches, and the bytes that it moves for each parameter."""
 
-    launches: collections.Counter[str]
-    on_one_element: int
-    operators: collections.Counter[str]
-    bytes_a_parameter: float
+    launches: int  # of generated kernels
+    on_one_element: int  # of these
+    operators: int  # calls of eager ones
+    generated_bytes: float
+    operators_bytes: float
 
 
 # ---------------------------------------------------------------- what is compiled
@@ -65,7 +72,7 @@ def _sgd(foreach: bool) -> Step:
 def _mixed(p: list[Tensor], g: list[Tensor], v: list[Tensor], lr: Tensor) -> None:
     """As `param_groups` makes them: vectors are not adapted."""
     for adapt in (True, False):
-        chosen = [[t for t, w in zip(each, p) if (w.ndim > 1) == adapt] for each in (p, g, v)]
+        chosen = [[t for t, w in zip(each, p, strict=True) if (w.ndim > 1) == adapt] for each in (p, g, v)]
         _lars(adapt=adapt, weight_decay=1e-4 if adapt else 0.0)(*chosen, lr)
 
 
@@ -96,9 +103,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 @functools.cache
 def pretend_gpu() -> None:
     """Let Inductor compile for an NVIDIA H200 in this process, which can use no GPU afterwards."""
-    import torch._inductor.config as config
-    from torch._dynamo.device_interface import CudaInterface
-    from torch._inductor.fx_passes import joint_graph, post_grad
 
     def always(value: object) -> Callable[..., Any]:  # a new function each: Dynamo wants them to differ
         return lambda *_, **__: value
@@ -147,9 +151,6 @@ _LIBRARY = torch.library.Library("aten", "IMPL")
 
 def generated(step: Step, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> str:
     """The code that Inductor writes for a step of tensors of these shapes."""
-    from torch._inductor.graph import GraphLowering
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     pretend_gpu()
     torch._dynamo.reset()
     found: list[str] = []
@@ -170,16 +171,23 @@ def generated(step: Step, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype)
 
 
 # ---------------------------------------------------------------- counting
-def count(code: str, elements: int) -> Count:
+def count(code: str, elements: int, dtype: torch.dtype) -> Count:
     call = code[code.index("def call") :]
-    kernels = re.findall(r"^\s+(triton_\w+)\.run\(", call, re.M)
-    bodies = {m[1]: m[0] for m in re.finditer(r"^(triton_\w+) = async_compile.*?^''', device_str", code, re.M | re.S)}
+    kernels = re.findall(r"^\s+(triton_\w+)\.run\(", call, re.MULTILINE)
+    bodies = {
+        m[1]: m[0]
+        for m in re.finditer(r"^(triton_\w+) = async_compile.*?^''', device_str", code, re.MULTILINE | re.DOTALL)
+    }
     operators = re.findall(r"= torch\.ops\.([\w.]+)\(|(?<=extern_kernels\.)(\w+)\(", call)
+    # joint norms read both lists and write and read a sum of float32; half types are converted first, to memory
+    joint = 2 * dtype.itemsize + 8 + (8 if dtype.itemsize < 4 else 0)
+    whole = {"fastlars.norms.default": dtype.itemsize, "fastlars.joint_norms.default": joint}
     return Count(
-        collections.Counter(KINDS[kernel.split("_")[1]] for kernel in kernels),
+        len(kernels),
         sum("xnumel = 1\n" in bodies[kernel] and "_poi_" in kernel for kernel in kernels),
-        collections.Counter(name or other for name, other in operators),
-        sum(sum(_accesses(bodies[kernel])) for kernel in kernels) / elements,
+        len(operators),
+        round(sum(sum(_accesses(bodies[kernel])) for kernel in kernels) / elements, 1),
+        float(sum(whole.get(name, 0) for name, _ in operators)),
     )
 
 
@@ -193,23 +201,36 @@ def _accesses(kernel: str) -> Iterator[int]:
                 yield math.prod(sizes if "r0_" in index else sizes[:1]) * BYTES[kinds[pointer]]
 
 
+def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The Markdown table of what `main` has written."""
+    yield "| tensors | dtype | step | launches | on one element | eager operators | bytes a parameter |"
+    yield "| --- | --- | --- | ---: | ---: | ---: | ---: |"
+    for row in rows:
+        found = Count(**row["count"])
+        moved = f"{found.generated_bytes:g}" + (f" + {found.operators_bytes:g}" if found.operators_bytes else "")
+        yield (
+            f"| {row['model']}, {row['tensors']} | {row['dtype']} | {row['case']} | {found.launches} | "
+            f"{found.on_one_element} | {found.operators} | {moved} |"
+        )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled_launches", description=__doc__)
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["resnet50"], metavar="NAME")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["resnet50", "vit_b"], metavar="NAME")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE")
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"], metavar="DTYPE")
     parser.add_argument("--tensors", type=int, metavar="N", help="the first N tensors of each model (default: all)")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="write the generated code there")
+    parser.add_argument("--out", type=Path, default=FOLDER / "compiled_launches.json", metavar="FILE.json")
     options = parser.parse_args(arguments)
-    for model in options.models:
+    rows: list[dict[str, Any]] = []
+    for model, dtype, case in itertools.product(options.models, options.dtypes, options.cases):
         shapes = MODELS[model].shapes()[: options.tensors]
-        for dtype in options.dtypes:
-            for case in options.cases:
-                code = generated(CASES[case], shapes, DTYPES[dtype])
-                if options.keep:
-                    Path(options.keep, f"{case}_{dtype}_{model}.py".replace(" ", "_")).write_text(code, encoding="utf-8")
-                found = count(code, sum(map(math.prod, shapes)))
-                print(f"{model} {dtype} {case}: {sum(found.launches.values())} {dict(found.launches)}; one element {found.on_one_element}; {dict(found.operators)}; {found.bytes_a_parameter:.1f}", flush=True)
+        code = generated(CASES[case], shapes, DTYPES[dtype])
+        found = count(code, sum(map(math.prod, shapes)), DTYPES[dtype])
+        title = MODELS[model].title
+        rows.append({"model": title, "tensors": len(shapes), "dtype": dtype, "case": case, "count": asdict(found)})
+        print(list(table(rows))[-1], flush=True)
+    options.out.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -398,7 +398,11 @@ def _unbind(numbers: Union[float, Tensor], part: Part, like: Tensor) -> List[Ten
 def _copies(tensors: List[Tensor], dtype: torch.dtype, foreach: bool) -> List[Tensor]:
     if not is_scripting() and torch.compiler.is_compiling():
         # no memory in a graph: the conversions become part of the loops that read them
-        return [t.to(dtype) for t in tensors] if tensors[:1] and tensors[0].dtype != dtype else [t.clone() for t in tensors]
+        return (
+            [t.to(dtype) for t in tensors]
+            if tensors[:1] and tensors[0].dtype != dtype
+            else [t.clone() for t in tensors]
+        )
     # with the strides kept, even if they leave gaps: torch's kernels round bfloat16 differently in another layout
     copies = [
         torch.empty_like(t, dtype=dtype)
