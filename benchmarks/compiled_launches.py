@@ -64,9 +64,9 @@ def _lars(**options: Any) -> Step:
     return lambda p, g, v, lr: fastlars.lars(p, g, v, lr=lr, **{**COMMON, "foreach": True, **options})  # type: ignore[arg-type]
 
 
-def _sgd(foreach: bool) -> Step:
+def _sgd(p: list[Tensor], g: list[Tensor], v: list[Tensor], lr: Tensor) -> None:
     options: dict[str, Any] = {**COMMON, "dampening": 0.0, "nesterov": False, "maximize": False}
-    return lambda p, g, v, lr: sgd(p, g, v, lr=lr, foreach=foreach, **options)  # type: ignore[arg-type]
+    sgd(p, g, v, lr=lr, foreach=True, **options)  # type: ignore[arg-type]
 
 
 def _mixed(p: list[Tensor], g: list[Tensor], v: list[Tensor], lr: Tensor) -> None:
@@ -76,27 +76,19 @@ def _mixed(p: list[Tensor], g: list[Tensor], v: list[Tensor], lr: Tensor) -> Non
         _lars(adapt=adapt, weight_decay=1e-4 if adapt else 0.0)(*chosen, lr)
 
 
-def _found_inf(p: list[Tensor], g: list[Tensor], v: list[Tensor], lr: Tensor) -> None:
-    _lars(found_inf=torch.zeros_like(lr))(p, g, v, lr)
-
-
+_FLAGS = ("nesterov", "trust_clip", "lr_in_momentum", "maximize", "skip_nonfinite")
 CASES: dict[str, Step] = {
-    "torch SGD(foreach=True)": _sgd(True),
-    "torch SGD(foreach=False)": _sgd(False),
+    "torch SGD(foreach=True)": _sgd,
     "foreach": _lars(),
     "single": _lars(foreach=False),
     "momentum=0": _lars(momentum=0.0),
-    "nesterov": _lars(nesterov=True),
-    "trust_clip": _lars(trust_clip=True),
-    "lr_in_momentum": _lars(lr_in_momentum=True),
-    "maximize": _lars(maximize=True),
+    **{flag: _lars(**{flag: True}) for flag in _FLAGS},
     "joint": _lars(trust_denominator="joint"),
-    "skip_nonfinite": _lars(skip_nonfinite=True),
-    "found_inf": _found_inf,
+    "found_inf": lambda p, g, v, lr: _lars(found_inf=torch.zeros_like(lr))(p, g, v, lr),
     "mixed groups": _mixed,
     "not adapted": _lars(adapt=False),
 }
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 # ---------------------------------------------------------------- a GPU that is not there
@@ -140,10 +132,8 @@ def pretend_gpu() -> None:
             subprocess.run([os.environ.get("CXX", "g++"), str(source), *flags], check=True)
             torch.ops.load_library(str(built))
     # Constant folding makes a few real scalars on the device: here on the CPU.
-    _LIBRARY.impl("empty.memory_format", lambda size, dtype=None, **_: torch.empty(size, dtype=dtype), "CUDA")
-    _LIBRARY.impl(
-        "empty_strided", lambda size, stride, dtype=None, **_: torch.empty_strided(size, stride, dtype=dtype), "CUDA"
-    )
+    for name, make in (("empty.memory_format", torch.empty), ("empty_strided", torch.empty_strided)):
+        _LIBRARY.impl(name, lambda *sizes, make=make, dtype=None, **_: make(*sizes, dtype=dtype), "CUDA")
 
 
 _LIBRARY = torch.library.Library("aten", "IMPL")
@@ -174,10 +164,8 @@ def generated(step: Step, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype)
 def count(code: str, elements: int, dtype: torch.dtype) -> Count:
     call = code[code.index("def call") :]
     kernels = re.findall(r"^\s+(triton_\w+)\.run\(", call, re.MULTILINE)
-    bodies = {
-        m[1]: m[0]
-        for m in re.finditer(r"^(triton_\w+) = async_compile.*?^''', device_str", code, re.MULTILINE | re.DOTALL)
-    }
+    found = re.finditer(r"^(triton_\w+) = async_compile.*?^''', device_str", code, re.MULTILINE | re.DOTALL)
+    bodies = {match[1]: match[0] for match in found}
     operators = re.findall(r"= torch\.ops\.([\w.]+)\(|(?<=extern_kernels\.)(\w+)\(", call)
     # joint norms read both lists and write and read a sum of float32; half types are converted first, to memory
     joint = 2 * dtype.itemsize + 8 + (8 if dtype.itemsize < 4 else 0)
@@ -208,26 +196,23 @@ def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     for row in rows:
         found = Count(**row["count"])
         moved = f"{found.generated_bytes:g}" + (f" + {found.operators_bytes:g}" if found.operators_bytes else "")
-        yield (
-            f"| {row['model']}, {row['tensors']} | {row['dtype']} | {row['case']} | {found.launches} | "
-            f"{found.on_one_element} | {found.operators} | {moved} |"
-        )
+        counts = f"{found.launches} | {found.on_one_element} | {found.operators} | {moved}"
+        yield f"| {row['model']}, {row['tensors']} | {row['dtype']} | {row['case']} | {counts} |"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled_launches", description=__doc__)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["resnet50", "vit_b"], metavar="NAME")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE")
-    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"], metavar="DTYPE")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], metavar="DTYPE")
     parser.add_argument("--tensors", type=int, metavar="N", help="the first N tensors of each model (default: all)")
     parser.add_argument("--out", type=Path, default=FOLDER / "compiled_launches.json", metavar="FILE.json")
     options = parser.parse_args(arguments)
     rows: list[dict[str, Any]] = []
     for model, dtype, case in itertools.product(options.models, options.dtypes, options.cases):
         shapes = MODELS[model].shapes()[: options.tensors]
-        code = generated(CASES[case], shapes, DTYPES[dtype])
-        found = count(code, sum(map(math.prod, shapes)), DTYPES[dtype])
-        title = MODELS[model].title
+        kind, title = getattr(torch, dtype), MODELS[model].title
+        found = count(generated(CASES[case], shapes, kind), sum(map(math.prod, shapes)), kind)
         rows.append({"model": title, "tensors": len(shapes), "dtype": dtype, "case": case, "count": asdict(found)})
         print(list(table(rows))[-1], flush=True)
     options.out.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n", encoding="utf-8")

@@ -107,15 +107,14 @@ def _joint_norms_by_buckets(
     dtype = norm_dtype(params[0].dtype)
     result: List[Tensor] = []
     for bucket in buckets(params):
-        ws = [params[i] for i in bucket]
-        gs = [grads[i] for i in bucket]
         # |s g + decay w| is |g + s decay w|, where s is 1 or -1
-        if is_half(params[0].dtype) or is_half(grads[0].dtype):
-            sums = [torch.add(g.to(dtype), w, alpha=sign * weight_decay) for g, w in zip(gs, ws)]
-        elif not is_scripting() and foreach:  # see _scripted_multi_tensor_lars
-            sums = list(torch._foreach_add(gs, ws, alpha=sign * weight_decay))
+        alpha = sign * weight_decay
+        if (
+            not is_scripting() and foreach and params[0].dtype == dtype and grads[0].dtype == dtype
+        ):  # see _scripted_multi_tensor_lars
+            sums = list(torch._foreach_add([grads[i] for i in bucket], [params[i] for i in bucket], alpha=alpha))
         else:
-            sums = [torch.add(g, w, alpha=sign * weight_decay) for g, w in zip(gs, ws)]
+            sums = [torch.add(grads[i].to(dtype), params[i], alpha=alpha) for i in bucket]
         result.append(norms(sums, foreach))
         sums = []  # freed before the next bucket is made
     return torch.cat(result)
