@@ -71,9 +71,9 @@ def _cpu_norms(tensors: List[Tensor]) -> Tensor:
     return _norms_of([_row_norms(tensor) for tensor in tensors], norm_dtype(tensors[0].dtype))
 
 
-def _norms_of(row_norms: List[Tensor], dtype: torch.dtype) -> Tensor:
+def _norms_of(row_norms: List[Tensor], dtype: torch.dtype, row: int = ROW, rows: int = ROWS) -> Tensor:
     """The norm of each of these, in one call for all."""
-    short = [_norms_of_rows(each, ROW) if each.numel() > ROWS else each for each in row_norms]
+    short = [_norms_of_rows(each, row) if each.numel() > rows else each for each in row_norms]
     return torch.stack(torch._foreach_norm(short, 2.0, dtype=dtype))
 
 
