@@ -185,6 +185,14 @@ def performance(session: nox.Session) -> None:
 
 
 @nox.session
+def compiled(session: nox.Session) -> None:
+    """Count what compiled steps launch on a GPU, without one, then docs/performance.md; needs g++ and an hour of one core."""
+    install(session, "torch==2.13.0", "triton", "--group", "bench")
+    session.run("python", "-m", "benchmarks.compiled_launches", *session.posargs)
+    session.run("python", "-m", "benchmarks.render")
+
+
+@nox.session
 def long_run(session: nox.Session) -> None:
     """100,000 steps under each implementation: memory, drift, time; what follows `--` goes to it (--steps N)."""
     install(session, NEWEST, "--group", "bench")

@@ -57,7 +57,7 @@ def is_traced(tensor: Tensor) -> bool:
 def norms(tensors: list[Tensor], foreach: bool) -> Tensor:
     """As `norms.norms`."""
     if is_traced(tensors[0]):
-        in_graph: Tensor = torch.ops.fastlars.norms(tensors)
+        in_graph: Tensor = torch.ops.fastlars.norms.default(tensors)
         return in_graph
     return exact.norms(tensors, foreach)
 
@@ -65,7 +65,7 @@ def norms(tensors: list[Tensor], foreach: bool) -> Tensor:
 def joint_norms(params: list[Tensor], grads: list[Tensor], sign: float, weight_decay: float, foreach: bool) -> Tensor:
     """As `norms.joint_norms`."""
     if is_traced(params[0]):
-        in_graph: Tensor = torch.ops.fastlars.joint_norms(params, grads, sign, weight_decay)
+        in_graph: Tensor = torch.ops.fastlars.joint_norms.default(params, grads, sign, weight_decay)
         return in_graph
     return exact.joint_norms(params, grads, sign, weight_decay, foreach)
 
@@ -76,5 +76,5 @@ def unbind(vector: Tensor) -> list[Tensor]:
     In a graph on CPU the vector is made first: Inductor would compute it again in the loop over each tensor that reads it.
     """
     if vector.is_cpu and is_traced(vector):
-        vector = torch.ops.fastlars.realized(vector)
+        vector = torch.ops.fastlars.realized.default(vector)
     return list(vector.unbind())

@@ -60,12 +60,12 @@ def _joint_norms_by_chunks(
     dtype = norm_dtype(params[0].dtype)
     result: list[Tensor] = []
     for places in chunks(params):
-        sums = [grads[i].to(dtype) * sign for i in places]
-        if foreach:
-            torch._foreach_add_(sums, [params[i] for i in places], alpha=weight_decay)
+        # |s g + decay w| is |g + s decay w|, where s is 1 or -1
+        alpha = sign * weight_decay
+        if foreach and params[0].dtype == dtype and grads[0].dtype == dtype:
+            sums = list(torch._foreach_add([grads[i] for i in places], [params[i] for i in places], alpha=alpha))
         else:
-            for j, i in enumerate(places):
-                sums[j].add_(params[i], alpha=weight_decay)
+            sums = [torch.add(grads[i].to(dtype), params[i], alpha=alpha) for i in places]
         result.append(norms(sums, foreach))
         sums = []  # freed before the next chunk is made
     return torch.cat(result)

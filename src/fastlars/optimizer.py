@@ -192,6 +192,7 @@ class LARS(Optimizer):
             if options["fused"]:
                 check_fused(map(sharding.local_of, param_group["params"]), where)
         super().add_param_group(param_group)  # what is no group at all is refused there
+        self._make_lr_tensors()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict: of this class, of torch's SGD, or of the LARS of Lightning Bolts, quadra and lightly.
@@ -258,6 +259,17 @@ class LARS(Optimizer):
                 elif param.is_complex():  # torch casts the state of floating parameters only
                     entry["momentum_buffer"] = entry["momentum_buffer"].to(param.dtype)
         super().__setstate__(state)
+        self._make_lr_tensors()
+
+    def _make_lr_tensors(self) -> None:
+        """Make each float lr a tensor if the optimizer's lr is one: a graph takes a float for a constant."""
+        default = self.defaults["lr"]
+        if isinstance(default, Tensor):
+            for group in self.param_groups:
+                if isinstance(group["lr"], (int, float)):
+                    group["lr"] = torch.full_like(default, group["lr"])
+
+    _make_lr_tensors_outside_graphs = outside_graphs(_make_lr_tensors)
 
     def _init_group(
         self,
@@ -350,6 +362,10 @@ class LARS(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
+        if isinstance(self.defaults["lr"], Tensor) and any(
+            isinstance(group["lr"], (int, float)) for group in self.param_groups
+        ):
+            self._make_lr_tensors_outside_graphs()  # written into a group since the last step
         params_and_options = self._params_and_options()
         if any(
             # with dampening the first step of a tensor differs, and one graph is to serve all steps

@@ -228,6 +228,8 @@ def _unbind(numbers: Number, n: int, like: Tensor) -> list[Tensor]:
     """One 0-dim tensor for each of n, on the device of ``like`` and in the dtype of its norms."""
     dtype = norm_dtype(like.dtype)
     if isinstance(numbers, Tensor):
+        if numbers.dim() == 1:  # norms had it, in their dtype
+            return unbind(numbers)
         numbers = numbers.to(dtype)
     else:
         numbers = torch.full((), numbers, dtype=dtype, device=like.device)

@@ -1,0 +1,223 @@
+"""What a compiled step would launch on a GPU: kernels and bytes of the code that Inductor writes, counted without one.
+
+Inductor is shown a GPU that is not there. It writes its code, which is counted and never loaded. Needs g++, triton and
+torch 2.13 or a later version whose internals are the same. Run from the repository root: `nox -s compiled`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._dynamo.device_interface import CudaInterface
+from torch._inductor import config
+from torch._inductor.fx_passes import joint_graph, post_grad
+from torch._inductor.graph import GraphLowering
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim.sgd import sgd
+
+import fastlars
+
+from .commandline import FOLDER
+from .shapes import MODELS
+
+Step = Callable[[list[Tensor], list[Tensor], list[Tensor], Tensor], None]
+
+GUARD = """#include <c10/core/impl/DeviceGuardImplInterface.h>
+C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>);
+"""
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8, "i1": 1}  # of Triton's types
+
+
+@dataclass
+class Count:
+    """What one compiled step launches, and the bytes that it moves for each parameter."""
+
+    launches: int  # of generated kernels
+    on_one_element: int  # of these
+    operators: int  # calls of eager ones
+    generated_bytes: float
+    operators_bytes: float
+
+
+# ---------------------------------------------------------------- what is compiled
+COMMON: dict[str, Any] = {"momentum": 0.9, "weight_decay": 1e-4}
+
+
+def _lars(**options: Any) -> Step:
+    return lambda p, g, v, lr: fastlars.lars(p, g, v, lr=lr, **{**COMMON, "foreach": True, **options})  # type: ignore[arg-type]
+
+
+def _sgd(p: list[Tensor], g: list[Tensor], v: list[Tensor], lr: Tensor) -> None:
+    options: dict[str, Any] = {**COMMON, "dampening": 0.0, "nesterov": False, "maximize": False}
+    sgd(p, g, v, lr=lr, foreach=True, **options)  # type: ignore[arg-type]
+
+
+def _mixed(p: list[Tensor], g: list[Tensor], v: list[Tensor], lr: Tensor) -> None:
+    """As `param_groups` makes them: vectors are not adapted."""
+    for adapt in (True, False):
+        chosen = [[t for t, w in zip(each, p, strict=True) if (w.ndim > 1) == adapt] for each in (p, g, v)]
+        _lars(adapt=adapt, weight_decay=1e-4 if adapt else 0.0)(*chosen, lr)
+
+
+_FLAGS = ("nesterov", "trust_clip", "lr_in_momentum", "maximize", "skip_nonfinite")
+CASES: dict[str, Step] = {
+    "torch SGD(foreach=True)": _sgd,
+    "foreach": _lars(),
+    "single": _lars(foreach=False),
+    "momentum=0": _lars(momentum=0.0),
+    **{flag: _lars(**{flag: True}) for flag in _FLAGS},
+    "joint": _lars(trust_denominator="joint"),
+    "found_inf": lambda p, g, v, lr: _lars(found_inf=torch.zeros_like(lr))(p, g, v, lr),
+    "mixed groups": _mixed,
+    "not adapted": _lars(adapt=False),
+}
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+# ---------------------------------------------------------------- a GPU that is not there
+@functools.cache
+def pretend_gpu() -> None:
+    """Let Inductor compile for an NVIDIA H200 in this process, which can use no GPU afterwards."""
+
+    def always(value: object) -> Callable[..., Any]:  # a new function each: Dynamo wants them to differ
+        return lambda *_, **__: value
+
+    properties = types.SimpleNamespace(
+        name="NVIDIA H200", major=9, minor=0, multi_processor_count=132, total_memory=141 << 30, warp_size=32,
+        L2_cache_size=50 << 20, regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048,
+        max_threads_per_block=1024, shared_memory_per_block=49152, shared_memory_per_block_optin=232448,
+        shared_memory_per_multiprocessor=233472, uuid="0", gcnArchName="",
+    )  # fmt: skip
+    answers: dict[str, object] = {
+        "is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0, "_exchange_device": 0,
+        "_maybe_exchange_device": 0, "_lazy_init": None, "synchronize": None, "current_stream": None,
+        "set_rng_state": None, "get_rng_state": torch.zeros(16, dtype=torch.uint8), "get_device_name": properties.name,
+        "get_device_properties": properties, "get_device_capability": (9, 0), "is_bf16_supported": True,
+        "is_current_stream_capturing": False,
+    }  # fmt: skip
+    for name, value in answers.items():
+        setattr(torch.cuda, name, always(value))
+    for name in ("current_device", "device_count", "get_device_properties", "synchronize", "is_bf16_supported"):
+        setattr(CudaInterface, name, staticmethod(getattr(torch.cuda, name)))
+    # patterns of attention and matrix products are traced on real CUDA tensors, and the hash of Triton asks the driver
+    joint_graph.lazy_init = post_grad.lazy_init = always(None)
+    torch.utils._triton.triton_hash_with_backend = always("none")
+    config.compile_threads, config.force_disable_caches = 1, True
+
+    # Views of fake CUDA tensors ask for a device guard: CUDA builds of torch have one, CPU builds get one that does nothing.
+    getattr(torch._C, "_ensureCUDADeviceGuardSet", always(None))()
+    if not torch.version.cuda:
+        home = Path(torch.__file__).parent
+        with tempfile.TemporaryDirectory() as folder:
+            source, built = Path(folder, "guard.cpp"), Path(folder, "guard.so")
+            source.write_text(GUARD, encoding="utf-8")
+            flags = ["-std=c++20", "-shared", "-fPIC", f"-I{home}/include", f"-L{home}/lib", "-lc10", "-o", str(built)]
+            subprocess.run([os.environ.get("CXX", "g++"), str(source), *flags], check=True)
+            torch.ops.load_library(str(built))
+    # Constant folding makes a few real scalars on the device: here on the CPU.
+    for name, make in (("empty.memory_format", torch.empty), ("empty_strided", torch.empty_strided)):
+        _LIBRARY.impl(name, lambda *sizes, make=make, dtype=None, **_: make(*sizes, dtype=dtype), "CUDA")
+
+
+_LIBRARY = torch.library.Library("aten", "IMPL")
+
+
+def generated(step: Step, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> str:
+    """The code that Inductor writes for a step of tensors of these shapes."""
+    pretend_gpu()
+    torch._dynamo.reset()
+    found: list[str] = []
+
+    def instead(graph: Any) -> None:
+        found.append(graph.codegen()[0].value)
+        raise InterruptedError  # all that is wanted
+
+    with FakeTensorMode(allow_non_fake_inputs=True), mock.patch.object(GraphLowering, "compile_to_module", instead):
+        lists = [[torch.empty(shape, device="cuda", dtype=dtype) for shape in shapes] for _ in range(3)]
+        try:
+            with torch.no_grad():
+                torch.compile(step, fullgraph=True)(*lists, torch.empty((), device="cuda"))  # type: ignore[arg-type]
+        except Exception:
+            if not found:
+                raise
+    return found[0]
+
+
+# ---------------------------------------------------------------- counting
+def count(code: str, elements: int, dtype: torch.dtype) -> Count:
+    call = code[code.index("def call") :]
+    kernels = re.findall(r"^\s+(triton_\w+)\.run\(", call, re.MULTILINE)
+    found = re.finditer(r"^(triton_\w+) = async_compile.*?^''', device_str", code, re.MULTILINE | re.DOTALL)
+    bodies = {match[1]: match[0] for match in found}
+    operators = re.findall(r"= torch\.ops\.([\w.]+)\(|(?<=extern_kernels\.)(\w+)\(", call)
+    # joint norms read both lists and write and read a sum of float32; half types are converted first, to memory
+    joint = 2 * dtype.itemsize + 8 + (8 if dtype.itemsize < 4 else 0)
+    whole = {"fastlars.norms.default": dtype.itemsize, "fastlars.joint_norms.default": joint}
+    return Count(
+        len(kernels),
+        sum("xnumel = 1\n" in bodies[kernel] and "_poi_" in kernel for kernel in kernels),
+        len(operators),
+        round(sum(sum(_accesses(bodies[kernel])) for kernel in kernels) / elements, 1),
+        float(sum(whole.get(name, 0) for name, _ in operators)),
+    )
+
+
+def _accesses(kernel: str) -> Iterator[int]:
+    """Bytes of each load and store of a kernel that walks over a tensor."""
+    kinds = dict(re.findall(r"'(\w+_ptr\d+)': '\*(\w+)'", kernel))
+    for part in re.split(r"\n    (?:if|elif) pid < |\n    else:", kernel[kernel.index("@triton.jit") :]):
+        sizes = [int(size) for size in re.findall(r"\b(?:xnumel|r0_numel) = (\d+)\n", part)]
+        for pointer, index in re.findall(r"tl\.(?:load|store)\((\w+) \+ \((.*?)\)(?:,|\))", part):
+            if re.search(r"[xr]\d|xindex", index):
+                yield math.prod(sizes if "r0_" in index else sizes[:1]) * BYTES[kinds[pointer]]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The Markdown table of what `main` has written."""
+    yield "| tensors | dtype | step | launches | on one element | eager operators | bytes a parameter |"
+    yield "| --- | --- | --- | ---: | ---: | ---: | ---: |"
+    for row in rows:
+        found = Count(**row["count"])
+        moved = f"{found.generated_bytes:g}" + (f" + {found.operators_bytes:g}" if found.operators_bytes else "")
+        counts = f"{found.launches} | {found.on_one_element} | {found.operators} | {moved}"
+        yield f"| {row['model']}, {row['tensors']} | {row['dtype']} | {row['case']} | {counts} |"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled_launches", description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["resnet50", "vit_b"], metavar="NAME")
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], metavar="DTYPE")
+    parser.add_argument("--tensors", type=int, metavar="N", help="the first N tensors of each model (default: all)")
+    parser.add_argument("--out", type=Path, default=FOLDER / "compiled_launches.json", metavar="FILE.json")
+    options = parser.parse_args(arguments)
+    rows: list[dict[str, Any]] = []
+    for model, dtype, case in itertools.product(options.models, options.dtypes, options.cases):
+        shapes = MODELS[model].shapes()[: options.tensors]
+        kind, title = getattr(torch, dtype), MODELS[model].title
+        found = count(generated(CASES[case], shapes, kind), sum(map(math.prod, shapes)), kind)
+        rows.append({"model": title, "tensors": len(shapes), "dtype": dtype, "case": case, "count": asdict(found)})
+        print(list(table(rows))[-1], flush=True)
+    options.out.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
