@@ -68,7 +68,7 @@ def new_model(rank: Rank) -> Net:
 
 
 def new_optimizer(model: nn.Module, **options: Any) -> LARS:
-    groups = fastlars.param_groups(model, weight_decay=0.05, unadapted={"lr": 0.1})
+    groups = fastlars.param_groups(model, weight_decay=0.05, bias_lr=0.1)
     return LARS(groups, **{**OPTIONS, **options})
 
 

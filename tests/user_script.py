@@ -12,7 +12,11 @@ from fastlars.schedules import linear_scaling, sqrt_scaling, warmup_cosine, warm
 model = nn.Sequential(nn.Linear(8, 4), nn.LayerNorm(4), nn.Embedding(3, 4))
 
 groups: list[dict[str, Any]] = param_groups(
-    model, weight_decay=1e-4, exclude=["2.*", nn.LayerNorm], unadapted={"lr": 0.1, "momentum": 0.5}
+    model,
+    weight_decay=1e-4,
+    bias_lr=torch.tensor(0.1),
+    exclude_from_adaptation=["2.*", nn.LayerNorm],
+    unadapted={"momentum": 0.5},
 )
 by_ndim = param_groups(model.named_parameters(), 1e-4, adapt=lambda name, param: param.ndim > 1)
 optimizer = LARS(groups, lr=linear_scaling(0.3, 4096), momentum=0.9, nesterov=True)

@@ -36,7 +36,7 @@ with batch-norm by less. Plain SGD's ties at larger batches, with intervals of t
 not. The lr that works becomes narrow for everyone: LARS's plateau is as wide as clipping's, and at batch 256 narrower than AdamW's.
 
 **What it takes.** LARS's lr is not for the biases: with one lr for all tensors it falls behind AdamW and clipping. Give the tensors that
-are not adapted an lr of their own (`param_groups(..., unadapted={"lr": 0.1})`), or adapt them too, which here is as good and has no
+are not adapted an lr of their own (`param_groups(..., bias_lr=0.1)`), or adapt them too, which here is as good and has no
 second knob. LARC gives up little, and hardly minds its lr; with timm's coefficient its clipping leaves steps that are too small for so
 few of them. With lr inside the momentum (`paper`, `simclr`) and this few steps, the default is better.
 """

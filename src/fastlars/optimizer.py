@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
@@ -14,6 +12,7 @@ from torch.optim.optimizer import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import sharding
+from .advice import advise
 from .coefficients import is_adapted, is_nonzero, scalar_lr, trust_ratio
 from .compat import NAMED_PARAMETERS, outside_graphs, required, use_grad_for_differentiable
 from .description import describe
@@ -97,7 +96,7 @@ class LARS(Optimizer):
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.LayerNorm(4))
-        >>> groups = fastlars.param_groups(model, weight_decay=1e-4, unadapted={"lr": 0.1})
+        >>> groups = fastlars.param_groups(model, weight_decay=1e-4, bias_lr=0.1)
         >>> optimizer = fastlars.LARS(groups, lr=4.8, momentum=0.9)
         >>> scheduler = fastlars.schedules.warmup_cosine(optimizer, warmup_steps=10, total_steps=100)
         >>> for step in range(100):
@@ -347,11 +346,10 @@ class LARS(Optimizer):
         groups = [_options(group) for group in self.param_groups]
         if any(is_adapted(options) or options.adapt is not None for options in groups):
             return
-        warnings.warn(
+        advise(
             "LARS adapts no parameter: weight_decay is 0 in every group, so each takes a plain SGD step. Set "
             "weight_decay, or build the groups with fastlars.param_groups(model, weight_decay), or pass adapt=True "
-            "(adapt=False, if SGD is what you want).",
-            stacklevel=_caller(),
+            "(adapt=False, if SGD is what you want)."
         )
 
     @use_grad_for_differentiable
@@ -520,14 +518,6 @@ class LARS(Optimizer):
 
 def _options(group: dict[str, Any]) -> Options:
     return Options(*[group[name] for name in NAMES])
-
-
-def _caller() -> int:
-    """The stack level of the line that called step(): torch wraps it, and schedulers and hooks wrap it again."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "fastlars"):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 def _is_missing(lr: object) -> bool:

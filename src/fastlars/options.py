@@ -43,7 +43,7 @@ def check_options(options: Mapping[str, Any], where: str) -> None:
         if key not in NAMES and isinstance(key, str) and (name := nearest_name(key)):
             raise ValueError(f"{where}: {key!r} is not an option of LARS; did you mean {name!r}?")
 
-    _check_lr(options["lr"], where)
+    check_lr(options["lr"], where)
     for name in _NON_NEGATIVE:
         _check_number(name, options[name], where, minimum=0.0)
     _check_number("dampening", options["dampening"], where)
@@ -83,17 +83,18 @@ def check_can_be_skipped(momentum: float, dampening: float, what: str) -> None:
         )
 
 
-def _check_lr(lr: Any, where: str) -> None:
+def check_lr(lr: Any, where: str, name: str = "lr") -> None:
+    """Raise for an lr that is no number >= 0 and no 1-element tensor."""
     if not isinstance(lr, Tensor):
-        _check_number("lr", lr, where, minimum=0.0)
+        _check_number(name, lr, where, minimum=0.0)
         return
     if lr.numel() != 1 or not lr.is_floating_point():
         raise ValueError(
-            f"{where}: Tensor lr must be 1-element and of a floating dtype, got shape {tuple(lr.shape)} and {lr.dtype}"
+            f"{where}: Tensor {name} must be 1-element and of a floating dtype, got shape {tuple(lr.shape)} and {lr.dtype}"
         )
     # a value on an accelerator would have to be waited for; schedulers write it there anyway
     if lr.device.type == "cpu":
-        _check_number("lr", lr.item(), where, minimum=0.0)
+        _check_number(name, lr.item(), where, minimum=0.0)
 
 
 def _check_number(name: str, value: Any, where: str, minimum: float = -math.inf) -> None:
