@@ -285,7 +285,11 @@ def test_patterns_reach_through_wrappers(wrap: Any) -> None:
 @pytest.mark.parametrize(
     ("exclude", "error", "message"),
     [
-        ("pos_emb", ValueError, "exclude_from_adaptation: 'pos_emb' matches no parameter; the nearest are 'pos_embed', "),
+        (
+            "pos_emb",
+            ValueError,
+            "exclude_from_adaptation: 'pos_emb' matches no parameter; the nearest are 'pos_embed', ",
+        ),
         ("*.pos_embed", ValueError, r"'\*.pos_embed' matches no parameter; the nearest are 'pos_embed', "),
         ("Head.*", ValueError, r"'Head.\*' matches no parameter; the nearest are 'head."),
         (["pos_embed", "nowhere"], ValueError, "'nowhere' matches no parameter"),
@@ -293,8 +297,16 @@ def test_patterns_reach_through_wrappers(wrap: Any) -> None:
         (nn.GRU, ValueError, "'GRU' matches no parameter; the nearest are '"),
         (nn.EmbeddingBag, ValueError, "'EmbeddingBag' matches no parameter; the nearest are 'Embedding', "),
         (nn.ModuleList, ValueError, "'ModuleList' matches no parameter"),
-        (nn.Linear(2, 2), TypeError, "object is not iterable|exclude_from_adaptation must hold patterns of names and module classes"),
-        ([nn.Linear(2, 2)], TypeError, "exclude_from_adaptation must hold patterns of names and module classes, got Linear"),
+        (
+            nn.Linear(2, 2),
+            TypeError,
+            "object is not iterable|exclude_from_adaptation must hold patterns of names and module classes",
+        ),
+        (
+            [nn.Linear(2, 2)],
+            TypeError,
+            "exclude_from_adaptation must hold patterns of names and module classes, got Linear",
+        ),
         (int, TypeError, "exclude_from_adaptation must hold patterns of names and module classes, got <class 'int'>"),
         ([None], TypeError, "exclude_from_adaptation must hold patterns of names and module classes, got None"),
     ],
@@ -306,7 +318,9 @@ def test_an_exclude_that_excludes_nothing_is_an_error(exclude: Any, error: type[
 
 def test_classes_need_the_module() -> None:
     named = VisionTransformer().named_parameters()
-    with pytest.raises(TypeError, match="exclude_from_adaptation: Embedding needs a module; pass the model, not named parameters"):
+    with pytest.raises(
+        TypeError, match="exclude_from_adaptation: Embedding needs a module; pass the model, not named parameters"
+    ):
         param_groups(named, 0.1, exclude_from_adaptation=nn.Embedding)
 
 
