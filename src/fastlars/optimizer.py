@@ -20,7 +20,8 @@ from .dispatch import Part, implementation, split
 from .functional import Group, check_captured, measure, step_groups
 from .fused_cuda import Tables, check_fused, is_capturing
 from .loading import check_saved_state, groups_and_states
-from .options import NAMES, Options, check_can_be_skipped, check_grad, check_options, check_params, nearest_name
+from .names import check_call, check_keys
+from .options import NAMES, Options, check_can_be_skipped, check_grad, check_options, check_params
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -32,13 +33,11 @@ _NONE = {type(None)}
 def _naming_the_nearest_option(
     init: Callable[Concatenate[LARS, _P], None],
 ) -> Callable[Concatenate[LARS, _P], None]:
-    """A misspelt option in a call is told with its nearest name, which Python itself does from 3.13 on only in part."""
+    """Errors for misspelt options and those of other libraries name ours; Python from 3.13 on does so only in part."""
 
     @functools.wraps(init)
     def checked_init(self: LARS, *args: _P.args, **kwargs: _P.kwargs) -> None:
-        for key in kwargs:
-            if key not in NAMES and key != "params" and (name := nearest_name(key)):
-                raise TypeError(f"{key!r} is not an option of LARS; did you mean {name!r}?")
+        check_call(key for key in kwargs if key != "params")
         init(self, *args, **kwargs)
 
     return checked_init  # type: ignore[return-value]  # a function, though mypy takes `wraps` for an object
@@ -89,9 +88,10 @@ class LARS(Optimizer):
             dense, unequal layouts) take another path within the step.
 
     Raises:
-        ValueError: an option outside its range or contradicting another, a misspelt option in a group (the nearest name
-            is given), a group without lr, and a state dict whose groups or buffers do not fit.
-        TypeError: an option of the wrong type, a misspelt option in the call, a parameter that is not floating or complex.
+        ValueError: an option outside its range or contradicting another, a group without lr, an option of another library
+            in a group (ours is named), and a state dict whose groups or buffers do not fit.
+        TypeError: an option of the wrong type, a misspelt option or one of another library in the call, a parameter that
+            is not floating or complex.
         RuntimeError: ``fused=True`` that cannot be honoured; in :meth:`step`, sparse gradients. Nothing has changed then.
 
     Example:
@@ -196,6 +196,7 @@ class LARS(Optimizer):
                     "parameter group didn't specify a value of required optimization parameter lr "
                     f"({where}); give lr to LARS or to the group"
                 )
+            check_keys(options, where)
             check_options({**self.defaults, **options}, where)
             if {**self.defaults, **options}["skip_nonfinite"]:
                 sharding.check_not_divided(where)
@@ -254,9 +255,13 @@ class LARS(Optimizer):
             for name in (*NAMES, "param_names"):
                 if name in known:
                     group.setdefault(name, known[name])
-            check_options({key: value for key, value in group.items() if key != "params"}, f"param group {i}")
+            where = f"param group {i}"
+            if loading:
+                way_out = "; fastlars.convert_state_dict converts the state dict of another optimizer"
+                check_keys((key for key in group if key not in known), where, way_out)
+            check_options(group, where)
             if group["fused"]:
-                check_fused(group["params"], f"param group {i}")
+                check_fused(group["params"], where)
         if loading:
             for param, entry in state["state"].items():
                 if not isinstance(param, Tensor):

@@ -1,6 +1,5 @@
 """The options of LARS: names, order, defaults and rules, each in one place."""
 
-import difflib
 import math
 import numbers
 from typing import Any, Iterable, Mapping, NamedTuple, Optional, Union  # noqa: UP035  TorchScript reads these spellings only
@@ -39,10 +38,6 @@ _OPTIONAL_BOOLEAN = ("adapt", "foreach", "fused")
 
 def check_options(options: Mapping[str, Any], where: str) -> None:
     """Raise for the first option that breaks its rule; ``where`` says whose options these are, as in "param group 1"."""
-    for key in options:
-        if key not in NAMES and isinstance(key, str) and (name := nearest_name(key)):
-            raise ValueError(f"{where}: {key!r} is not an option of LARS; did you mean {name!r}?")
-
     check_lr(options["lr"], where)
     for name in _NON_NEGATIVE:
         _check_number(name, options[name], where, minimum=0.0)
@@ -129,14 +124,3 @@ def check_grad(grad: Tensor) -> None:
         raise RuntimeError(
             f"LARS needs dense gradients, got one of layout {grad.layout} and shape {tuple(grad.shape)}; use nn.Embedding(sparse=False), or another optimizer for that parameter"
         )
-
-
-def nearest_name(key: str) -> str | None:
-    """The option that an unknown key was probably meant to be, None for keys that schedulers and users add."""
-    if any(key.startswith(f"{name}_") or key.endswith(f"_{name}") for name in NAMES):
-        return None  # initial_lr, max_momentum, weight_decay_scale: companions of an option
-    # the short names look like many words
-    candidates = [(name, 0.74 if len(name) > 5 else 0.8) for name in NAMES]
-    ratios = {name: difflib.SequenceMatcher(None, key.lower(), name).ratio() for name in NAMES}
-    close = [name for name, cutoff in candidates if ratios[name] >= cutoff]
-    return max(close, key=ratios.__getitem__, default=None)
