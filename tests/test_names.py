@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from fastlars import LARS
+from fastlars import DIALECTS, LARS
 from fastlars.names import FOREIGN
 from fastlars.options import NAMES
 
@@ -95,3 +95,54 @@ def test_a_group_key_that_looks_like_an_option_warns_and_passes(key: str, meant:
         warnings.simplefilter("error")
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         copy.deepcopy(optimizer).step()
+
+
+# ---------------------------------------------------------------- dialect=
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_dialect_by_name_is_its_row(dialect: str) -> None:
+    rows = [
+        LARS([param()], lr=0.5, dialect=dialect),
+        LARS([param()], lr=0.5, **DIALECTS[dialect]),
+        LARS([{"params": [param()], "dialect": dialect}], lr=0.5),
+    ]
+    first, *others = [[{**g, "params": None} for g in o.param_groups] for o in rows]
+    assert all(other == first for other in others)
+    assert "dialect" not in rows[0].param_groups[0]  # options are kept, and nothing else
+
+
+def test_what_is_given_comes_before_the_dialect() -> None:
+    (group,) = LARS([param()], lr=0.5, dialect="simclr", eps=1e-8, lr_in_momentum=False).param_groups
+    assert (group["eps"], group["lr_in_momentum"], group["trust_denominator"]) == (1e-8, False, "joint")
+    (group,) = LARS([param()], 0.5, 0.9, 0.0, 0.1, False, 0.002, 1e-8, dialect="larc").param_groups  # by position
+    assert (group["trust_coefficient"], group["eps"], group["trust_clip"]) == (0.002, 1e-8, True)
+    groups = LARS([{"params": [param()], "adapt": False, "dialect": "byol"}], lr=0.5, dialect="paper").param_groups
+    assert (groups[0]["adapt"], groups[0]["trust_denominator"], groups[0]["lr_in_momentum"]) == (False, "joint", True)
+    assert LARS([param()], lr=0.5, adapt=True, dialect=None).param_groups[0]["eps"] == 1e-8
+    with pytest.raises(TypeError, match="multiple values for argument 'momentum'"):
+        LARS([param()], 0.5, 0.9, momentum=0.9, dialect="byol")  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("misspelt", "nearest"), [("simlcr", "simclr"), ("SimCLR", "simclr"), ("LARC", "larc"), (3, "")]
+)
+def test_a_misspelt_dialect_is_answered_with_the_nearest(misspelt: Any, nearest: str) -> None:
+    message = f"there is no dialect {misspelt!r}; did you mean '{nearest}.* There are bolts, "
+    with pytest.raises(ValueError, match=f"^LARS: {message}"):
+        LARS([param()], lr=0.5, dialect=misspelt)
+    with pytest.raises(ValueError, match=f"^param group 0: {message}"):
+        make(dialect=misspelt)
+    with pytest.raises(TypeError, match="'dialct' is not an option of LARS; did you mean 'dialect'"):
+        LARS([param()], lr=0.5, dialct="simclr")  # type: ignore[call-arg]
+
+
+def test_repr_names_the_dialect() -> None:
+    """By the formula, so also after loading and where numbers are overridden; the default's formula has no name."""
+    for dialect, row in DIALECTS.items():
+        named = f"adapted as in {dialect}, " in repr(LARS([param()], lr=0.5, weight_decay=0.1, dialect=dialect))
+        assert named == bool(row.keys() & {"trust_clip", "trust_denominator", "lr_in_momentum"}), dialect
+    optimizer = LARS([param()], lr=0.5, dialect="simclr", eps=1e-6)
+    other = LARS([param()], lr=0.5, adapt=True)
+    other.load_state_dict(optimizer.state_dict())
+    assert "adapted as in simclr, fused\n        lr=0.5, eps=1e-06, adapt=True, " in repr(other)
+    assert ", adapted, fused\n" in repr(LARS([param()], lr=0.5, weight_decay=0.1))
+    assert "as in" not in repr(LARS([param()], lr=0.5, dialect="larc", trust_denominator="joint"))  # nobody's

@@ -23,7 +23,8 @@ optimizer = LARS(groups, lr=linear_scaling(0.3, 4096), momentum=0.9, nesterov=Tr
 others: list[torch.optim.Optimizer] = [
     LARS(model.parameters(), lr=torch.tensor(sqrt_scaling(0.075, 512, base_batch_size=1)), weight_decay=1e-4),
     LARS(model.named_parameters(), 1.0, 0.9, 0.0, 1e-4, adapt=True, trust_clip=True, skip_nonfinite=True),
-    LARS(by_ndim, lr=1.0, **DIALECTS["simclr"]),
+    LARS(by_ndim, lr=1.0, dialect="simclr", eps=1e-6),
+    LARS(by_ndim, lr=1.0, **DIALECTS["paper"]),
     LARS([{"params": list(model.parameters()), "lr": 1.0}], lr=2.0, fused=False, foreach=None),
 ]
 scheduler: torch.optim.lr_scheduler.LRScheduler = warmup_cosine(optimizer, 2, 10, end_factor=0.001)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .coefficients import is_adapted
+from .dialects import dialect_of
 from .dispatch import implementation, runs_for
 from .functional import _is_torch_sgd
 from .options import NAMES, Options
@@ -51,6 +52,8 @@ def _count(groups: list[dict[str, Any]]) -> str:
 
 def _kind(group: dict[str, Any], options: Options) -> str:
     kind = "adapted" if is_adapted(options) else "not adapted"
+    if is_adapted(options) and (dialect := dialect_of(options)):
+        kind = f"adapted as in {dialect}"
     if not group["params"]:
         return kind
     params = [local(param) for param in group["params"] if not is_lazy(param)]

@@ -67,12 +67,15 @@ def check_keys(keys: Iterable[object], where: str, way_out: str = "") -> None:
             advise(f"{where}: {key!r} is not an option of LARS and has no effect; did you mean {name!r}?")
 
 
+_KNOWN = (*NAMES, "dialect")
+
+
 def nearest_name(key: str) -> str | None:
     """The option that an unknown key was probably meant to be, None for keys that schedulers and users add."""
-    if key in NAMES or any(key.startswith(f"{name}_") or key.endswith(f"_{name}") for name in NAMES):
+    if key in _KNOWN or any(key.startswith(f"{name}_") or key.endswith(f"_{name}") for name in NAMES):
         return None  # initial_lr, max_momentum, weight_decay_scale: companions of an option
     # the short names look like many words
-    candidates = [(name, 0.74 if len(name) > 5 else 0.8) for name in NAMES]
-    ratios = {name: difflib.SequenceMatcher(None, key.lower(), name).ratio() for name in NAMES}
+    candidates = [(name, 0.74 if len(name) > 5 else 0.8) for name in _KNOWN]
+    ratios = {name: difflib.SequenceMatcher(None, key.lower(), name).ratio() for name in _KNOWN}
     close = [name for name, cutoff in candidates if ratios[name] >= cutoff]
     return max(close, key=ratios.__getitem__, default=None)

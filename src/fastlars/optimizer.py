@@ -16,6 +16,7 @@ from .advice import advise
 from .coefficients import is_adapted, is_nonzero, scalar_lr, trust_ratio
 from .compat import NAMED_PARAMETERS, outside_graphs, required, use_grad_for_differentiable
 from .description import describe
+from .dialects import options_of
 from .dispatch import Part, implementation, split
 from .functional import Group, check_captured, measure, step_groups
 from .fused_cuda import Tables, check_fused, is_capturing
@@ -30,15 +31,21 @@ _P = ParamSpec("_P")
 _NONE = {type(None)}
 
 
-def _naming_the_nearest_option(
+def _reading_names(
     init: Callable[Concatenate[LARS, _P], None],
 ) -> Callable[Concatenate[LARS, _P], None]:
-    """Errors for misspelt options and those of other libraries name ours; Python from 3.13 on does so only in part."""
+    """Before ``init``: the names of options are checked, and ``dialect`` becomes the options that it stands for.
+
+    Here, because ``init`` could not tell an option that was given from its default.
+    """
 
     @functools.wraps(init)
     def checked_init(self: LARS, *args: _P.args, **kwargs: _P.kwargs) -> None:
         check_call(key for key in kwargs if key != "params")
-        init(self, *args, **kwargs)
+        row = options_of(kwargs.pop("dialect", None), "LARS")
+        for key in ("params", *NAMES)[: len(args)]:  # what is given by position comes first too
+            row.pop(key, None)
+        init(self, *args, **{**row, **kwargs})
 
     return checked_init  # type: ignore[return-value]  # a function, though mypy takes `wraps` for an object
 
@@ -86,10 +93,13 @@ class LARS(Optimizer):
         fused: whether norms and update run in fused kernels: torch's own on CPU, Triton's on CUDA. None: on CPU only,
             until GPUs have proven the others. Tensors that a kernel cannot serve (other dtypes, memory that is not
             dense, unequal layouts) take another path within the step.
+        dialect: a row of :data:`fastlars.DIALECTS`, such as "simclr" or "mlperf": the options that make this the LARS of
+            another paper or package. Options that are given beside it come first. Only the options are kept, and saved.
 
     Raises:
-        ValueError: an option outside its range or contradicting another, a group without lr, an option of another library
-            in a group (ours is named), and a state dict whose groups or buffers do not fit.
+        ValueError: an option outside its range or contradicting another, a dialect that does not exist, a group without
+            lr, an option of another library in a group (ours is named), and a state dict whose groups or buffers do not
+            fit.
         TypeError: an option of the wrong type, a misspelt option or one of another library in the call, a parameter that
             is not floating or complex.
         RuntimeError: ``fused=True`` that cannot be honoured; in :meth:`step`, sparse gradients. Nothing has changed then.
@@ -124,7 +134,7 @@ class LARS(Optimizer):
 
     _looked_for_adapted = False
 
-    @_naming_the_nearest_option
+    @_reading_names
     def __init__(
         self,
         params: ParamsT,
@@ -145,8 +155,10 @@ class LARS(Optimizer):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
+        dialect: str | None = None,
     ) -> None:
         """See the class."""
+        del dialect  # _reading_names has put its options in its place
         defaults = Options(
             lr,
             momentum,
@@ -196,11 +208,12 @@ class LARS(Optimizer):
                     "parameter group didn't specify a value of required optimization parameter lr "
                     f"({where}); give lr to LARS or to the group"
                 )
+            options = {**options_of(options.pop("dialect", None), where), **options}
             check_keys(options, where)
             check_options({**self.defaults, **options}, where)
             if {**self.defaults, **options}["skip_nonfinite"]:
                 sharding.check_not_divided(where)
-            param_group = {**param_group, **_as_list(param_group["params"])}
+            param_group = {**options, **_as_list(param_group["params"])}
             check_params(param_group["params"], where)
             sharding.check_not_flattened(param_group["params"], where)
             if {**self.defaults, **options}["fused"]:
