@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import fastlars
-from fastlars import DIALECTS, LARS, lars, param_groups
+from fastlars import DIALECTS, LARS, lars, param_groups, recipes
 from fastlars.schedules import linear_scaling, sqrt_scaling, warmup_cosine, warmup_polynomial
 
 model = nn.Sequential(nn.Linear(8, 4), nn.LayerNorm(4), nn.Embedding(3, 4))
@@ -28,6 +28,7 @@ others: list[torch.optim.Optimizer] = [
     LARS([{"params": list(model.parameters()), "lr": 1.0}], lr=2.0, fused=False, foreach=None),
 ]
 scheduler: torch.optim.lr_scheduler.LRScheduler = warmup_cosine(optimizer, 2, 10, end_factor=0.001)
+own, its_schedule = recipes.simclr(model, batch_size=512, epochs=10, steps_per_epoch=20, lr=2.0, warmup_epochs=1)
 after: torch.optim.lr_scheduler.LambdaLR = warmup_polynomial(others[0], 2, 10, power=1.0)
 
 history: dict[int, dict[str, float]] = {}
