@@ -167,7 +167,9 @@ def test_options_of_the_group_that_is_not_adapted() -> None:
     assert (adapted["lr"], adapted["momentum"], adapted["weight_decay"], adapted["adapt"]) == (8.0, 0.9, 0.2, True)
     assert (rest["lr"], rest["momentum"], rest["weight_decay"], rest["adapt"]) == (0.1, 0.5, 0.01, False)
     assert unadapted == {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.01}
-    with pytest.warns(UserWarning, match="param group 1: 'momentun' is not an option of LARS .* did you mean 'momentum'"):
+    with pytest.warns(
+        UserWarning, match="param group 1: 'momentun' is not an option of LARS .* did you mean 'momentum'"
+    ):
         LARS(param_groups(model, 0.2, unadapted={"momentun": 0.5}), lr=8.0)
     with pytest.raises(ValueError, match="param group 0: weight_decay must be a finite number >= 0, got -1"):
         LARS(param_groups(model, -1), lr=8.0)

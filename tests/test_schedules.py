@@ -140,7 +140,9 @@ def test_lengths_are_checked_before_anything_changes(build: Callable[..., Lambda
 
 
 @pytest.mark.parametrize("build", [warmup_polynomial, warmup_cosine])
-@pytest.mark.parametrize(("warmup", "total"), [(0.1, 50), (2.5, 50), (5.0, 50), (float("nan"), 5), (5, 50.0), (True, 5)])
+@pytest.mark.parametrize(
+    ("warmup", "total"), [(0.1, 50), (2.5, 50), (5.0, 50), (float("nan"), 5), (5, 50.0), (True, 5)]
+)
 def test_steps_are_whole_numbers(build: Callable[..., LambdaLR], warmup: Any, total: Any) -> None:
     """With 0.1 for a tenth of the run the first step had ten times the peak lr, with 2.5 the third was above it."""
     optimizer = make()

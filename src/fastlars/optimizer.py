@@ -22,7 +22,7 @@ from .functional import Group, check_captured, measure, step_groups
 from .fused_cuda import Tables, check_fused, is_capturing
 from .loading import check_saved_state, groups_and_states
 from .names import check_call, check_keys
-from .options import NAMES, Options, check_can_be_skipped, check_grad, check_options, check_params
+from .options import NAMES, Options, check_can_be_skipped, check_grad, check_no_module, check_options, check_params
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -72,7 +72,7 @@ class LARS(Optimizer):
             per group.
         lr: learning rate, >= 0: a float or a 1-element tensor, which stays on its device. Required, here or in every
             group.
-        momentum: momentum factor, >= 0.
+        momentum: momentum factor, 0 <= momentum < 1.
         dampening: dampening for momentum; the gradient enters later steps with 1 - dampening.
         weight_decay: L2 penalty, >= 0.
         nesterov: Nesterov momentum; needs momentum > 0 and dampening == 0.
@@ -182,6 +182,7 @@ class LARS(Optimizer):
         self._first_steps: Any = WeakTensorKeyDictionary()
         self._checked: dict[int, list[Any]] = {}
         check_options({**defaults, "lr": 0.0} if _is_missing(lr) else defaults, "LARS")
+        check_no_module(params, "LARS")
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -213,6 +214,7 @@ class LARS(Optimizer):
             check_options({**self.defaults, **options}, where)
             if {**self.defaults, **options}["skip_nonfinite"]:
                 sharding.check_not_divided(where)
+            check_no_module(param_group["params"], where)
             param_group = {**options, **_as_list(param_group["params"])}
             check_params(param_group["params"], where)
             sharding.check_not_flattened(param_group["params"], where)

@@ -41,6 +41,11 @@ def check_options(options: Mapping[str, Any], where: str) -> None:
     check_lr(options["lr"], where)
     for name in _NON_NEGATIVE:
         _check_number(name, options[name], where, minimum=0.0)
+    if options["momentum"] >= 1:
+        raise ValueError(
+            f"{where}: momentum must be < 1, got {options['momentum']}: it would add up all past gradients and forget none; "
+            "0.9 is usual"
+        )
     _check_number("dampening", options["dampening"], where)
     for name in _BOOLEAN + _OPTIONAL_BOOLEAN:
         value, optional = options[name], name in _OPTIONAL_BOOLEAN
@@ -105,6 +110,15 @@ def _check_number(name: str, value: Any, where: str, minimum: float = -math.inf)
         number = math.inf
     if not (minimum <= number < math.inf and number > -math.inf):
         raise ValueError(f"{where}: {name} {rule}, got {value}")
+
+
+def check_no_module(params: Any, where: str) -> None:
+    """Raise for a module in place of its parameters; some can be iterated over, and torch's error would not tell."""
+    if isinstance(params, torch.nn.Module):
+        raise TypeError(
+            f"{where}: LARS takes parameters, got a {type(params).__name__}; pass model.parameters(), or "
+            "fastlars.param_groups(model, weight_decay), which leaves biases and normalisation tensors out"
+        )
 
 
 def check_params(params: Iterable[Any], where: str) -> None:
