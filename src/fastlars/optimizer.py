@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 import torch
@@ -17,11 +20,12 @@ from .coefficients import is_adapted, is_nonzero, scalar_lr, trust_ratio
 from .compat import NAMED_PARAMETERS, outside_graphs, required, use_grad_for_differentiable
 from .description import describe
 from .dialects import options_of
-from .dispatch import Part, implementation, split
+from .dispatch import implementation, split
 from .functional import Group, check_captured, measure, step_groups
 from .fused_cuda import Tables, check_fused, is_capturing
 from .loading import check_saved_state, groups_and_states
 from .names import check_call, check_keys
+from .norms import real
 from .options import NAMES, Options, check_can_be_skipped, check_grad, check_no_module, check_options, check_params
 
 if TYPE_CHECKING:
@@ -133,6 +137,7 @@ class LARS(Optimizer):
     """
 
     _looked_for_adapted = False
+    _shards_of_last_step: sharding.Sharded | None = None
 
     @_reading_names
     def __init__(
@@ -447,6 +452,8 @@ class LARS(Optimizer):
                 groups.append((params, grads, momentum_buffers, options, first_steps or None))
 
         step_groups(groups, grad_scale, found_inf, self._tables, shards)
+        if shards is not None:
+            self._shards_of_last_step = shards
         for params, _, momentum_buffers, options, known_in_graph in groups:
             if known_in_graph is not None:
                 for is_first in known_in_graph:
@@ -473,18 +480,20 @@ class LARS(Optimizer):
 
     @torch.no_grad()
     def trust_ratios(self) -> dict[str, float]:
-        """The trust ratio of each adapted tensor, from its present value and gradient.
+        """The trust ratio of each adapted tensor, from its present value and gradient; of a sharded one, of the last step.
 
-        Computed when asked, nothing is stored; the values are read on the host at once. Ask after ``backward()`` (and
-        after unscaling, with a GradScaler) and before ``zero_grad()``. With sharded tensors all ranks ask together.
+        Computed when asked, at no cost to other steps; the values are read on the host at once. Nothing is exchanged
+        between processes, so any of them may ask alone. Ask after ``backward()`` (and after unscaling, with a GradScaler)
+        and before ``zero_grad()``. Of sharded tensors the step has exchanged the norms, so their ratios are those of the
+        last step, whenever they are asked for: of a step that was skipped too, where they may be 0 or NaN.
 
         Returns:
             Name to ratio, in the optimizer's order; the names of named parameters, else "group.position" as in "0.3",
-            which also follows a name that an earlier group has. Tensors without a gradient and groups that are not
+            which also follows a name that an earlier group has. Plain tensors without a gradient and groups that are not
             adapted are left out. A tensor that is zero, or has a zero gradient, has 1: it is not scaled.
 
         Raises:
-            RuntimeError: for sparse gradients.
+            RuntimeError: for sparse gradients, and for sharded tensors before the first step.
 
         Example:
             >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
@@ -495,40 +504,94 @@ class LARS(Optimizer):
 
         :func:`fastlars.plots.trust_ratios` draws what several steps have given.
         """
-        params_and_options = self._params_and_options()
-        shards = sharding.sharded(params_and_options)
-        known: list[tuple[Part, Options, Tensor | None]] = []
-        names_of: list[list[str]] = []  # of the tensors of each part
         ratios: dict[str, float] = {}
-        for i, (group, (_, of_step)) in enumerate(zip(self.param_groups, params_and_options)):
-            positions = [j for j, p in enumerate(group["params"]) if p.grad is not None]
-            params = [group["params"][j] for j in positions]
-            if not params or not is_adapted(of_step):
+        for names, (params, of_step) in zip(self._names(), self._params_and_options(), strict=True):
+            if not is_adapted(of_step):
                 continue
-            for p in params:
-                check_grad(p.grad)
-            positions_as_names = [f"{i}.{j}" for j in range(len(group["params"]))]
-            names = [
-                f"{name} ({position})" if name in ratios else name
-                for name, position in zip(group.get("param_names") or positions_as_names, positions_as_names)
-            ]
-            ratios.update(dict.fromkeys((names[j] for j in positions), 1.0))  # in the order in which they are asked
+            exchanged = {j: norms for j, p in enumerate(params) if (norms := self._exchanged_norms(p)) is not None}
+            present = [j for j, p in enumerate(params) if j not in exchanged and p.grad is not None]
+            grads = [grad for j in present if (grad := params[j].grad) is not None]
+            for grad in grads:
+                check_grad(grad)
+            ratios.update(dict.fromkeys((names[j] for j in sorted([*exchanged, *present])), 1.0))  # in this order
             # not fused, which measures at the update only
             options = of_step._replace(momentum=0.0, skip_nonfinite=False, fused=False)
-            whole: Group = (params, [p.grad for p in params], [], options, None)
-            for part in split(*(whole if shards is None else shards.local(whole))):
-                known.append((part, options, measure(part, options)))
-                names_of.append([names[positions[index]] for index in part.indices])
-        measured = [rows for _, _, rows in known]
-        if shards is not None:
-            measured, _, _ = shards.exchange(known, None, None)
-        for names, (_, options, _), rows in zip(names_of, known, measured, strict=True):
-            assert rows is not None  # the group is adapted
-            nonzero = is_nonzero(rows[0], rows[1])
-            ratio = trust_ratio(nonzero, rows[0], rows[1], scalar_lr(options.lr, rows), options)
-            assert isinstance(ratio, Tensor)
-            ratios.update(zip(names, ratio.tolist(), strict=True))
+            measured = [([j], norms.unsqueeze(1)) for j, norms in exchanged.items()]
+            here, its_grads = [sharding.local(params[j]) for j in present], [sharding.local(grad) for grad in grads]
+            for part in split(here, its_grads, [], options) if present else []:
+                rows = measure(part, options)
+                assert rows is not None  # the group is adapted
+                measured.append(([present[index] for index in part.indices], rows))
+            for positions, rows in measured:
+                nonzero = is_nonzero(rows[0], rows[1])
+                ratio = trust_ratio(nonzero, rows[0], rows[1], scalar_lr(options.lr, rows), options)
+                assert isinstance(ratio, Tensor)
+                ratios.update(zip([names[j] for j in positions], ratio.tolist(), strict=True))
         return ratios
+
+    def _exchanged_norms(self, param: Tensor) -> Tensor | None:
+        """Param norm and direction norm of a sharded tensor, from the last step; None for tensors that are whole here."""
+        if not sharding.is_divided(param):
+            return None
+        shards = self._shards_of_last_step
+        if (norms := None if shards is None else shards.known_norms(param)) is None:
+            raise RuntimeError(
+                "trust ratios of sharded tensors are those of the last step, which exchanges their norms with the other "
+                "processes, and there has been none; ask after step()"
+            )
+        return norms
+
+    def _names(self) -> list[list[str]]:
+        """Of all tensors, group by group: those of named parameters, or their positions."""
+        seen: set[str] = set()
+        named: list[list[str]] = []
+        for i, group in enumerate(self.param_groups):
+            positions = [f"{i}.{j}" for j in range(len(group["params"]))]
+            names = [
+                f"{name} ({position})" if name in seen else name
+                for name, position in zip(group.get("param_names") or positions, positions)
+            ]
+            seen.update(names)
+            named.append(names)
+        return named
+
+    @contextlib.contextmanager
+    def relative_steps(self) -> Iterator[dict[str, float]]:
+        """How far the steps inside this context move each tensor, relative to its norm before them.
+
+        For tensors that are adapted and for those that are not. It keeps a copy of the parameters meanwhile, and costs
+        nothing outside. Of a sharded tensor it looks at this process's part, and exchanges nothing.
+
+        Returns:
+            A context that gives a dict, filled at its end: name to the norm of the change over the norm before; the names
+            are those of :meth:`trust_ratios`. After a skipped step all are 0. A tensor that was zero has inf or, if it did
+            not move, 0.
+
+        Raises:
+            RuntimeError: what the steps inside raise; the dict is empty then.
+
+        Example:
+            >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+            >>> w.grad = torch.tensor([0.0, 2.0])
+            >>> optimizer = fastlars.LARS([w], lr=1.0, trust_coefficient=0.1, adapt=True)
+            >>> with optimizer.relative_steps() as steps:
+            ...     optimizer.step()
+            >>> {name: round(step, 6) for name, step in steps.items()}  # lr * trust_coefficient
+            {'0.0': 0.1}
+        """
+        steps: dict[str, float] = {}
+        with torch.no_grad():
+            params = [sharding.local(p) for group in self.param_groups for p in group["params"]]
+            before = [p.clone() for p in params]
+        yield steps
+        with torch.no_grad():
+            pairs = [
+                torch.stack([torch.linalg.vector_norm(real(t).double()) for t in (p - old, old)])
+                for p, old in zip(params, before, strict=True)
+            ]
+        for name, pair in zip(itertools.chain.from_iterable(self._names()), pairs, strict=True):
+            moved, norm = pair.tolist()
+            steps[name] = moved / norm if norm else math.inf if moved else 0.0
 
     def __repr__(self) -> str:
         """What runs, what is adapted, and the options that are not at their defaults, group by group."""
