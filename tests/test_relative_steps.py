@@ -17,8 +17,6 @@ LAYOUTS = ["matrix", "vector", "conv", "zeros"]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
 @implementations
 def test_they_are_how_far_each_tensor_moved(implementation: Any, dtype: torch.dtype) -> None:
-    if dtype != torch.float32 and implementation.get("foreach") is None and implementation.get("fused"):
-        pytest.skip("one dtype serves for what only copies")
     params = make_params(dtype, layouts=LAYOUTS)
     groups = [{"params": params[::2]}, {"params": params[1::2], "adapt": False}]
     optimizer = LARS(groups, **{**BASE, "momentum": 0.9, "nesterov": True, **implementation})
