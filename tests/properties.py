@@ -141,7 +141,7 @@ def numbers(*usual: float) -> st.SearchStrategy[float]:
 booleans = st.booleans()
 OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "lr": numbers(0.0, 0.3, 0.5, 1.0, 20.0),
-    "momentum": numbers(0.0, 0.5, 0.9, 1.0),
+    "momentum": numbers(0.0, 0.5, 0.9, 0.99).filter(lambda momentum: momentum < 1),
     "dampening": numbers(0.0, 0.25, 0.9),
     "weight_decay": numbers(0.0, 1e-4, 0.05, 2.0),
     "nesterov": booleans,

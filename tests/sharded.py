@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastlars
 from cases import LR_FACTORS, OPTIONS, Options, make_grads, nonfinite, tolerance
 from fastlars import LARS
+from fastlars.sharding import is_divided
 from ranks import Rank
 from recording import Recorder
 from reference import Array, ReferenceLARS
@@ -421,8 +422,28 @@ def trust_ratios(rank: Rank, options: Options) -> dict[str, float]:
     for i in range(2):
         for param, grad in zip(whole.param_groups[i]["params"], grads[i::2], strict=True):
             param.grad = grad
-    ratios = s.optimizer.trust_ratios()
+    with pytest.raises(
+        RuntimeError, match=r"trust ratios of sharded tensors are those of the last step, .* ask after step"
+    ):
+        s.optimizer.trust_ratios()
+    of_the_step = whole.trust_ratios()
+    s.optimizer.step()
+    whole.step()
     expected = whole.trust_ratios()
+    divided = {
+        f"{i}.{j}" for i in range(2) for j, p in enumerate(s.optimizer.param_groups[i]["params"]) if is_divided(p)
+    }
+    assert divided or rank.world == 1
+    expected |= {name: ratio for name, ratio in of_the_step.items() if name in divided}
+    if rank.rank == 0:  # alone: with an exchange it would wait for the others
+        assert s.optimizer.trust_ratios().keys() == expected.keys()
+        with s.optimizer.relative_steps() as steps:
+            pass
+        assert set(steps.values()) == {0.0}
+    s.optimizer.zero_grad(set_to_none=False)  # those of the step do not need the gradients
+    whole.zero_grad(set_to_none=False)
+    ratios = s.optimizer.trust_ratios()
+    expected |= {name: ratio for name, ratio in whole.trust_ratios().items() if name not in divided}
     assert list(ratios) == list(expected)
     torch.testing.assert_close(ratios, expected, rtol=1e-5, atol=0)
     assert repr(s.optimizer) == repr(whole), "the elements of whole tensors, the same implementation"
@@ -545,6 +566,8 @@ def precision(rank: Rank) -> None:
     grad = torch.randn(1 << 20, generator=generator).to(rank.device)
     param = torch.nn.Parameter(place(whole, Layout((1 << 20,), "all", (Shard(0),)), rank))
     param.grad = place(grad, Layout((1 << 20,), "all", (Shard(0),)), rank)
-    (ratio,) = LARS([param], lr=1.0, weight_decay=0.1, trust_coefficient=0.1, eps=0.0).trust_ratios().values()
+    optimizer = LARS([param], lr=1.0, weight_decay=0.1, trust_coefficient=0.1, eps=0.0)
+    optimizer.step()  # of which these are
+    (ratio,) = optimizer.trust_ratios().values()
     w, g = whole.double().norm().item(), grad.double().norm().item()
     assert abs(ratio / (0.1 * w / (g + 0.1 * w)) - 1) < 1e-6

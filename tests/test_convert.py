@@ -213,7 +213,7 @@ def test_keep_lr_keeps_what_momentum_moves(goes_on_in: str) -> None:
         sgd.step()
     moved = [to_array(p) - old for p, old in zip(model.parameters(), before, strict=True)]
 
-    groups = param_groups(model, DECAY, unadapted={"lr": 0.2})
+    groups = param_groups(model, DECAY, bias_lr=0.2)
     optimizer = LARS(groups, lr=5.0, momentum=M, **DIALECTS[goes_on_in])
     saved = convert_state_dict(sgd.state_dict(), optimizer, params=model.parameters(), keep_lr=True)
     optimizer.load_state_dict(saved)

@@ -12,6 +12,9 @@ from torch.nn.utils.parametrize import register_parametrization
 from fastlars import DIALECTS, LARS, param_groups
 from fastlars.schedules import warmup_cosine
 
+# most of these models have no normalisation layers: test_bias_lr.py has the warning
+pytestmark = pytest.mark.filterwarnings("ignore:param_groups. biases and other tensors that are not adapted")
+
 
 class Scaling(nn.Module):
     """A parameter of the shape and name given."""
@@ -164,7 +167,9 @@ def test_options_of_the_group_that_is_not_adapted() -> None:
     assert (adapted["lr"], adapted["momentum"], adapted["weight_decay"], adapted["adapt"]) == (8.0, 0.9, 0.2, True)
     assert (rest["lr"], rest["momentum"], rest["weight_decay"], rest["adapt"]) == (0.1, 0.5, 0.01, False)
     assert unadapted == {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.01}
-    with pytest.raises(ValueError, match="param group 1: 'momentun' is not an option of LARS; did you mean 'momentum'"):
+    with pytest.warns(
+        UserWarning, match="param group 1: 'momentun' is not an option of LARS .* did you mean 'momentum'"
+    ):
         LARS(param_groups(model, 0.2, unadapted={"momentun": 0.5}), lr=8.0)
     with pytest.raises(ValueError, match="param group 0: weight_decay must be a finite number >= 0, got -1"):
         LARS(param_groups(model, -1), lr=8.0)
@@ -250,7 +255,7 @@ def names_of(groups: list[dict[str, Any]], adapt: bool = True) -> list[str]:
 def test_exclude(case: str) -> None:
     exclude, taken = EXCLUDES[case]
     model = VisionTransformer()
-    groups = param_groups(model, 0.1, exclude=exclude)
+    groups = param_groups(model, 0.1, exclude_from_adaptation=exclude)
     assert names_of(groups) == [name for name in DEFAULT if name not in taken]
     assert {*names_of(groups, adapt=False), *names_of(groups)} == {name for name, _ in model.named_parameters()}
 
@@ -270,19 +275,23 @@ def test_patterns_reach_through_wrappers(wrap: Any) -> None:
     model = wrap(VisionTransformer())
     is_wrapper = not isinstance(model, nn.Sequential)
     pattern = "pos_embed" if is_wrapper else "0.pos_embed"
-    groups = param_groups(model, 0.1, exclude=[pattern, nn.Embedding])
+    groups = param_groups(model, 0.1, exclude_from_adaptation=[pattern, nn.Embedding])
     assert len(names_of(groups)) == len(DEFAULT) - 2
     assert [name for name in names_of(groups, adapt=False) if name.endswith("pos_embed")] == [
         name for name, _ in model.named_parameters() if name.endswith("pos_embed")
     ]  # names are kept as the module gives them
     compiled_layer = nn.Sequential(compiled(nn.Linear(3, 3)), nn.Linear(3, 3))
-    assert names_of(param_groups(compiled_layer, 0.1, exclude="0.weight")) == ["1.weight"]
+    assert names_of(param_groups(compiled_layer, 0.1, exclude_from_adaptation="0.weight")) == ["1.weight"]
 
 
 @pytest.mark.parametrize(
     ("exclude", "error", "message"),
     [
-        ("pos_emb", ValueError, "exclude: 'pos_emb' matches no parameter; the nearest are 'pos_embed', "),
+        (
+            "pos_emb",
+            ValueError,
+            "exclude_from_adaptation: 'pos_emb' matches no parameter; the nearest are 'pos_embed', ",
+        ),
         ("*.pos_embed", ValueError, r"'\*.pos_embed' matches no parameter; the nearest are 'pos_embed', "),
         ("Head.*", ValueError, r"'Head.\*' matches no parameter; the nearest are 'head."),
         (["pos_embed", "nowhere"], ValueError, "'nowhere' matches no parameter"),
@@ -290,21 +299,31 @@ def test_patterns_reach_through_wrappers(wrap: Any) -> None:
         (nn.GRU, ValueError, "'GRU' matches no parameter; the nearest are '"),
         (nn.EmbeddingBag, ValueError, "'EmbeddingBag' matches no parameter; the nearest are 'Embedding', "),
         (nn.ModuleList, ValueError, "'ModuleList' matches no parameter"),
-        (nn.Linear(2, 2), TypeError, "object is not iterable|exclude must hold patterns of names and module classes"),
-        ([nn.Linear(2, 2)], TypeError, "exclude must hold patterns of names and module classes, got Linear"),
-        (int, TypeError, "exclude must hold patterns of names and module classes, got <class 'int'>"),
-        ([None], TypeError, "exclude must hold patterns of names and module classes, got None"),
+        (
+            nn.Linear(2, 2),
+            TypeError,
+            "object is not iterable|exclude_from_adaptation must hold patterns of names and module classes",
+        ),
+        (
+            [nn.Linear(2, 2)],
+            TypeError,
+            "exclude_from_adaptation must hold patterns of names and module classes, got Linear",
+        ),
+        (int, TypeError, "exclude_from_adaptation must hold patterns of names and module classes, got <class 'int'>"),
+        ([None], TypeError, "exclude_from_adaptation must hold patterns of names and module classes, got None"),
     ],
 )
 def test_an_exclude_that_excludes_nothing_is_an_error(exclude: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        param_groups(VisionTransformer(), 0.1, exclude=exclude)
+        param_groups(VisionTransformer(), 0.1, exclude_from_adaptation=exclude)
 
 
 def test_classes_need_the_module() -> None:
     named = VisionTransformer().named_parameters()
-    with pytest.raises(TypeError, match="exclude: Embedding needs a module; pass the model, not named parameters"):
-        param_groups(named, 0.1, exclude=nn.Embedding)
+    with pytest.raises(
+        TypeError, match="exclude_from_adaptation: Embedding needs a module; pass the model, not named parameters"
+    ):
+        param_groups(named, 0.1, exclude_from_adaptation=nn.Embedding)
 
 
 def test_adapt_replaces_the_rule_but_not_exclude() -> None:
@@ -312,7 +331,7 @@ def test_adapt_replaces_the_rule_but_not_exclude() -> None:
     assert names_of(param_groups(model, 0.1)) == ["2.weight"]
     by_ndim = param_groups(model, 0.1, adapt=lambda _, param: param.ndim > 1)
     assert names_of(by_ndim) == ["0.weight", "0.bias", "1.cls_token", "2.weight"]
-    by_name = param_groups(model, 0.1, adapt=lambda name, _: name.endswith("bias"), exclude="0.*")
+    by_name = param_groups(model, 0.1, adapt=lambda name, _: name.endswith("bias"), exclude_from_adaptation="0.*")
     assert names_of(by_name) == ["2.bias"]
     everything = param_groups(model, 0.1, adapt=lambda name, param: True)
     assert [group["adapt"] for group in everything] == [True]
@@ -331,7 +350,7 @@ def test_barlow_twins_two_learning_rates() -> None:
     """Each parameter's lr over a schedule, as in the authors' program: two groups by dimensions, two peaks."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2, bias=False))
     scale = 2048 / 256
-    groups = param_groups(model, 1e-6, adapt=lambda _, p: p.ndim != 1, unadapted={"lr": 0.0048 * scale})
+    groups = param_groups(model, 1e-6, adapt=lambda _, p: p.ndim != 1, bias_lr=0.0048 * scale)
     optimizer = LARS(groups, lr=0.2 * scale, momentum=0.9, **DIALECTS["byol"] | {"adapt": None})
     scheduler = warmup_cosine(optimizer, 10, 100, end_factor=0.001)
     for step in range(100):

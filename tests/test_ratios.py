@@ -66,7 +66,7 @@ def test_they_are_what_the_step_scales_by(implementation: Any, clip: bool, denom
 
 def test_names_that_two_groups_share_stay_apart() -> None:
     generator, discriminator = nn.Linear(3, 2), nn.Linear(2, 1)
-    groups = [*param_groups(generator, 0.1), *param_groups(discriminator, 0.1)]
+    groups = [group for net in (generator, discriminator) for group in param_groups(net, 0.1, bias_lr="same")]
     optimizer = LARS(groups, lr=1.0)
     for param in (*generator.parameters(), *discriminator.parameters()):
         param.grad = torch.ones_like(param)

@@ -19,7 +19,7 @@ def net() -> nn.Module:
 
 
 def test_a_usual_optimizer() -> None:
-    groups = param_groups(net(), 5e-5, unadapted={"lr": 0.1})
+    groups = param_groups(net(), 5e-5, bias_lr=0.1)
     assert (
         repr(LARS(groups, lr=4.800000000000001, momentum=0.9, nesterov=True))
         == """\

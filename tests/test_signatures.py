@@ -24,7 +24,7 @@ def test_names_order_and_defaults_are_the_same_everywhere() -> None:
     of_class, of_function, fields = parameters(LARS), parameters(lars), parameters(Options)
     names = list(Options._fields)
     assert list(fields) == names
-    assert list(of_class) == ["params", *names]
+    assert list(of_class) == ["params", *names, "dialect"]  # which stands for some of them
     assert list(of_function) == [*TENSORS, *names, *OF_A_SCALER]
     for name in names[1:]:
         default = Options._field_defaults[name]

@@ -117,7 +117,7 @@ def process_group() -> Iterator[None]:
 
 def training() -> distributed.Training:
     model = build_model(8, 8)
-    optimizer = fastlars.LARS(fastlars.param_groups(model, 5e-4), lr=1.0, momentum=0.9)
+    optimizer = fastlars.LARS(fastlars.param_groups(model, 5e-4, bias_lr="same"), lr=1.0, momentum=0.9)
     return distributed.Training(model, optimizer, fastlars.schedules.warmup_polynomial(optimizer, 1, 2))
 
 

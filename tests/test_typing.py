@@ -23,15 +23,16 @@ import fastlars
 from fastlars.schedules import warmup_cosine
 
 model = torch.nn.Linear(2, 2)
-groups = fastlars.param_groups(model, 0.1)
+groups = fastlars.param_groups(model, 0.1, bias_lr="same")
 optimizer = fastlars.LARS(groups, lr=1.0)
 fastlars.LARS(groups, lr="1.0")
 fastlars.LARS(groups, lr=1.0, momentun=0.9)
 fastlars.LARS(groups, lr=1.0, adapt="yes")
 fastlars.param_groups(model)
-fastlars.param_groups(model, 0.1, exclude=3)
+fastlars.param_groups(model, 0.1, exclude_from_adaptation=3)
 fastlars.param_groups(model, 0.1, adapt=lambda name: True)
 warmup_cosine(optimizer, 1, 10, end_factr=0.1)
+fastlars.recipes.simclr(model, batch_size=512, epochs=10, steps_per_epoch=20, momentun=0.5)
 ratio: int = optimizer.trust_ratios()
 """
 FIRST = WRONG.split("\n").index('fastlars.LARS(groups, lr="1.0")') + 1

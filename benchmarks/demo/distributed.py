@@ -128,7 +128,7 @@ def train(dataset: Dataset, options: argparse.Namespace, device: torch.device) -
     torch.manual_seed(options.seed)  # the same weights on every rank
     model = build_model(*images.shape[2:]).to(device)
     parallel = parallelize(model, options.shard, device)
-    groups = fastlars.param_groups(model, Protocol.weight_decay, unadapted={"lr": BIAS_LR})
+    groups = fastlars.param_groups(model, Protocol.weight_decay, bias_lr=BIAS_LR)
     optimizer = fastlars.LARS(groups, lr=options.lr, momentum=Protocol.momentum)
     warmup_steps = len(batches) * Protocol.warmup_epochs // options.epochs
     scheduler = fastlars.schedules.warmup_polynomial(optimizer, warmup_steps, len(batches))

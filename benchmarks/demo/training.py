@@ -102,8 +102,8 @@ def build_model(height: int, width: int, first_stride: int = 1, batch_norm: bool
 def build_optimizer(model: nn.Module, run: Run, protocol: Protocol) -> torch.optim.Optimizer:
     """The same two groups for every optimizer: weights, and the rest (never decayed, adapted only if all are to be)."""
     method = run.method
-    unadapted = None if method.bias_lr is None else {"lr": method.bias_lr}
-    groups = fastlars.param_groups(model, protocol.weight_decay, unadapted=unadapted)
+    bias_lr = "same" if method.bias_lr is None else method.bias_lr
+    groups = fastlars.param_groups(model, protocol.weight_decay, bias_lr=bias_lr)
     if method.adapt_all:
         groups = [{**group, "adapt": True} for group in groups]
     options = dict(method.options)

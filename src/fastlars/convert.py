@@ -97,7 +97,7 @@ def convert_state_dict(
 
     Example:
         >>> w = torch.nn.Parameter(torch.ones(2))
-        >>> optimizer = fastlars.LARS([w], lr=0.1, momentum=0.9, **fastlars.DIALECTS["byol"])
+        >>> optimizer = fastlars.LARS([w], lr=0.1, momentum=0.9, dialect="byol")
         >>> saved = {"state": {0: {"mu": torch.full((2,), 0.5)}}, "param_groups": [{"lr": 0.3, "params": [0]}]}
         >>> optimizer.load_state_dict(fastlars.convert_state_dict(saved, optimizer))
         >>> optimizer.state[w]["momentum_buffer"], optimizer.param_groups[0]["lr"]

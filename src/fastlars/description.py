@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from .backends import preferred, wanted
 from .backends.torch_sgd import is_torch_sgd
+from .dialects import dialect_of
 from .formula import is_adapted
 from .options import NAMES, Options
 from .sharding import local
@@ -50,6 +51,8 @@ def _count(groups: list[dict[str, Any]]) -> str:
 
 def _kind(group: dict[str, Any], options: Options) -> str:
     kind = "adapted" if is_adapted(options) else "not adapted"
+    if is_adapted(options) and (dialect := dialect_of(options)):
+        kind = f"adapted as in {dialect}"
     if not group["params"]:
         return kind
     params = [local(param) for param in group["params"] if not is_lazy(param)]

@@ -1,18 +1,23 @@
 """The dialects of LARS, as data: option values, and what the documentation's table says beside them.
 
 Example:
-    >>> optimizer = fastlars.LARS([torch.nn.Parameter(torch.ones(3))], lr=0.3, **fastlars.DIALECTS["simclr"])
-    >>> optimizer.param_groups[0]["trust_denominator"], optimizer.param_groups[0]["lr_in_momentum"]
-    ('joint', True)
+    >>> fastlars.DIALECTS["simclr"]
+    {'eps': 0.0, 'adapt': True, 'trust_denominator': 'joint', 'lr_in_momentum': True}
+    >>> optimizer = fastlars.LARS([torch.nn.Parameter(torch.ones(3))], lr=0.3, dialect="simclr", eps=1e-6)
+    >>> optimizer.param_groups[0]["trust_denominator"], optimizer.param_groups[0]["eps"]
+    ('joint', 1e-06)
 """
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-#: Option values that make LARS the one of other papers and packages, as in ``LARS(groups, lr=0.3, **DIALECTS["simclr"])``.
+from .options import Options
+
+#: Option values that make LARS the one of other papers and packages, as in ``LARS(groups, lr=0.3, dialect="simclr")``.
 #: Where they say ``adapt=True``, a group that says ``adapt=False`` is still not adapted.
 DIALECTS: dict[str, dict[str, Any]] = {
     "bolts": {},
@@ -25,6 +30,36 @@ DIALECTS: dict[str, dict[str, Any]] = {
     "byol": {"eps": 0.0, "adapt": True, "trust_denominator": "joint"},
     "simclr": {"eps": 0.0, "adapt": True, "trust_denominator": "joint", "lr_in_momentum": True},
 }
+
+
+_DEFAULTS = Options(0.0)._asdict()
+_FORMULA = ("trust_clip", "trust_denominator", "lr_in_momentum")
+_NUMBERS = ("trust_coefficient", "eps")
+
+
+def options_of(dialect: Any, where: str) -> dict[str, Any]:
+    """A copy of the dialect's row; of None, no options. ``where`` says who asks."""
+    if dialect is None:
+        return {}
+    if not isinstance(dialect, str) or dialect not in DIALECTS:
+        nearest = max(DIALECTS, key=lambda name: difflib.SequenceMatcher(None, str(dialect).lower(), name).ratio())
+        raise ValueError(
+            f"{where}: there is no dialect {dialect!r}; did you mean {nearest!r}? There are {', '.join(DIALECTS)}"
+        )
+    return dict(DIALECTS[dialect])
+
+
+def dialect_of(options: Options) -> str | None:
+    """The dialect whose formula these options give, whatever its numbers; None for the default's formula and for none.
+
+    Of several with one formula, the one with most of its numbers.
+    """
+    values = options._asdict()
+    if all(values[name] == _DEFAULTS[name] for name in _FORMULA):
+        return None
+    rows = {dialect: {**_DEFAULTS, **row} for dialect, row in DIALECTS.items()}
+    alike = [dialect for dialect, row in rows.items() if all(row[name] == values[name] for name in _FORMULA)]
+    return max(alike, key=lambda dialect: sum(rows[dialect][name] == values[name] for name in _NUMBERS), default=None)
 
 
 class About(NamedTuple):

@@ -11,6 +11,9 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .advice import advise
+from .options import check_lr
+
 _NORMALISATION = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # what hold a layer's own tensor under parametrize (original, of weight_norm the direction original1), prune and the old
@@ -19,13 +22,16 @@ _PARAMETRIZED = re.compile(r"\bparametrizations\.(\w+)\.original1?$|\b(\w+)_orig
 
 # A pattern of names, or a class of modules.
 Exclude: TypeAlias = str | type[nn.Module]
+# Of biases and normalisation tensors: a number, a tensor, or "same", which is LARS's lr.
+BiasLR: TypeAlias = float | Tensor | str
 
 
 def param_groups(
     model: nn.Module | Iterable[tuple[str, Tensor]],
     weight_decay: float,
     *,
-    exclude: Exclude | Iterable[Exclude] = (),
+    bias_lr: BiasLR | None = None,
+    exclude_from_adaptation: Exclude | Iterable[Exclude] = (),
     adapt: Callable[[str, Tensor], bool] | None = None,
     unadapted: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
@@ -39,19 +45,24 @@ def param_groups(
       under torch's parametrizations, weight and spectral norm, and pruning, which rename it;
     - what belongs directly to a normalisation layer of whatever shape: torch's, and modules whose class name ends in
       "Norm";
-    - what ``exclude`` names.
+    - what ``exclude_from_adaptation`` names.
 
     Args:
         model: a module, also one wrapped by DistributedDataParallel or torch.compile, or named parameters as of
             ``model.named_parameters()``, where normalisation layers show by the shapes of their parameters only.
         weight_decay: for the adapted group, >= 0; the other one has none.
-        exclude: more that is not adapted, one or several: patterns of names as for Python's ``fnmatch`` ("*" matches dots
-            too), such as ``"*pos_embed"`` or ``"head.*"``, and module classes, such as ``nn.Embedding``, whose own
-            parameters are meant. Names are matched as they are and without what wrappers put before them.
+        bias_lr: lr of the tensors that are not adapted, >= 0: a number or a 1-element tensor. They take lr * g unscaled,
+            as in SGD, so SGD's lr suits them: 0.1 is a good start. "same": LARS's lr, as in most published recipes,
+            whose networks have normalisation layers; without those, LARS's lr ruins training. None: the same, with a
+            warning where ``model`` is a module without normalisation layers.
+        exclude_from_adaptation: more that is not adapted, one or several: patterns of names as for Python's ``fnmatch``
+            ("*" matches dots too), such as ``"*pos_embed"`` or ``"head.*"``, and module classes, such as
+            ``nn.Embedding``, whose own parameters are meant. Names are matched as they are and without what wrappers
+            put before them. These tensors still train, in the second group; to leave some out of the optimizer, pass
+            only the modules that are to train.
         adapt: called with name and parameter, True for those to adapt: instead of the first three rules above, as in
             ``adapt=lambda name, param: param.ndim > 1``, which is MoCo v3's, MAE's and Barlow Twins' rule.
-        unadapted: options for the group that is not adapted, such as ``{"lr": 0.1}``: its tensors take lr * g unscaled,
-            which at LARS's learning rates ruins networks without normalisation layers.
+        unadapted: other options for the group that is not adapted, such as ``{"momentum": 0.5}``.
 
     Returns:
         A group with ``adapt=True`` and one with ``adapt=False``, names kept, without those that would be empty. Every
@@ -59,14 +70,16 @@ def param_groups(
         be unfrozen later (they do not move without a gradient).
 
     Raises:
-        ValueError: if there is no parameter at all; for parameters of lazy modules that have not run; for an ``exclude`` that matches nothing (the nearest names are
-            given), two parameters of one name, and ``unadapted`` with "adapt" or "params".
-        TypeError: for parameters without names, for an ``exclude`` that is neither, for module classes where ``model``
-            is no module, and where ``adapt`` returns neither True nor False.
+        ValueError: if there is no parameter at all; for parameters of lazy modules that have not run; for an
+            ``exclude_from_adaptation`` that matches nothing (the nearest names are given), two parameters of one name,
+            ``unadapted`` with "adapt" or "params", a ``bias_lr`` out of its range, and ``bias_lr`` beside an "lr" in
+            ``unadapted``.
+        TypeError: for parameters without names, for an ``exclude_from_adaptation`` that is neither, for module classes
+            where ``model`` is no module, and where ``adapt`` returns neither True nor False.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
-        >>> adapted, rest = fastlars.param_groups(model, weight_decay=1e-4, unadapted={"lr": 0.1})
+        >>> adapted, rest = fastlars.param_groups(model, weight_decay=1e-4, bias_lr=0.1)
         >>> [name for name, _ in adapted["params"]], [name for name, _ in rest["params"]]
         (['0.weight'], ['0.bias', '1.weight', '1.bias'])
     """
@@ -74,7 +87,8 @@ def param_groups(
     for key in ("params", "adapt"):
         if key in (unadapted or {}):
             raise ValueError(f"unadapted must hold options of the group that is not adapted, got {key!r}; leave it out")
-    excluded = _excluded(model, named, exclude)
+    of_the_rest = {"weight_decay": 0.0, "adapt": False, **_lr_of_the_rest(bias_lr, unadapted), **(unadapted or {})}
+    excluded = _excluded(model, named, exclude_from_adaptation)
     of_norms = _of_normalisation_layers(model)
 
     groups: dict[bool, list[tuple[str, Tensor]]] = {True: [], False: []}
@@ -85,9 +99,40 @@ def param_groups(
         groups[chosen and param not in excluded].append((name, param))
     both = [
         {"params": groups[True], "weight_decay": weight_decay, "adapt": True},
-        {"params": groups[False], "weight_decay": 0.0, "adapt": False, **(unadapted or {})},
+        {"params": groups[False], **of_the_rest},
     ]
+    if bias_lr is None and "lr" not in of_the_rest and all(groups.values()) and not has_normalisation(model):
+        advise(
+            "param_groups: biases and other tensors that are not adapted will take lr * gradient at LARS's lr, which "
+            "ruins the training of networks without normalisation layers, and this one has none. Pass "
+            "bias_lr=0.1, or another lr of SGD's size; or bias_lr=\"same\", if LARS's lr is what you want for them."
+        )
     return [group for group in both if group["params"]]
+
+
+def _lr_of_the_rest(bias_lr: BiasLR | None, unadapted: Mapping[str, Any] | None) -> dict[str, Any]:
+    if bias_lr is None:
+        return {}
+    if "lr" in (unadapted or {}):
+        raise ValueError(f"bias_lr={bias_lr!r} and unadapted={unadapted!r} both give an lr; leave one out")
+    if isinstance(bias_lr, str):
+        if bias_lr != "same":
+            raise ValueError(f'bias_lr must be a number, a tensor or "same", got {bias_lr!r}')
+        return {}
+    check_lr(bias_lr, "param_groups", "bias_lr")
+    return {"lr": bias_lr}
+
+
+def has_normalisation(model: nn.Module | Iterable[tuple[str, Tensor]]) -> bool:
+    """Whether a network has normalisation layers, also without parameters; of names alone, which do not tell, True."""
+    return not isinstance(model, nn.Module) or any(map(_normalises, model.modules()))
+
+
+def _normalises(module: nn.Module) -> bool:
+    kind = type(module)
+    # weight and spectral normalisation, which torch.nn.utils has, normalise weights and not what flows through the net
+    named = "norm" in kind.__name__.lower() and not kind.__module__.startswith("torch.nn.utils")
+    return isinstance(module, _NORMALISATION) or named
 
 
 def _named_parameters(model: nn.Module | Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
@@ -144,24 +189,26 @@ def _own_parameters(module: nn.Module) -> Iterator[Tensor]:
 def _excluded(
     model: nn.Module | Iterable[tuple[str, Tensor]],
     named: list[tuple[str, Tensor]],
-    exclude: Exclude | Iterable[Exclude],
+    items: Exclude | Iterable[Exclude],
 ) -> set[Tensor]:
     excluded: set[Tensor] = set()
-    for item in [exclude] if isinstance(exclude, (str, type)) else exclude:
+    for item in [items] if isinstance(items, (str, type)) else items:
         if isinstance(item, str):
             wanted, known = item, [name for name, _ in named]
             found = {p for n, p in named if fnmatchcase(n, wanted) or fnmatchcase(unwrapped(n), wanted)}
         elif isinstance(item, type) and issubclass(item, nn.Module):
             if not isinstance(model, nn.Module):
-                raise TypeError(f"exclude: {item.__name__} needs a module; pass the model, not named parameters")
+                raise TypeError(
+                    f"exclude_from_adaptation: {item.__name__} needs a module; pass the model, not named parameters"
+                )
             owners = [module for module in model.modules() if next(_own_parameters(module), None) is not None]
             wanted, known = item.__name__, [type(module).__name__ for module in owners]
             found = {p for module in owners if isinstance(module, item) for p in _own_parameters(module)}
         else:
-            raise TypeError(f"exclude must hold patterns of names and module classes, got {item!r}")
+            raise TypeError(f"exclude_from_adaptation must hold patterns of names and module classes, got {item!r}")
         if not found:
             nearest = ", ".join(map(repr, _nearest(wanted, known)))
-            raise ValueError(f"exclude: {wanted!r} matches no parameter; the nearest are {nearest}")
+            raise ValueError(f"exclude_from_adaptation: {wanted!r} matches no parameter; the nearest are {nearest}")
         excluded |= found
     return excluded
 

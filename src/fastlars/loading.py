@@ -18,8 +18,13 @@ def check_saved_state(optimizer: Optimizer, state_dict: Any) -> None:
     """Raise for what torch would load in part, or fail at with an error that names no place."""
     saved_groups, states = groups_and_states(state_dict)
     groups = optimizer.param_groups
-    if [len(group["params"]) for group in saved_groups] != [len(group["params"]) for group in groups]:
-        return  # torch says so
+    sizes, ours = ([len(group["params"]) for group in each] for each in (saved_groups, groups))
+    if sizes != ours:
+        raise ValueError(
+            f"the state dict has {len(sizes)} param groups with {sizes} parameters, this optimizer {len(ours)} with {ours}; "
+            "build the groups as they were, or sort what was saved with fastlars.convert_state_dict(state_dict, optimizer, "
+            "params=...)"
+        )
     params: dict[int | str, Tensor] = {}
     for i, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
         names, count = saved.get("param_names"), len(group["params"])

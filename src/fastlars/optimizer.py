@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import math
-import sys
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 import torch
@@ -14,16 +14,20 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from . import sharding
+from .advice import advise
 from .backends import leaves_graph, split
 from .backends.triton import check_captured, check_fused, is_capturing
-from .buckets import Bucket, Group, Memory, Norms
+from .buckets import Group, Memory
 from .checks import check_group, check_lr, check_no_leaves, check_numbers, largest_lr, narrowest_dtype
 from .compat import NAMED_PARAMETERS, outside_graphs, required, use_grad_for_differentiable
 from .convert import groups_and_states
 from .description import describe
+from .dialects import options_of
+from .dtypes import real
 from .formula import is_adapted, is_nonzero, scalar_lr, trust_ratio
 from .loading import check_saved_state
-from .options import NAMES, Options, check_can_be_skipped, check_grad, check_options, nearest_name
+from .names import check_call, check_keys
+from .options import NAMES, Options, check_can_be_skipped, check_grad, check_no_module, check_options
 from .step import step
 
 if TYPE_CHECKING:
@@ -34,17 +38,21 @@ _NONE = {type(None)}
 _NO_STATE: dict[str, Any] = {}
 
 
-def _naming_the_nearest_option(
+def _reading_names(
     init: Callable[Concatenate[LARS, _P], None],
 ) -> Callable[Concatenate[LARS, _P], None]:
-    """A misspelt option in a call is told with its nearest name, which Python itself does from 3.13 on only in part."""
+    """Before ``init``: the names of options are checked, and ``dialect`` becomes the options that it stands for.
+
+    Here, because ``init`` could not tell an option that was given from its default.
+    """
 
     @functools.wraps(init)
     def checked_init(self: LARS, *args: _P.args, **kwargs: _P.kwargs) -> None:
-        for key in kwargs:
-            if key not in NAMES and key != "params" and (name := nearest_name(key)):
-                raise TypeError(f"{key!r} is not an option of LARS; did you mean {name!r}?")
-        init(self, *args, **kwargs)
+        check_call(key for key in kwargs if key != "params")
+        row = options_of(kwargs.pop("dialect", None), "LARS")
+        for key in ("params", *NAMES)[: len(args)]:  # what is given by position comes first too
+            row.pop(key, None)
+        init(self, *args, **{**row, **kwargs})
 
     return checked_init  # type: ignore[return-value]  # a function, though mypy takes `wraps` for an object
 
@@ -71,7 +79,7 @@ class LARS(Optimizer):
             per group.
         lr: learning rate, >= 0: a float or a 1-element tensor, which stays on its device. Required, here or in every
             group.
-        momentum: momentum factor, >= 0.
+        momentum: momentum factor, 0 <= momentum < 1.
         dampening: dampening for momentum; the gradient enters later steps with 1 - dampening.
         weight_decay: L2 penalty, >= 0.
         nesterov: Nesterov momentum; needs momentum > 0 and dampening == 0.
@@ -92,16 +100,20 @@ class LARS(Optimizer):
         fused: whether norms and update run in fused kernels: torch's own on CPU, Triton's on CUDA. None: on CPU only,
             until GPUs have proven the others. Tensors that a kernel cannot serve (other dtypes, memory that is not
             dense, unequal layouts) take another path within the step.
+        dialect: a row of :data:`fastlars.DIALECTS`, such as "simclr" or "mlperf": the options that make this the LARS of
+            another paper or package. Options that are given beside it come first. Only the options are kept, and saved.
 
     Raises:
-        ValueError: an option outside its range or contradicting another, a misspelt option in a group (the nearest name
-            is given), a group without lr, and a state dict whose groups or buffers do not fit.
-        TypeError: an option of the wrong type, a misspelt option in the call, a parameter that is not floating or complex.
+        ValueError: an option outside its range or contradicting another, a dialect that does not exist, a group without
+            lr, an option of another library in a group (ours is named), and a state dict whose groups or buffers do not
+            fit.
+        TypeError: an option of the wrong type, a misspelt option or one of another library in the call, a parameter that
+            is not floating or complex.
         RuntimeError: ``fused=True`` that cannot be honoured; in :meth:`step`, sparse gradients. Nothing has changed then.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.LayerNorm(4))
-        >>> groups = fastlars.param_groups(model, weight_decay=1e-4, unadapted={"lr": 0.1})
+        >>> groups = fastlars.param_groups(model, weight_decay=1e-4, bias_lr=0.1)
         >>> optimizer = fastlars.LARS(groups, lr=4.8, momentum=0.9)
         >>> scheduler = fastlars.schedules.warmup_cosine(optimizer, warmup_steps=10, total_steps=100)
         >>> for step in range(100):
@@ -128,8 +140,9 @@ class LARS(Optimizer):
     """
 
     _looked_for_adapted = False
+    _shards_of_last_step: sharding.Sharded | None = None
 
-    @_naming_the_nearest_option
+    @_reading_names
     def __init__(
         self,
         params: ParamsT,
@@ -150,14 +163,17 @@ class LARS(Optimizer):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
+        dialect: str | None = None,
     ) -> None:
         """See the class."""
+        del dialect  # _reading_names has put its options in its place
         given = locals()
         defaults = {name: given[name] for name in NAMES}
         self._memory = Memory()
         # by the position of a group: its options and narrowest dtype at the last step, and the largest lr that they allow
         self._checked: dict[int, tuple[list[Any], float]] = {}
         check_options({**defaults, "lr": 0.0} if _is_missing(lr) else defaults, "LARS")
+        check_no_module(params, "LARS")
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -184,8 +200,11 @@ class LARS(Optimizer):
                     "parameter group didn't specify a value of required optimization parameter lr "
                     f"({where}); give lr to LARS or to the group"
                 )
+            options = {**options_of(options.pop("dialect", None), where), **options}
+            check_keys(options, where)
+            check_no_module(param_group["params"], where)
+            param_group = {**options, **_as_list(param_group["params"])}
             options = {**self.defaults, **options}
-            param_group = {**param_group, **_as_list(param_group["params"])}
             check_group(options, param_group["params"], where)
             self._check_whole(options, where)
             sharding.check_not_flattened(param_group["params"], where)
@@ -241,14 +260,18 @@ class LARS(Optimizer):
             for name in (*NAMES, "param_names"):
                 if name in known:
                     group.setdefault(name, known[name])
+            where = f"param group {i}"
             saved = {key: value for key, value in group.items() if key != "params"}
-            check_options(saved, f"param group {i}")
+            if loading:
+                way_out = "; fastlars.convert_state_dict converts the state dict of another optimizer"
+                check_keys((key for key in group if key not in known), where, way_out)
+            check_options(saved, where)
             if loading:
                 # says how this optimizer steps, see _check_whole
                 saved["differentiable"] = group["differentiable"] = known["differentiable"]
-            check_group(saved, group["params"], f"param group {i}")
+            check_group(saved, group["params"], where)
             if group["fused"]:
-                check_fused(map(sharding.local_of, group["params"]), f"param group {i}")
+                check_fused(map(sharding.local_of, group["params"]), where)
         if loading:
             for param, entry in state["state"].items():
                 if not isinstance(param, Tensor):
@@ -322,11 +345,10 @@ class LARS(Optimizer):
         groups = [_options(group) for group in self.param_groups]
         if any(is_adapted(options) or options.adapt is not None for options in groups):
             return
-        warnings.warn(
+        advise(
             "LARS adapts no parameter: weight_decay is 0 in every group, so each takes a plain SGD step. Set "
             "weight_decay, or build the groups with fastlars.param_groups(model, weight_decay), or pass adapt=True "
-            "(adapt=False, if SGD is what you want).",
-            stacklevel=_caller(),
+            "(adapt=False, if SGD is what you want)."
         )
 
     @use_grad_for_differentiable
@@ -414,6 +436,8 @@ class LARS(Optimizer):
 
         unmade = [not in_graph and not _NONE.isdisjoint(map(type, group.momentum_buffers)) for group in groups]
         step(groups, grad_scale, found_inf, shards)
+        if shards is not None:
+            self._shards_of_last_step = shards
         for stepped, is_new in zip(groups, unmade, strict=True):
             for param, buffer in zip(stepped.params, stepped.momentum_buffers, strict=True) if is_new else ():
                 if buffer is not None:  # else the step was skipped
@@ -457,18 +481,20 @@ class LARS(Optimizer):
 
     @torch.no_grad()
     def trust_ratios(self) -> dict[str, float]:
-        """The trust ratio of each adapted tensor, from its present value and gradient.
+        """The trust ratio of each adapted tensor, from its present value and gradient; of a sharded one, of the last step.
 
-        Computed when asked, nothing is stored; the values are read on the host at once. Ask after ``backward()`` (and
-        after unscaling, with a GradScaler) and before ``zero_grad()``. With sharded tensors all ranks ask together.
+        Computed when asked, at no cost to other steps; the values are read on the host at once. Nothing is exchanged
+        between processes, so any of them may ask alone. Ask after ``backward()`` (and after unscaling, with a GradScaler)
+        and before ``zero_grad()``. Of sharded tensors the step has exchanged the norms, so their ratios are those of the
+        last step, whenever they are asked for: of a step that was skipped too, where they may be 0 or NaN.
 
         Returns:
             Name to ratio, in the optimizer's order; the names of named parameters, else "group.position" as in "0.3",
-            which also follows a name that an earlier tensor has. Tensors without a gradient and groups that are not
+            which also follows a name that an earlier tensor has. Plain tensors without a gradient and groups that are not
             adapted are left out. A tensor that is zero, or has a zero gradient, has 1: it is not scaled.
 
         Raises:
-            RuntimeError: for sparse gradients.
+            RuntimeError: for sparse gradients, and for sharded tensors before the first step.
 
         Example:
             >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
@@ -479,42 +505,97 @@ class LARS(Optimizer):
 
         :func:`fastlars.plots.trust_ratios` draws what several steps have given.
         """
-        params_and_options = self._params_and_options()
-        shards = sharding.sharded(params_and_options)
-        buckets: list[Bucket] = []
-        names_of: list[list[str]] = []  # of the tensors of each bucket
         ratios: dict[str, float] = {}
-        taken: set[str] = set()
-        for i, (group, (_, of_step)) in enumerate(zip(self.param_groups, params_and_options)):
-            names = []
-            for j, name in enumerate(group.get("param_names") or [f"{i}.{j}" for j in range(len(group["params"]))]):
-                names.append(f"{name} ({i}.{j})" if name in taken else name)
-                taken.add(name)
-            positions = [j for j, p in enumerate(group["params"]) if p.grad is not None]
-            params = [group["params"][j] for j in positions]
-            if not params or not is_adapted(of_step):
+        for group_index, (names, (params, of_step)) in enumerate(
+            zip(self._names(), self._params_and_options(), strict=True)
+        ):
+            if not is_adapted(of_step):
                 continue
-            for p in params:
-                check_grad(p.grad)
-            ratios.update(dict.fromkeys((names[j] for j in positions), 1.0))  # in the order in which they are asked
-            group_here = Group(
-                params, [p.grad for p in params], [], of_step._replace(momentum=0.0, skip_nonfinite=False)
-            )
-            for bucket in split(group_here if shards is None else shards.local(group_here)):
-                buckets.append(bucket)
-                names_of.append([names[positions[index]] for index in bucket.indices])
-        norms: list[Norms] = [bucket.backend.measure(bucket, True) for bucket in buckets]
-        if shards is not None:
-            norms, _, _ = shards.exchange(buckets, norms, None, None)
-        for names, bucket, known in zip(names_of, buckets, norms, strict=True):
-            assert known.param is not None  # the group is adapted
-            assert known.direction is not None
-            nonzero = is_nonzero(known.param, known.direction)
-            lr = scalar_lr(bucket.options.lr, known.param)
-            ratio = trust_ratio(nonzero, known.param, known.direction, lr, bucket.options)
-            assert isinstance(ratio, Tensor)
-            ratios.update(zip(names, ratio.tolist(), strict=True))
+            exchanged = {j: norms for j, p in enumerate(params) if (norms := self._exchanged_norms(p)) is not None}
+            present = [j for j, p in enumerate(params) if j not in exchanged and p.grad is not None]
+            grads = [grad for j in present if (grad := params[j].grad) is not None]
+            for grad in grads:
+                check_grad(grad)
+            ratios.update(dict.fromkeys((names[j] for j in sorted([*exchanged, *present])), 1.0))  # in this order
+            measured = [([j], *norms.unsqueeze(1)) for j, norms in exchanged.items()]
+            here, its_grads = [sharding.local(params[j]) for j in present], [sharding.local(grad) for grad in grads]
+            options = of_step._replace(momentum=0.0, skip_nonfinite=False)
+            for bucket in split(Group(here, its_grads, [], options, f"param group {group_index}")) if present else []:
+                known = bucket.backend.measure(bucket, True)
+                assert known.param is not None  # the group is adapted
+                assert known.direction is not None
+                measured.append(([present[index] for index in bucket.indices], known.param, known.direction))
+            for positions, param_norms, direction_norms in measured:
+                nonzero = is_nonzero(param_norms, direction_norms)
+                lr = scalar_lr(options.lr, param_norms)
+                ratio = trust_ratio(nonzero, param_norms, direction_norms, lr, options)
+                assert isinstance(ratio, Tensor)
+                ratios.update(zip([names[j] for j in positions], ratio.tolist(), strict=True))
         return ratios
+
+    def _exchanged_norms(self, param: Tensor) -> Tensor | None:
+        """Param norm and direction norm of a sharded tensor, from the last step; None for tensors that are whole here."""
+        if not sharding.is_divided(param):
+            return None
+        shards = self._shards_of_last_step
+        if (norms := None if shards is None else shards.known_norms(param)) is None:
+            raise RuntimeError(
+                "trust ratios of sharded tensors are those of the last step, which exchanges their norms with the other "
+                "processes, and there has been none; ask after step()"
+            )
+        return norms
+
+    def _names(self) -> list[list[str]]:
+        """Of all tensors, group by group: those of named parameters, or their positions."""
+        seen: set[str] = set()
+        named: list[list[str]] = []
+        for i, group in enumerate(self.param_groups):
+            positions = [f"{i}.{j}" for j in range(len(group["params"]))]
+            names = [
+                f"{name} ({position})" if name in seen else name
+                for name, position in zip(group.get("param_names") or positions, positions)
+            ]
+            seen.update(names)
+            named.append(names)
+        return named
+
+    @contextlib.contextmanager
+    def relative_steps(self) -> Iterator[dict[str, float]]:
+        """How far the steps inside this context move each tensor, relative to its norm before them.
+
+        For tensors that are adapted and for those that are not. It keeps a copy of the parameters meanwhile, and costs
+        nothing outside. Of a sharded tensor it looks at this process's part, and exchanges nothing.
+
+        Returns:
+            A context that gives a dict, filled at its end: name to the norm of the change over the norm before; the names
+            are those of :meth:`trust_ratios`. After a skipped step all are 0. A tensor that was zero has inf or, if it did
+            not move, 0.
+
+        Raises:
+            RuntimeError: what the steps inside raise; the dict is empty then.
+
+        Example:
+            >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+            >>> w.grad = torch.tensor([0.0, 2.0])
+            >>> optimizer = fastlars.LARS([w], lr=1.0, trust_coefficient=0.1, adapt=True)
+            >>> with optimizer.relative_steps() as steps:
+            ...     optimizer.step()
+            >>> {name: round(step, 6) for name, step in steps.items()}  # lr * trust_coefficient
+            {'0.0': 0.1}
+        """
+        steps: dict[str, float] = {}
+        with torch.no_grad():
+            params = [sharding.local(p) for group in self.param_groups for p in group["params"]]
+            before = [p.clone() for p in params]
+        yield steps
+        with torch.no_grad():
+            pairs = [
+                torch.stack([torch.linalg.vector_norm(real(t).double()) for t in (p - old, old)])
+                for p, old in zip(params, before, strict=True)
+            ]
+        for name, pair in zip(itertools.chain.from_iterable(self._names()), pairs, strict=True):
+            moved, norm = pair.tolist()
+            steps[name] = moved / norm if norm else math.inf if moved else 0.0
 
     def __repr__(self) -> str:
         """What runs, what is adapted, and the options that are not at their defaults, group by group."""
@@ -524,14 +605,6 @@ class LARS(Optimizer):
 
 def _options(group: dict[str, Any]) -> Options:
     return Options(*[group[name] for name in NAMES])
-
-
-def _caller() -> int:
-    """The stack level of the line that called step(): torch wraps it, and schedulers and hooks wrap it again."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "fastlars"):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 def _is_missing(lr: object) -> bool:

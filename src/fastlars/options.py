@@ -1,6 +1,5 @@
 """The options of LARS: names, order, defaults and rules, each in one place."""
 
-import difflib
 import math
 import numbers
 from typing import Any, Iterable, Mapping, NamedTuple, Optional, Union  # noqa: UP035  TorchScript reads these spellings only
@@ -39,13 +38,14 @@ _OPTIONAL_BOOLEAN = ("adapt", "foreach", "fused")
 
 def check_options(options: Mapping[str, Any], where: str) -> None:
     """Raise for the first option that breaks its rule; ``where`` says whose options these are, as in "param group 1"."""
-    for key in options:
-        if key not in NAMES and isinstance(key, str) and (name := nearest_name(key)):
-            raise ValueError(f"{where}: {key!r} is not an option of LARS; did you mean {name!r}?")
-
-    _check_lr(options["lr"], where)
+    check_lr(options["lr"], where)
     for name in _NON_NEGATIVE:
         _check_number(name, options[name], where, minimum=0.0)
+    if options["momentum"] >= 1:
+        raise ValueError(
+            f"{where}: momentum must be < 1, got {options['momentum']}: it would add up all past gradients and forget none; "
+            "0.9 is usual"
+        )
     _check_number("dampening", options["dampening"], where)
     for name in _BOOLEAN + _OPTIONAL_BOOLEAN:
         value, optional = options[name], name in _OPTIONAL_BOOLEAN
@@ -83,21 +83,22 @@ def check_can_be_skipped(momentum: float, dampening: float, what: str) -> None:
         )
 
 
-def _check_lr(lr: Any, where: str) -> None:
+def check_lr(lr: Any, where: str, name: str = "lr") -> None:
+    """Raise for an lr that is no number >= 0 and no 1-element tensor."""
     if not isinstance(lr, Tensor):
-        _check_number("lr", lr, where, minimum=0.0)
+        _check_number(name, lr, where, minimum=0.0)
         return
-    check_tensor_lr(lr, where)
+    check_tensor_lr(lr, where, name)
     # a value on an accelerator would have to be waited for; schedulers write it there anyway
     if lr.device.type == "cpu":
-        _check_number("lr", lr.item(), where, minimum=0.0)
+        _check_number(name, lr.item(), where, minimum=0.0)
 
 
-def check_tensor_lr(lr: Tensor, where: str) -> None:
+def check_tensor_lr(lr: Tensor, where: str, name: str = "lr") -> None:
     """Raise for a tensor that cannot be an lr, whatever its value."""
     if lr.numel() != 1 or not lr.is_floating_point() or lr.layout != torch.strided:
         raise ValueError(
-            f"{where}: Tensor lr must be 1-element and of a floating dtype, got shape {tuple(lr.shape)} and {lr.dtype}"
+            f"{where}: Tensor {name} must be 1-element and of a floating dtype, got shape {tuple(lr.shape)} and {lr.dtype}"
             + ("" if lr.layout == torch.strided else f" of layout {lr.layout}; make it dense")
         )
 
@@ -114,6 +115,15 @@ def _check_number(name: str, value: Any, where: str, minimum: float = -math.inf)
     number = float(value)
     if not (minimum <= number < math.inf and number > -math.inf):
         raise ValueError(f"{where}: {name} {rule}, got {value}")
+
+
+def check_no_module(params: Any, where: str) -> None:
+    """Raise for a module in place of its parameters; some can be iterated over, and torch's error would not tell."""
+    if isinstance(params, torch.nn.Module):
+        raise TypeError(
+            f"{where}: LARS takes parameters, got a {type(params).__name__}; pass model.parameters(), or "
+            "fastlars.param_groups(model, weight_decay), which leaves biases and normalisation tensors out"
+        )
 
 
 def check_params(params: Iterable[Any], where: str) -> None:
@@ -133,14 +143,3 @@ def check_grad(grad: Tensor) -> None:
         raise RuntimeError(
             f"LARS needs dense gradients, got one of layout {grad.layout} and shape {tuple(grad.shape)}; use nn.Embedding(sparse=False), or another optimizer for that parameter"
         )
-
-
-def nearest_name(key: str) -> str | None:
-    """The option that an unknown key was probably meant to be, None for keys that schedulers and users add."""
-    if any(key.startswith(f"{name}_") or key.endswith(f"_{name}") for name in NAMES):
-        return None  # initial_lr, max_momentum, weight_decay_scale: companions of an option
-    # the short names look like many words
-    candidates = [(name, 0.74 if len(name) > 5 else 0.8) for name in NAMES]
-    ratios = {name: difflib.SequenceMatcher(None, key.lower(), name).ratio() for name in NAMES}
-    close = [name for name, cutoff in candidates if ratios[name] >= cutoff]
-    return max(close, key=ratios.__getitem__, default=None)

@@ -58,7 +58,14 @@ def trust_ratios(
             "backward() and before zero_grad(), and give names as it has them"
         )
 
-    from matplotlib import colormaps, pyplot  # noqa: PLC0415  an extra, and slow to import
+    try:
+        import matplotlib  # noqa: F401, PLC0415  an extra, and slow to import
+    except ImportError as error:
+        raise ImportError(
+            f"fastlars.plots draws with matplotlib, which cannot be imported ({error}): pip install 'fastlars[plot]', "
+            "or pip install matplotlib"
+        ) from error
+    from matplotlib import colormaps, pyplot  # noqa: PLC0415
     from matplotlib.colors import LogNorm  # noqa: PLC0415
     from matplotlib.patches import Patch  # noqa: PLC0415
     from matplotlib.ticker import MaxNLocator  # noqa: PLC0415

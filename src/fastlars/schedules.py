@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 from typing import Any
 
 from torch.optim import Optimizer
@@ -78,7 +79,8 @@ def warmup_polynomial(
     Args:
         optimizer: its groups' present lr is what the warm-up reaches at step ``warmup_steps``; where an earlier
             scheduler left ``initial_lr`` in the group (it is saved with the optimizer), that, as in torch's schedulers.
-        warmup_steps: steps of linear growth, from lr / warmup_steps to lr; 0 for none.
+        warmup_steps: steps of linear growth, from lr / warmup_steps to lr; 0 for none. ``total_steps // 10`` is a
+            tenth of the run.
         total_steps: steps of the whole run; lr is ``end_factor * lr`` from there on.
         power: power of the decay, > 0; 1 is linear.
         end_factor: what is left of lr at the end, 0 to 1; the decay goes there, it is not cut off there. MLPerf's code
@@ -89,6 +91,7 @@ def warmup_polynomial(
 
     Raises:
         ValueError: unless 0 <= warmup_steps < total_steps, power > 0 and 0 <= end_factor <= 1.
+        TypeError: unless both numbers of steps are whole numbers.
 
     Example:
         >>> optimizer = fastlars.LARS([torch.nn.Parameter(torch.ones(3))], lr=8.0, weight_decay=1e-4)
@@ -117,7 +120,8 @@ def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int, *, 
     Args:
         optimizer: its groups' present lr is what the warm-up reaches at step ``warmup_steps``; where an earlier
             scheduler left ``initial_lr`` in the group (it is saved with the optimizer), that, as in torch's schedulers.
-        warmup_steps: steps of linear growth, from lr / warmup_steps to lr; 0 for none.
+        warmup_steps: steps of linear growth, from lr / warmup_steps to lr; 0 for none. ``total_steps // 10`` is a
+            tenth of the run.
         total_steps: steps of the whole run; lr is ``end_factor * lr`` from there on.
         end_factor: what is left of lr at the end, 0 to 1: 0 in SimCLR, BYOL and MoCo v3, 0.001 in Barlow Twins and
             VICReg.
@@ -127,6 +131,7 @@ def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int, *, 
 
     Raises:
         ValueError: unless 0 <= warmup_steps < total_steps and 0 <= end_factor <= 1.
+        TypeError: unless both numbers of steps are whole numbers.
 
     Example:
         >>> optimizer = fastlars.LARS([torch.nn.Parameter(torch.ones(3))], lr=8.0, weight_decay=1e-4)
@@ -138,6 +143,13 @@ def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int, *, 
 
 
 def _warmup(optimizer: Optimizer, warmup_steps: int, total_steps: int, end_factor: float, decay: Any) -> LambdaLR:
+    for name, steps in (("warmup_steps", warmup_steps), ("total_steps", total_steps)):
+        # a share of the run, such as 0.1, would make a first step at ten times the peak
+        if not isinstance(steps, numbers.Integral) or isinstance(steps, bool):
+            raise TypeError(
+                f"{name} must be a whole number of optimizer steps, an int, got {steps!r}; for a tenth of the run "
+                "write total_steps // 10"
+            )
     if not 0 <= warmup_steps < total_steps:
         raise ValueError(
             f"0 <= warmup_steps < total_steps must hold, got warmup_steps={warmup_steps} and total_steps={total_steps}"
@@ -150,7 +162,7 @@ def _warmup(optimizer: Optimizer, warmup_steps: int, total_steps: int, end_facto
 
 def _factor(warmup_steps: int, total_steps: int, end_factor: float, decay: Any, step: int) -> float:
     if step < warmup_steps:
-        return (step + 1) / warmup_steps
+        return min((step + 1) / warmup_steps, 1.0)  # torch's scheduler.step(epoch) takes fractions
     left = decay(min((step - warmup_steps) / (total_steps - warmup_steps), 1.0))
     return float(end_factor + (1 - end_factor) * left)
 

@@ -59,6 +59,21 @@ def local_of(item: Any) -> Any:
     return local(item[1] if isinstance(item, tuple) else item)
 
 
+def _divides(mesh: Any, i: int, placement: Any) -> bool:
+    """Whether a mesh dimension leaves this rank a part only."""
+    # whatever is not replicated is sharded: there are other kinds than Shard
+    return not placement.is_replicate() and mesh.size(i) > 1 and mesh.get_coordinate() is not None
+
+
+def is_divided(tensor: Any) -> bool:
+    """Whether other ranks hold parts of this tensor, or of its gradient, that its norms need."""
+    kind = dtensor()
+    if kind is None or not isinstance(tensor, kind):
+        return False
+    layouts = [tensor, tensor.grad] if isinstance(tensor.grad, kind) else [tensor]
+    return any(_divides(each.device_mesh, i, p) for each in layouts for i, p in enumerate(each.placements))
+
+
 def check_not_flattened(params: Iterable[Any], where: str) -> None:
     """Raise for parameters of torch's first FSDP: flat or sliced, they have lost the tensors whose norms LARS takes."""
     if "torch.distributed.fsdp" not in sys.modules:
@@ -120,6 +135,7 @@ class Sharded:
         self._part_of: dict[int, Tensor] = {}  # by the id of a parameter
         self._row: dict[int, int] = {}  # by the id of a local part
         self._skips = any(options.skip_nonfinite for _, options in groups)
+        self._whole_norms: Tensor | None = None  # of the last exchange, a row a tensor
         for params, options in groups:
             for param in params:
                 if isinstance(param, self._kind):
@@ -149,8 +165,7 @@ class Sharded:
         for i, placement in enumerate(placements):
             if placement.is_partial():
                 raise RuntimeError(f"LARS cannot update a parameter of placements {placements}; redistribute it first")
-            # whatever is not replicated is sharded: there are other kinds than Shard
-            if placement.is_replicate() or mesh.size(i) == 1 or mesh.get_coordinate() is None:
+            if not _divides(mesh, i, placement):
                 continue
             group = mesh.get_group(i)
             ranks = frozenset(torch.distributed.get_process_group_ranks(group))
@@ -252,12 +267,17 @@ class Sharded:
             else:
                 table = message
         flags = table[-1] != 0
-        whole = table.sqrt()
+        self._whole_norms = whole = table.sqrt()
         return (
             [self._whole(bucket, known, whole) for bucket, known in zip(buckets, measured, strict=True)],
             None if found_inf is None else flags[0],
             flags[1],
         )
+
+    def known_norms(self, param: Tensor) -> Tensor | None:
+        """Of the last exchange, param norm and direction norm of a whole sharded tensor; None for all others."""
+        part = self._part_of.get(id(param))
+        return None if part is None or self._whole_norms is None else self._whole_norms[self._row[id(part)]]
 
     def _table(
         self,

@@ -1,0 +1,237 @@
+"""What will probably go wrong when a model trains with an optimizer, told before it does."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from .formula import is_adapted
+from .groups import has_normalisation
+from .options import NAMES, Options
+from .sharding import local
+
+# What SGD is hardly ever run with: tensors that take lr * gradient unscaled are judged by it.
+LARGEST_SGD_LR = 1.0
+# A relative step, momentum built up, that fresh weights seldom survive without a warm-up.
+LARGEST_FIRST_STEP = 0.02
+# A relative step below which nothing seems to happen: that of an lr of SGD's size, 0.1.
+SMALLEST_STEP = 1.5e-4
+_SHOWN = 4  # names of tensors
+
+
+class Finding(NamedTuple):
+    """One thing that will probably go wrong."""
+
+    name: str  # of the entry in the documentation's "When something looks wrong"
+    sentence: str
+    way_out: str
+    tensors: tuple[str, ...] = ()  # their names, or "group.position"
+
+
+class Findings(list[Finding]):
+    """A list of findings that prints as text."""
+
+    def __repr__(self) -> str:
+        """A paragraph each."""
+        return "\n".join(map(_paragraph, self)) or "no findings"
+
+
+def check(model: nn.Module, optimizer: Optimizer) -> Findings:
+    """What will probably go wrong when ``model`` trains with ``optimizer``, most serious first; empty if nothing.
+
+    Ask once, after optimizer and schedule are built and before the first step. It looks for
+
+    - parameters of the model in no group, which never move;
+    - an optimizer that adapts nothing, which is SGD at LARS's lr;
+    - biases and other tensors that are not adapted, at an lr far above SGD's, in a model without normalisation layers;
+    - adapted tensors that are zero: their first step is lr * gradient, unscaled;
+    - a large lr without warm-up;
+    - an lr of SGD's size, with which adapted tensors hardly move;
+    - weights in half precision whose steps are rounded away.
+
+    Parameters that are zero are looked for on the host, which waits for an accelerator. Of a sharded tensor each process
+    looks at its own part; nothing is exchanged.
+
+    Args:
+        model: the module that trains, also wrapped.
+        optimizer: a :class:`fastlars.LARS`, also wrapped.
+
+    Returns:
+        A list of findings, each with ``name``, ``sentence``, ``way_out`` and the ``tensors`` that it is about.
+
+    Raises:
+        TypeError: if ``model`` is no module, or ``optimizer`` no LARS.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> groups = fastlars.param_groups(model, weight_decay=1e-4, bias_lr="same")
+        >>> optimizer = fastlars.LARS(groups, lr=8.0)
+        >>> fastlars.check(model, optimizer)
+        biases at LARS's lr: 2 tensors that are not adapted take lr * gradient at lr 8, far above SGD's, in
+        a model without normalisation layers. Give them an lr of their own: param_groups(model,
+        weight_decay, bias_lr=0.1). (0.bias, 2.bias)
+        >>> fastlars.check(model, fastlars.LARS(fastlars.param_groups(model, 1e-4, bias_lr=0.1), lr=8.0))
+        no findings
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"check needs the module that trains, got {type(model).__name__}")
+    groups: list[dict[str, Any]] = getattr(optimizer, "param_groups", [{}])
+    if not all(group.keys() >= {"params", *NAMES} for group in groups):
+        raise TypeError(f"check needs a fastlars.LARS, got {type(optimizer).__name__}")
+    seen = _Seen(model, optimizer, groups)
+    return Findings(finding for find in _CHECKS for finding in find(seen))
+
+
+class _Seen:
+    """A model and its optimizer, as the checks ask for them."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
+        self.model = model
+        self.groups = groups
+        self.started = len(optimizer.state) > 0
+        self.names = {param: name for name, param in model.named_parameters()}
+        for i, group in enumerate(groups):
+            for j, param in enumerate(group["params"]):
+                self.names.setdefault(param, f"{i}.{j}")
+
+    def of(self, *, adapted: bool, where: Callable[[dict[str, Any], Tensor], bool]) -> tuple[str, ...]:
+        """The names of the tensors that train, of groups that are adapted or are not, for which this holds."""
+        return tuple(
+            self.names[param]
+            for group in self.groups
+            if _is_adapted(group) == adapted
+            for param in group["params"]
+            if param.requires_grad and not is_lazy(param) and where(group, param)
+        )
+
+
+def _not_in_the_optimizer(seen: _Seen) -> Iterator[Finding]:
+    known = {param for group in seen.groups for param in group["params"]}
+    left_out = tuple(n for n, p in seen.model.named_parameters() if p.requires_grad and p not in known)
+    if left_out:
+        yield Finding(
+            "parameters in no group",
+            f"{_count(left_out)} of the model will never move, because no param group holds them",
+            "Build the groups from the whole model, param_groups(model, weight_decay), after all its layers are made, or "
+            "freeze them with requires_grad_(False)",
+            left_out,
+        )
+
+
+def _nothing_is_adapted(seen: _Seen) -> Iterator[Finding]:
+    if not any(_is_adapted(group) for group in seen.groups):
+        yield Finding(
+            "nothing is adapted",
+            "LARS adapts no tensor, so this is SGD at LARS's lr",
+            "Set weight_decay, or build the groups with param_groups(model, weight_decay), or pass adapt=True",
+        )
+
+
+def _biases_too_fast(seen: _Seen) -> Iterator[Finding]:
+    fast = seen.of(adapted=False, where=lambda group, _: _peak_lr(group) > LARGEST_SGD_LR)
+    if fast and not has_normalisation(seen.model) and any(map(_is_adapted, seen.groups)):
+        lr = max(_peak_lr(group) for group in seen.groups if not _is_adapted(group))
+        yield Finding(
+            "biases at LARS's lr",
+            f"{_count(fast)} that are not adapted take lr * gradient at lr {lr:g}, far above SGD's, in a model without "
+            "normalisation layers",
+            "Give them an lr of their own: param_groups(model, weight_decay, bias_lr=0.1)",
+            fast,
+        )
+
+
+def _starts_at_zero(seen: _Seen) -> Iterator[Finding]:
+    zero = seen.of(adapted=True, where=lambda group, p: float(group["lr"]) > LARGEST_SGD_LR and _is_zero(p))
+    if zero:
+        yield Finding(
+            "a tensor that starts at zero",
+            f"{_count(zero)} are zero and have no trust ratio: their first step is lr * gradient, unscaled",
+            "Warm up (schedules), or exclude them from adaptation with an lr of their own "
+            "(param_groups(..., exclude_from_adaptation=[...], bias_lr=0.1)), or start them at small random numbers",
+            zero,
+        )
+
+
+def _no_warmup(seen: _Seen) -> Iterator[Finding]:
+    # LARC's steps are bounded by the trust coefficient, whatever lr is
+    adapted = [group for group in seen.groups if _is_adapted(group) and not group["trust_clip"]]
+    bounds = {_relative_step(g, float(g["lr"])) / (1 - g["momentum"]): float(g["lr"]) for g in adapted}
+    largest = max(bounds, default=0.0)
+    if largest > LARGEST_FIRST_STEP and not seen.started:
+        yield Finding(
+            "no warm-up",
+            f"training begins at lr {bounds[largest]:g}, with which fresh weights move by up to {largest:.1%} a step",
+            "Warm up over 5 to 30 % of the run: schedules.warmup_cosine(optimizer, total_steps // 10, total_steps)",
+        )
+
+
+def _lr_of_sgd(seen: _Seen) -> Iterator[Finding]:
+    adapted = [g for g in seen.groups if _is_adapted(g) and not g["trust_clip"] and g["params"]]
+    largest = max((_relative_step(group, _peak_lr(group)) for group in adapted), default=1.0)
+    if 0 < largest < SMALLEST_STEP:
+        yield Finding(
+            "the loss is flat",
+            f"a step moves adapted tensors by {largest:.2g} of their norm, because lr is one of SGD's",
+            "With LARS's trust_coefficient of 0.001, lr is 1 to 30: start at 8",
+        )
+
+
+def _half_precision(seen: _Seen) -> Iterator[Finding]:
+    def rounds_away(group: dict[str, Any], param: Tensor) -> bool:
+        half = param.dtype in (torch.bfloat16, torch.float16)
+        return half and _relative_step(group, _peak_lr(group)) < torch.finfo(param.dtype).eps
+
+    stuck = seen.of(adapted=True, where=rounds_away)
+    if stuck:
+        yield Finding(
+            "half-precision weights hardly move",
+            f"{_count(stuck)} are stored in half precision, which rounds away most of a step of this size",
+            "Keep parameters in float32 and compute under torch.autocast",
+            stuck,
+        )
+
+
+_CHECKS: tuple[Callable[[_Seen], Iterator[Finding]], ...] = (
+    _not_in_the_optimizer,
+    _nothing_is_adapted,
+    _biases_too_fast,
+    _starts_at_zero,
+    _no_warmup,
+    _lr_of_sgd,
+    _half_precision,
+)
+
+
+def _is_adapted(group: dict[str, Any]) -> bool:
+    return is_adapted(Options(*[group[name] for name in NAMES]))
+
+
+def _peak_lr(group: dict[str, Any]) -> float:
+    """Where a schedule leads, which keeps it in the group; else lr."""
+    return float(group.get("initial_lr", group["lr"]))
+
+
+def _relative_step(group: dict[str, Any], lr: float) -> float:
+    """How far the first step moves an adapted tensor, relative to its norm."""
+    return float(group["trust_coefficient"]) * (1.0 if group["trust_clip"] else lr)
+
+
+def _is_zero(param: Tensor) -> bool:
+    part = local(param.detach())
+    return part.numel() > 0 and not part.is_meta and not bool(part.any())
+
+
+def _count(tensors: tuple[str, ...]) -> str:
+    return "1 tensor" if len(tensors) == 1 else f"{len(tensors)} tensors"
+
+
+def _paragraph(finding: Finding) -> str:
+    names = ", ".join(finding.tensors[:_SHOWN]) + (", ..." if len(finding.tensors) > _SHOWN else "")
+    text = f"{finding.name}: {finding.sentence}. {finding.way_out}." + (f" ({names})" if names else "")
+    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
