@@ -509,7 +509,8 @@ class LARS(Optimizer):
             nonzero = is_nonzero(rows[0], rows[1])
             ratio = trust_ratio(nonzero, rows[0], rows[1], scalar_lr(options.lr, rows), options)
             assert isinstance(ratio, Tensor)
-            ratios.update(zip(names, ratio.tolist(), strict=True))
+            # one copy, then element by element: tolist() refuses tensor subclasses
+            ratios.update(zip(names, map(float, ratio.cpu()), strict=True))
         return ratios
 
     def __repr__(self) -> str:
