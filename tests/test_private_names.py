@@ -148,7 +148,7 @@ PRIVATE: dict[str, tuple[str, Callable[[], bool]]] = {
     ),
     "torch._jit_internal.is_scripting": ("TorchScript", lambda: module("_jit_internal").is_scripting() is False),
     "torch.optim.optimizer._default_to_fused_or_foreach": (
-        "foreach by default on accelerators",
+        "foreach by default on the devices for which torch makes it the default",
         lambda: (
             module("optim.optimizer")._default_to_fused_or_foreach(ones(), differentiable=False, use_fused=False)[1]
             is False

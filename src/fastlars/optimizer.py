@@ -94,8 +94,8 @@ class LARS(Optimizer):
         skip_nonfinite: if the norm of any gradient in the groups that set it is not finite, none of these groups
             changes. Decided on the device; with momentum it needs dampening == 0.
         maximize: maximize the objective instead of minimizing it.
-        foreach: whether updates run over lists of tensors, on CUDA from torch 2.11 on in few launches. None: on
-            accelerators, as in torch.
+        foreach: whether updates run over lists of tensors, on CUDA from torch 2.11 on in few launches. None: where torch's
+            own optimizers do by default, which is on CUDA, Intel GPUs and plug-in devices, but not on MPS and XLA.
         differentiable: whether autograd may run through the step.
         fused: whether norms and update run in fused kernels: torch's own on CPU, Triton's on CUDA. None: on CPU only,
             until GPUs have proven the others. Tensors that a kernel cannot serve (other dtypes, memory that is not
@@ -530,7 +530,8 @@ class LARS(Optimizer):
                 lr = scalar_lr(options.lr, param_norms)
                 ratio = trust_ratio(nonzero, param_norms, direction_norms, lr, options)
                 assert isinstance(ratio, Tensor)
-                ratios.update(zip([names[j] for j in positions], ratio.tolist(), strict=True))
+                # one copy, then element by element: tolist() refuses tensor subclasses
+                ratios.update(zip([names[j] for j in positions], map(float, ratio.cpu()), strict=True))
         return ratios
 
     def _exchanged_norms(self, param: Tensor) -> Tensor | None:

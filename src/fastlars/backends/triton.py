@@ -50,7 +50,7 @@ def check_fused(params: Iterable[Tensor], where: str) -> None:
         if isinstance(param, Tensor) and not (param.is_cpu or param.is_cuda):
             raise RuntimeError(
                 f"{where}: fused=True is for CPU and CUDA tensors, got one on {param.device} at position {i}; "
-                "leave fused=None, which takes the foreach implementation there"
+                "leave fused=None, which follows torch's default for that device"
             )
     on_cuda = [param for param in tensors if isinstance(param, Tensor) and param.is_cuda]
     if on_cuda and (reason := refusal(on_cuda)):
