@@ -458,7 +458,7 @@ class LARS(Optimizer):
         where, lr = f"param group {i}", group["lr"]
         if group["differentiable"] and torch.is_grad_enabled():
             check_no_leaves([p for p in group["params"] if p.grad is not None])
-        narrowest = narrowest_dtype(group["params"])
+        narrowest = narrowest_dtype(group["params"]) if group["params"] else None
         values = [group[name] for name in NAMES]
         values[0] = 0.0 if isinstance(lr, (float, Tensor)) else lr  # schedules may round it below 0
         values += [narrowest]
