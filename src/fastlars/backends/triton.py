@@ -128,7 +128,7 @@ class Tables:
         tensors = chain(bucket.params, bucket.grads, bucket.momentum_buffers)
         addresses = tuple(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]  # buffers are made before
         sizes = tuple(map(Tensor.numel, bucket.params))
-        if _is_capturing(device):
+        if is_capturing():
             return self._captured_table(device, addresses, sizes)
 
         # With the stream: memory that is dropped is used again in the order of the stream it was made on.
@@ -207,13 +207,18 @@ class Triton:
     takes_scale = True
     traceable = False
 
-    def __init__(self) -> None:
-        """With tables for the functional form, whose calls have no optimizer to keep them."""
+    def __init__(self, device: str = "cuda") -> None:
+        """With tables for the functional form, whose calls have no optimizer to keep them.
+
+        Args:
+            device: the type of the devices whose tensors are served: "cpu" under Triton's interpreter.
+        """
+        self._device = device
         self._tables = Tables()
 
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:  # noqa: ARG002
         """Where it is asked for."""
-        return bool(options.fused) and not all(param.is_cpu for param in params)
+        return bool(options.fused) and any(param.device.type == self._device for param in params)
 
     def serves(self, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]) -> bool:
         """Whether the kernels, which walk over memory, compute these right.
@@ -222,7 +227,8 @@ class Triton:
         """
         others = [grads, momentum_buffers] if momentum_buffers else [grads]
         return (
-            all(p.dtype in DTYPES and g.dtype in DTYPES and g.device == p.device for p, g in zip(params, grads))
+            all(p.device.type == self._device for p in params)
+            and all(p.dtype in DTYPES and g.dtype in DTYPES and g.device == p.device for p, g in zip(params, grads))
             and all(v.dtype == p.dtype and v.device == p.device for p, v in zip(params, momentum_buffers))
             and can_be_walked(params, *others)
         )
@@ -233,16 +239,16 @@ class Triton:
     def measure(self, bucket: Bucket, now: bool) -> Norms:  # noqa: ARG002
         """All norms in two launches."""
         make_buffers(bucket)  # the table holds their addresses
-        options, device, n = bucket.options, bucket.params[0].device, len(bucket.params)
+        options, device = bucket.options, bucket.params[0].device
         adapted = bool(is_adapted(options))  # numpy's scalars make numpy's bools, which are no constants to Triton
         joint = adapted and options.trust_denominator == "joint"
         grad_norm = bool(options.skip_nonfinite) or (adapted and not joint)
-        kernels = _kernels()
+        which = {"ADAPTED": adapted, "JOINT": joint, "GRAD_NORM": grad_norm}
         with torch.cuda.device_of(bucket.params[0]):  # type: ignore[no-untyped-call]  # torch's
             table = self._table(bucket)
             if not (adapted or grad_norm):
                 return Norms(kept=table)
-            kernels.partial_sums[(table.sums.size(0),)](
+            _kernels().partial_sums[(table.sums.size(0),)](
                 table.rows,
                 table.chunk_tensor,
                 table.sums,
@@ -251,21 +257,12 @@ class Triton:
                 bucket.grads[0],
                 float(options.weight_decay),
                 CHUNK=CHUNK,
-                ADAPTED=adapted,
-                JOINT=joint,
-                GRAD_NORM=grad_norm,
                 MAXIMIZE=bool(options.maximize),
+                **which,
                 **LAUNCH_SUMS,
             )
-            kernels.norms[(n,)](
-                table.rows,
-                table.sums,
-                table.norms,
-                BLOCK=BLOCK,
-                ADAPTED=adapted,
-                JOINT=joint,
-                GRAD_NORM=grad_norm,
-                **LAUNCH_FEW,
+            _kernels().norms[(len(bucket.params),)](
+                table.rows, table.sums, table.norms, BLOCK=BLOCK, **which, **LAUNCH_FEW
             )
         param, direction, grad = table.norms.unbind()
         if not adapted:
@@ -276,17 +273,19 @@ class Triton:
         """Parameters and buffers in one launch, which begins with the formula."""
         options, device = bucket.options, bucket.params[0].device
         table: _Table = norms.kept
+        lr_ptr, lr = _lr(options.lr, device)
         with torch.cuda.device_of(bucket.params[0]):  # type: ignore[no-untyped-call]  # torch's
             _kernels().update[(table.sums.size(0),)](
                 table.rows,
                 table.chunk_tensor,
                 norms.param,
                 norms.direction,
-                *_lr(options.lr, device),
+                lr_ptr,
                 _scalar(bucket.grad_scale, device),
                 _scalar(gate, device),
                 bucket.params[0],
                 bucket.grads[0],
+                lr,
                 float(options.momentum),
                 float(options.weight_decay),
                 float(options.trust_coefficient),
@@ -358,7 +357,3 @@ def check_captured(params: list[Tensor], momentum_buffers: list[Tensor | None], 
                 f"{where}: capturing a LARS step needs an eager step of the same tensors before it, which makes their momentum "
                 f"buffers; tensor {i} of those with a gradient has none. Nothing has changed"
             )
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and is_capturing()
