@@ -140,6 +140,7 @@ def test_many_tensors_and_many_chunks() -> None:
     assert optimizer.served == 201
 
 
+@pytest.mark.slow
 def test_norms_are_those_of_the_whole_tensors() -> None:
     params = make_params(torch.float32, layouts=["vector_4097", "offset", "zeros"])
     grads = [g for g in make_grads("dense", params, 0) if g is not None]
@@ -350,6 +351,7 @@ def test_joint_norm_of_zero_keeps_the_decay() -> None:
     assert param.tolist() == [3.0, 4.0]
 
 
+@pytest.mark.slow
 def test_side_effects() -> None:
     params = make_params(torch.float32, layouts=KINDS)
     grads = make_grads("dense", params, 0)
