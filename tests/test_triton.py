@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -149,11 +150,11 @@ COMPILED = {
 def test_kernels_compile_to_wide_loads_and_no_spills(
     arch: int, dtype: torch.dtype, compiler: Callable[[int], Compiled], tmp_path: Path
 ) -> None:
-    scalar = torch.tensor([1.0])
+    compiled, scalar = compiler(arch), torch.tensor([1.0])
     # a thread has 8 elements of each tensor: in the aligned branch that many bytes are loaded 16 at a time
     wide = 8 * dtype.itemsize // 16
     for name, expected in COMPILED.items():
-        compiled = compiler(arch)
+        compiled.kernels.clear()
         options, on_device = Options(**OPTIONS[name]), name.startswith("everything")
         if on_device:
             options = options._replace(lr=scalar)
@@ -429,39 +430,66 @@ def test_what_one_tensor_is_refused_for_refuses_a_list() -> None:
             assert not ON_CPU.serves(*lists)
 
 
+def refusal(*params: Any) -> str:
+    with pytest.raises(RuntimeError) as error:
+        triton.check_fused(iter(params), "here")
+    return str(error.value)
+
+
+class Driver:
+    asked, error = 0, None
+
+    def get_current_device(self) -> int:
+        self.asked += 1
+        if self.error is not None:
+            raise self.error
+        return 0
+
+
 def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    params = [torch.ones(3)]
-    installed: Any = object()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: installed)
+    installed, find = True, importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: find(name) if name != "triton" else installed or None)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 0))
-    with monkeypatch.context() as patch:
-        patch.setattr(triton, "_cannot_launch", lambda: None)
-        assert triton.refusal(params) is None
-        patch.setattr(triton, "_cannot_launch", lambda: "RuntimeError: no compiler")
-        reason = triton.refusal(params) or ""
-        assert "cannot launch kernels here (RuntimeError: no compiler); mend that, or leave fused=None" in reason
-    subclass = type("Quantized", (Tensor,), {})
-    for refused, reason in (
-        ([*params, torch.ones(3).as_subclass(subclass)], "plain tensors, got Quantized at position 1"),
-        ([torch.ones(3, dtype=torch.float64)], "got torch.float64 at position 0"),
-        ([torch.ones(3, dtype=torch.complex64)], "got torch.complex64 at position 0"),
-    ):
-        assert reason in (triton.refusal(refused) or "") and "use foreach=True" in (triton.refusal(refused) or "")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (7, 5))
-    assert "needs compute capability 8.0, cpu has 7.5" in (triton.refusal(params) or "")
-    monkeypatch.setattr(torch.version, "hip", "6.0")
-    assert "ROCm" in (triton.refusal(params) or "")
-    installed = None
-    assert "pip install triton" in (triton.refusal(params) or "")
+    way_out = "; leave fused=None or use foreach=True"
+    on_cpu, ours = torch.ones(3, dtype=torch.float64), "here: fused=True on CUDA needs "
+    assert refusal(on_cpu, torch.ones(3, device="meta")) == (
+        "here: fused=True is for CPU and CUDA tensors, got one on meta at position 1" + way_out
+    )
+    with fake_cuda():
+        one = torch.ones(3, device="cuda")
+        monkeypatch.setattr(triton, "PLAIN", {FakeTensor})
+        driver = Driver()
+        monkeypatch.setattr(triton, "_kernels", lambda: SimpleNamespace(driver=SimpleNamespace(active=driver)))
+        triton.check_fused([on_cpu, one, one, "no tensor"], "here")
+        assert driver.asked == 1
+        driver.error = RuntimeError("no {compiler}")
+        assert (
+            refusal(one) == f"{ours}Triton, which cannot launch kernels here (RuntimeError: no {{compiler}}){way_out}"
+        )
+        driver.error = None
+        for dtype in (torch.float64, torch.complex64):
+            assert f"float32, bfloat16 or float16 tensors, got {dtype} at position 2" in refusal(
+                one, one, one.to(dtype)
+            )
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (7, 5))
+        assert refusal(one) == f"{ours}compute capability 8.0, cuda:0 has 7.5{way_out}"
+        monkeypatch.setattr(torch.version, "hip", "6.0")
+        assert "ROCm" in refusal(one)
+        installed = False
+        assert "pip install triton" in refusal(one)
+        monkeypatch.setattr(triton, "PLAIN", {Tensor})
+        assert "plain tensors, got FakeTensor at position 1" in refusal(on_cpu, one)
 
 
-def test_what_keeps_triton_from_launching_is_found() -> None:
+def test_what_keeps_triton_from_launching_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 0))
+    reason = triton._refusal(torch.device("cuda:0"))
     if torch.cuda.is_available():
-        assert triton._cannot_launch() is None
+        assert reason is None
     else:
-        assert "0 active drivers" in (triton._cannot_launch() or "")
+        assert "0 active drivers" in (reason or "")
 
 
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor | None]]
@@ -570,9 +598,10 @@ def test_tensors_of_two_gpus_two_dtypes_or_two_steps_are_two_buckets() -> None:
 
 
 def test_fused_is_refused_at_construction_on_cuda_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton.importlib.util, "find_spec", lambda _name: None)
     with fake_cuda():
         param = torch.nn.Parameter(torch.ones(3, device="cuda"))
+    monkeypatch.setattr(triton, "PLAIN", {type(param)})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     for params in ([param], [("named", param)] if NAMED_PARAMETERS else [param]):
         with pytest.raises(RuntimeError, match=r"param group 0: fused=True on CUDA needs Triton.*use foreach=True"):
             LARS(params, lr=1.0, fused=True)

@@ -12,7 +12,7 @@ import ctypes
 import importlib.util
 import threading
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate, chain, repeat
 from typing import Any
@@ -43,54 +43,40 @@ KEPT_STEPS = 16  # a table that so many steps did not use is dropped
 CAPTURES = 4  # graphs that can capture a step before an eager step is needed again
 
 
-def check_fused(params: Iterable[Tensor], where: str) -> None:
-    """Raise where ``fused=True`` cannot be honoured for these tensors."""
-    tensors = list(params)
-    for i, param in enumerate(tensors):
-        if isinstance(param, Tensor) and not (param.is_cpu or param.is_cuda):
-            raise RuntimeError(
-                f"{where}: fused=True is for CPU and CUDA tensors, got one on {param.device} at position {i}; "
-                "leave fused=None, which takes the foreach implementation there"
-            )
-    on_cuda = [param for param in tensors if isinstance(param, Tensor) and param.is_cuda]
-    if on_cuda and (reason := refusal(on_cuda)):
-        raise RuntimeError(f"{where}: {reason}")
-
-
-def refusal(params: Sequence[Tensor]) -> str | None:
-    """Why fused=True cannot be honoured for these CUDA tensors, and the way out; None where it can."""
-    way_out = "leave fused=None or use foreach=True"
-    if importlib.util.find_spec("triton") is None:
-        return f"fused=True on CUDA needs Triton, which is not installed; pip install triton, or {way_out}"
-    if torch.version.hip is not None:
-        return f"fused=True is for NVIDIA GPUs, and this is torch for ROCm; {way_out}"
+def check_fused(params: Iterable[Any], where: str) -> None:
+    """Raise where ``fused=True`` cannot be honoured for these tensors; what is no tensor is not looked at."""
+    devices: dict[torch.device, str | None] = {}
     for i, param in enumerate(params):
-        if type(param) not in PLAIN:
-            return f"fused=True on CUDA needs plain tensors, got {type(param).__name__} at position {i}; {way_out}"
-        if param.dtype not in DTYPES:
-            return (
-                f"fused=True on CUDA needs float32, bfloat16 or float16 tensors, got {param.dtype} at position {i}; "
-                + way_out
-            )
-    for device in {param.device for param in params}:
-        capability = torch.cuda.get_device_capability(device)
-        if capability < CAPABILITY:
-            return (
-                "fused=True on CUDA needs compute capability {}.{}, ".format(*CAPABILITY)
-                + "{} has {}.{}; ".format(device, *capability)
-                + way_out
-            )
-    if error := _cannot_launch():
-        return f"fused=True on CUDA needs Triton, which cannot launch kernels here ({error}); mend that, or {way_out}"
-    return None
+        if not isinstance(param, Tensor) or param.is_cpu:
+            continue
+        if not param.is_cuda:
+            reason: str | None = f"is for CPU and CUDA tensors, got one on {param.device} at position {i}"
+        elif type(param) not in PLAIN:
+            reason = f"on CUDA needs plain tensors, got {type(param).__name__} at position {i}"
+        elif param.dtype not in DTYPES:
+            reason = f"on CUDA needs float32, bfloat16 or float16 tensors, got {param.dtype} at position {i}"
+        else:
+            if param.device not in devices:
+                devices[param.device] = _refusal(param.device)
+            reason = devices[param.device]
+        if reason is not None:
+            raise RuntimeError(f"{where}: fused=True {reason}; leave fused=None or use foreach=True")
 
 
-def _cannot_launch() -> str | None:
-    """What keeps Triton from launching kernels: for that it compiles C, against Python's headers."""
+def _refusal(device: torch.device) -> str | None:
+    """Why kernels cannot run on a CUDA device; None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "on CUDA needs Triton, which is not installed (pip install triton)"
+    if torch.version.hip is not None:
+        return "is for NVIDIA GPUs, and this is torch for ROCm"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < CAPABILITY:
+        return "on CUDA needs compute capability {}.{}, {} has {}.{}".format(*CAPABILITY, device, *capability)
     try:
+        # Triton compiles C for this, against Python's headers
         _kernels().driver.active.get_current_device()
     except Exception as error:  # noqa: BLE001  of compilers, linkers and drivers: no list is complete
-        return f"{type(error).__name__}: {error}"
+        return f"on CUDA needs Triton, which cannot launch kernels here ({type(error).__name__}: {error})"
     return None
 
 

@@ -14,7 +14,7 @@ each value of VECTOR, and in one of the two the compiler knows what `_pointers` 
 # What stands below is a language of its own, and types are checked where triton is not installed, too.
 import triton
 import triton.language as tl
-from triton.runtime.driver import driver  # noqa: F401  for `triton.refusal`
+from triton.runtime.driver import driver  # noqa: F401  for `triton.check_fused`
 
 
 @triton.jit
