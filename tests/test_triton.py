@@ -320,12 +320,12 @@ def test_capture_leaves_eager_tables_alone(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_threads_share_tables() -> None:
     """Those of the functional form."""
-    tables, errors = triton.Tables(), []
+    backend, errors = triton.Triton("cpu"), []
 
     def steps() -> None:
         try:
-            for step in range(300):
-                tables.table(bucket_of([torch.ones(4)]), step)
+            for _ in range(300):
+                backend._table(bucket_of([torch.ones(4)]))
         except Exception as error:  # noqa: BLE001  told below
             errors.append(error)
 
@@ -340,6 +340,7 @@ def test_threads_share_tables() -> None:
     finally:
         sys.setswitchinterval(interval)
     assert not errors
+    assert backend._tables.now == 1200
 
 
 def test_a_tensor_lr_is_read_on_the_host_only_if_it_is_there_and_the_parameters_are_not() -> None:

@@ -210,8 +210,14 @@ class OtherHalf:
         self.nonfinite = nonfinite  # what the other ranks are told
         (known,) = measured
         assert known.param is not None and known.direction is not None
-        whole = known._replace(param=known.param.hypot(self.norms[0]), direction=known.direction.hypot(self.norms[1]))
-        return [whole], None, self.skips if nonfinite is None else self.skips | nonfinite
+        both = [known.param.hypot(self.norms[0]), known.direction.hypot(self.norms[1])]
+        # columns of what was exchanged, which is in float64 where one of the tensors is
+        param, direction = torch.stack(both, dim=1).double().unbind(dim=1)
+        return (
+            [known._replace(param=param, direction=direction)],
+            None,
+            self.skips if nonfinite is None else self.skips | nonfinite,
+        )
 
     def finish(self, groups: list[Group], stepped: list[Group]) -> None:
         pass

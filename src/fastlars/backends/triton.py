@@ -101,15 +101,10 @@ class Tables:
         # by device and sizes, pinned memory for captures, which must not allocate it
         self._spares: dict[tuple[torch.device, tuple[int, ...]], list[Tensor]] = {}
         self._captured: list[Tensor] = []
-        self._lock = threading.Lock()  # the functional form's tables serve all threads
 
     def table(self, bucket: Bucket, now: int) -> _Table:
         """The table of a bucket, for step number ``now``, on the current stream of its device, the current device."""
-        with self._lock:
-            self.now = now
-            return self._table(bucket)
-
-    def _table(self, bucket: Bucket) -> _Table:
+        self.now = now
         device = bucket.params[0].device
         tensors = chain(bucket.params, bucket.grads, bucket.momentum_buffers)
         addresses = tuple(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]  # buffers are made before
@@ -201,6 +196,7 @@ class Triton:
         """
         self._device = device
         self._tables = Tables()
+        self._lock = threading.Lock()  # all threads share them
 
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:  # noqa: ARG002
         """Where it is asked for."""
@@ -260,12 +256,14 @@ class Triton:
         options, device = bucket.options, bucket.params[0].device
         table: _Table = norms.kept
         lr_ptr, lr = _lr(options.lr, device)
+        # those of whole sharded tensors are as an exchange made them
+        param_norms, direction_norms = (norm if norm is None else norm.float().contiguous() for norm in norms[:2])
         with torch.cuda.device_of(bucket.params[0]):  # type: ignore[no-untyped-call]  # torch's
             _kernels().update[(table.sums.size(0),)](
                 table.rows,
                 table.chunk_tensor,
-                norms.param,
-                norms.direction,
+                param_norms,
+                direction_norms,
                 lr_ptr,
                 _scalar(bucket.grad_scale, device),
                 _scalar(gate, device),
@@ -278,7 +276,7 @@ class Triton:
                 float(options.eps),
                 1.0 if options.momentum == 0 or bucket.is_first_step else 1.0 - float(options.dampening),
                 CHUNK=CHUNK,
-                ADAPTED=norms.param is not None,
+                ADAPTED=param_norms is not None,
                 JOINT=options.trust_denominator == "joint",
                 CLIP=bool(options.trust_clip),
                 DECAYS=bool(options.weight_decay != 0),
@@ -293,7 +291,8 @@ class Triton:
     def _table(self, bucket: Bucket) -> _Table:
         """The table of a bucket on the current stream of its device, which is the current device."""
         if bucket.memory is None:
-            return self._tables.table(bucket, self._tables.now + 1)
+            with self._lock:
+                return self._tables.table(bucket, self._tables.now + 1)
         if bucket.memory.tables is None:
             bucket.memory.tables = Tables()
         tables: Tables = bucket.memory.tables
