@@ -142,6 +142,7 @@ COMPILED = {
     "base": ((2, 0), (2, 1)),
     "everything_but_joint": ((2, 0), (3, 2)),
     "unadapted": (None, (2, 1)),
+    "nesterov": ((2, 0), (3, 2)),  # the most registers
 }
 
 
@@ -166,7 +167,7 @@ def test_kernels_compile_to_wide_loads_and_no_spills(
             used, ptx = resources(compilation, tmp_path), compilation.asm["ptx"]
             assert used["STACK"] == used["LOCAL"] == 0, (name, kernel, used)
             # as triton.py says; `norms`, of which there are few programs, may take more
-            assert 0 < used["REG"] <= (64 if kernel == "norms" else 48), (name, kernel, used)
+            assert 0 < used["REG"] <= (64 if kernel == "norms" else 56), (name, kernel, used)
             loaded, stored = counts[kernel]
             assert len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)) == loaded * wide, (name, kernel)
             assert len(re.findall(r"st\.global\S*\.v4\.b32", ptx)) == stored * wide, (name, kernel)

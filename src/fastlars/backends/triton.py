@@ -28,8 +28,8 @@ from fastlars.options import Options
 from .eager import make_buffers
 from .layouts import PLAIN, can_be_walked
 
-# Elements a program of `partial_sums` and `update`: 8 a thread, for which these take at most 48 registers from sm_80 to
-# sm_100, so that five programs fit on a multiprocessor, and spill none.
+# Elements a program of `partial_sums` and `update`: 8 a thread, for which these take at most 48 registers on sm_80 and sm_90
+# and 56 on sm_100, so that five and four programs fit on a multiprocessor, and spill none.
 CHUNK = 2048
 BLOCK = 2048  # partial sums that `norms` adds at a time
 # Of scale * g + weight_decay * w the compiler would fuse one product with the sum, and which one depends on whether there is
