@@ -103,6 +103,17 @@ def properties(session: nox.Session) -> None:
 
 
 @nox.session
+def mutants(session: nox.Session) -> None:
+    """How many seeded faults the tests find: `-- --number 400 --seed 5` draws others; stopped, it goes on where it was."""
+    install(session, NEWEST, "--group", "test", "--group", "pages", "--group", "mutants")
+    folder = Path("results", "mutants")
+    program = ("python", "tests/mutants.py")
+    if not list((folder / "lines").glob("tests-*")):
+        session.run(*program, "record", str(folder / "lines"), "--", "-m", ON_CPU, "-n", "auto", "--dist", "loadfile")
+    session.run(*program, "run", str(folder / "lines"), str(folder / "mutants.jsonl"), *session.posargs)
+
+
+@nox.session
 def parity(session: nox.Session) -> None:
     """The dialects against the packages they are named after, in today's releases, which it prints."""
     install(session, NEWEST, "--group", "parity")
