@@ -107,10 +107,13 @@ def mutants(session: nox.Session) -> None:
     """How many seeded faults the tests find: `-- --number 400 --seed 5` draws others; stopped, it goes on where it was."""
     install(session, NEWEST, "--group", "test", "--group", "pages", "--group", "mutants")
     folder = Path("results", "mutants")
-    program = ("python", "tests/mutants.py")
-    if not list((folder / "lines").glob("tests-*")):
-        session.run(*program, "record", str(folder / "lines"), "--", "-m", ON_CPU, "-n", "auto", "--dist", "loadfile")
-    session.run(*program, "run", str(folder / "lines"), str(folder / "mutants.jsonl"), *session.posargs)
+    program, lines = ("python", "tests/mutants.py"), str(folder / "lines")
+    if not (folder / "lines").exists():
+        cases = {"EXECUTED_LINES_CASES": "10"}
+        session.run(*program, "record", lines, "--", "-m", ON_CPU, "-n", "auto", "--dist", "loadfile", env=cases)
+        kernels = ("tests/fused_cuda_interpreted.py", "-W", "ignore:Conversion of an array:DeprecationWarning")
+        session.run(*program, "record", lines, "--", *kernels, env={**cases, "TRITON_INTERPRET": "1"})
+    session.run(*program, "run", lines, str(folder / "mutants.jsonl"), *session.posargs)
 
 
 @nox.session

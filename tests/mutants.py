@@ -1,8 +1,8 @@
 """Would a test fail if the package were wrong? Mutants of src/fastlars, drawn from a seed, run against the tests.
 
-    python tests/mutants.py record FOLDER [pytest's options]   which test executes which line, and for how long
-    python tests/mutants.py run FOLDER RESULTS                 adds a line a mutant to RESULTS, and goes on where it was
-    python tests/mutants.py compare BEFORE AFTER               of two RESULTS of the same mutants: which are no longer killed
+    python tests/mutants.py record FOLDER -- [pytest's options]   which test executes which line, and for how long
+    python tests/mutants.py run FOLDER RESULTS                    adds a line a mutant to RESULTS; goes on where it was
+    python tests/mutants.py compare BEFORE AFTER                  of two RESULTS of the same mutants: what is not killed now
 
 A mutant is one small change: another operator, comparison or constant, a condition negated or forced, an argument dropped
 or two swapped, a statement dropped. Not mutated are docstrings, annotations and types, imports, assertions, f-strings and
@@ -12,7 +12,8 @@ A mutant runs the tests that execute its statement, fastest first, until one fai
 the CPU limit is reached (undecided). What runs at import, a module's or class's statements, decorators and defaults, counts
 as executed by the tests of what it stands for: those that execute a line of that function, or of a function of that file,
 or all tests where there is none; of these the tests of the file named after the module come first. Triton's kernels are
-executed where its interpreter runs them.
+executed where its interpreter runs them. TorchScript's functions are not seen to be executed: what nobody executes runs
+the tests of test_script.py, and is uncovered if they do not kill it.
 """
 
 # ruff: noqa: T201  a program: it prints
@@ -52,9 +53,8 @@ if os.environ.get("EXECUTED_LINES_OF", "main") != "main":
     import executed_lines
     executed_lines.trace_what_a_test_started()
 """
-FIRST = (
-    40  # tests a mutant meets at first: most are killed there, and collecting more would take longer than running these
-)
+IMPORTED = ("numpy", "pytest", "hypothesis", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor")
+FIRST = 15  # tests that a mutant meets at first: most are killed there, and to collect all takes longer
 
 SWAPS: dict[type[ast.AST], type[ast.AST]] = {}
 for pair in (
@@ -232,50 +232,31 @@ class Case:
     lines: dict[str, set[int]]
 
 
-def record(root: Path, folder: Path, options: list[str]) -> None:
-    """Run the tests of a checkout once, those in Triton's interpreter too, and write what each executes."""
+def record(arguments: argparse.Namespace) -> None:
+    """Run pytest with these options on a checkout, and write what each test executes."""
+    root, folder = arguments.root.resolve(), arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    suites: list[tuple[list[str], dict[str, str]]] = [(["tests"], {})]
-    if (root / "tests" / INTERPRETED).exists():
-        suites.append(([f"tests/{INTERPRETED}"], {"TRITON_INTERPRET": "1"}))
     with tempfile.TemporaryDirectory() as custom:
         Path(custom, "sitecustomize.py").write_text(TRACED)
         path = os.pathsep.join([custom, str(root / "src"), str(HERE)])
-        environment = {
-            **os.environ,
-            "PYTHONPATH": path,
-            "EXECUTED_LINES": str(folder.resolve()),
-            "OMP_NUM_THREADS": "1",
-        }
-        for tests, more in suites:
-            command = [
-                sys.executable,
-                "-m",
-                "pytest",
-                "-p",
-                "executed_lines",
-                "-p",
-                "no:cacheprovider",
-                *tests,
-                *options,
-            ]
-            subprocess.run(command, cwd=root, env={**environment, **more}, check=False)
+        environment = {"PYTHONPATH": path, "EXECUTED_LINES": str(folder), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "pytest", "-p", "executed_lines", "-p", "no:cacheprovider"]
+        subprocess.run([*command, *arguments.options], cwd=root, env={**os.environ, **environment}, check=False)
 
 
 def recorded(folder: Path) -> list[Case]:
     """The tests that passed, and the lines that they and the processes they started executed."""
     found = []
     for path in folder.glob("tests-*.jsonl"):
-        rows = sorted((json.loads(line) for line in path.open()), key=lambda row: row["begin"])
+        rows = sorted(map(json.loads, path.open()), key=lambda row: row["begin"])
+        begins = [row["begin"] for row in rows]
         lines = [{file: set(numbers) for file, numbers in row["lines"].items()} for row in rows]
         started = folder / path.name.replace("tests-", "started-by-")
         for answer in map(json.loads, started.open() if started.exists() else []):
-            running = [known for row, known in zip(rows, lines, strict=True) if row["begin"] <= answer["at"]]
-            for file, numbers in answer["lines"].items() if running else []:
-                running[-1].setdefault(file, set()).update(numbers)
-        for row, known in zip(rows, lines, strict=True):
-            if row["outcome"] == "passed":
-                found.append(Case(row["test"], row["end"] - row["begin"], known))
+            for file, numbers in answer["lines"].items():
+                lines[bisect.bisect(begins, answer["at"]) - 1].setdefault(file, set()).update(numbers)
+        timed = zip(rows, lines, strict=True)
+        found += [Case(row["test"], row["seconds"], known) for row, known in timed if row["outcome"] == "passed"]
     return found
 
 
@@ -315,19 +296,9 @@ class Runner:
 def _serve(root: Path, interpreted: bool, pipe: Any) -> None:
     os.chdir(root)
     # threads would not live on in forks; plugins would only cost time
-    os.environ |= {
-        "OMP_NUM_THREADS": "1",
-        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-        "TRITON_INTERPRET": str(int(interpreted)),
-    }
-    for name in (
-        "numpy",
-        "pytest",
-        "hypothesis",
-        "torch._dynamo",
-        "torch.distributed.fsdp",
-        "torch.distributed.tensor",
-    ):
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    os.environ["TRITON_INTERPRET"] = str(int(interpreted))
+    for name in IMPORTED:
         import_module(name)
     while True:
         pipe.send(_fork(*pipe.recv()))
@@ -357,9 +328,8 @@ def _fork(source: str, tests: list[str], seconds: float) -> dict[str, Any]:
     with open(reading) as file:  # noqa: PTH123  a descriptor
         failed = file.read()
     status = os.waitstatus_to_exitcode(ended[1])
-    return {
-        "status": status if status >= 0 else None, "killer": failed, "cpu": ended[2].ru_utime + ended[2].ru_stime,
-    }  # fmt: skip
+    out_of_time = status in (-signal.SIGXCPU, -signal.SIGKILL)
+    return {"status": None if out_of_time else status, "killer": failed, "cpu": ended[2].ru_utime + ended[2].ru_stime}
 
 
 class _Report:
@@ -378,33 +348,35 @@ class _Report:
 def judge(mutant: Mutant, cases: list[Case], root: Path, seconds: float, runners: list[Runner]) -> dict[str, Any]:
     """What becomes of a mutant: killed, survived, undecided or uncovered."""
     package = root / "src" / "fastlars"
-    result: dict[str, Any] = {"mutant": mutant.name(package / mutant.file), "state": "uncovered", "cpu": 0.0}
-    order = killers(mutant, cases)
+    executed = killers(mutant, cases)
+    order = executed or [case for case in cases if "test_script.py" in case.name]
+    batches = [
+        (interpreted, [case for case in batch if (INTERPRETED in case.name) == interpreted])
+        for batch in (order[:FIRST], order[FIRST:]) for interpreted in (False, True)
+    ]  # fmt: skip
+    state, killer, cpu = "survived", "", 0.0
     with tempfile.TemporaryDirectory() as source:
         copied = shutil.copytree(package, Path(source, "fastlars"), ignore=shutil.ignore_patterns("__pycache__"))
         (copied / mutant.file).write_bytes(mutant.source(package / mutant.file))
-        for batch in (order[:FIRST], order[FIRST:]):
-            for interpreted in (False, True):
-                chosen = [case for case in batch if (INTERPRETED in case.name) == interpreted]
-                if not chosen:
-                    continue
-                left = seconds - result["cpu"]
-                # more than that are not reached, and finding them takes time, too
-                reached = list(itertools.accumulate(case.seconds for case in chosen))
-                chosen = chosen[: bisect.bisect(reached, 2 * left) + 1]
-                names = [case.name for case in chosen]
-                answer = runners[interpreted].run(source, names, left)
-                if answer["status"] in (4, 5):  # the mutant has changed the names of cases
-                    functions = list(dict.fromkeys(name.partition("[")[0] for name in names))
-                    answer = runners[interpreted].run(source, functions, left)
-                result["cpu"] = round(result["cpu"] + answer["cpu"], 1)
-                complete = len(chosen) == len(reached)
-                result["state"] = "survived" if answer["status"] == 0 and complete else "undecided"
-                if answer["status"]:
-                    return {**result, "state": "killed", "killer": answer["killer"]}
-                if result["state"] == "undecided":
-                    return result
-    return result
+        for interpreted, batch in batches:
+            if not batch or state != "survived":
+                continue
+            # more than that are not reached, and finding them takes time, too
+            within = bisect.bisect(list(itertools.accumulate(case.seconds for case in batch)), 2 * (seconds - cpu)) + 1
+            names = [case.name for case in batch[:within]]
+            answer = runners[interpreted].run(source, names, seconds - cpu)
+            if answer["status"] in (4, 5):  # the mutant has changed the names of cases
+                functions = dict.fromkeys(name.partition("[")[0] for name in names)
+                answer = runners[interpreted].run(source, list(functions), seconds - cpu)
+            cpu += answer["cpu"]
+            killer = answer["killer"]
+            if answer["status"]:
+                state = "killed"
+            elif answer["status"] is None or within < len(batch):
+                state = "undecided"
+    state = state if executed or state == "killed" else "uncovered"
+    row = {"mutant": mutant.name(package / mutant.file), "state": state, "cpu": round(cpu, 1), "limit": seconds}
+    return {**row, "killer": killer} if state == "killed" else row
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -412,10 +384,12 @@ def run(arguments: argparse.Namespace) -> None:
     root = arguments.root.resolve()
     package = root / "src" / "fastlars"
     cases = recorded(arguments.folder)
-    done = read(arguments.results)
-    chosen = {
-        mutant.name(package / mutant.file): mutant for mutant in sample(package, arguments.number, arguments.seed)
-    }
+    done = {
+        name for name, row in read(arguments.results).items()
+        if row["state"] != "undecided" or row["limit"] >= arguments.seconds
+    }  # fmt: skip
+    drawn = sample(package, arguments.number, arguments.seed)
+    chosen = {mutant.name(package / mutant.file): mutant for mutant in drawn}
     survived = [read(path) for path in arguments.survivors_of]
     todo = [
         mutant for name, mutant in chosen.items()
@@ -427,9 +401,7 @@ def run(arguments: argparse.Namespace) -> None:
             result = judge(mutant, cases, root, arguments.seconds, runners)
             file.write(json.dumps(result) + "\n")
             file.flush()
-            print(
-                f"{i + 1} of {len(todo)}: {result['state']} in {result['cpu']} s: {result['mutant'][:100]}", flush=True
-            )
+            print(f"{i + 1}/{len(todo)} {result['state']} in {result['cpu']} s: {result['mutant'][:100]}", flush=True)
     results = read(arguments.results)
     for interpreted in (False, True):
         names = {result.get("killer", "") for result in results.values()} & {case.name for case in cases}
@@ -458,26 +430,19 @@ def compare(arguments: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    each = commands.add_parser("record")
-    each.set_defaults(command=lambda given: record(given.root.resolve(), given.folder, given.options))
-    each.add_argument("folder", type=Path)
-    each.add_argument("options", nargs="*", help="after --")
-    each.add_argument("--root", type=Path, default=HERE.parent, help="a checkout")
-    each = commands.add_parser("run")
-    each.set_defaults(command=run)
-    each.add_argument("folder", type=Path)
-    each.add_argument("results", type=Path)
-    each.add_argument("--root", type=Path, default=HERE.parent, help="the checkout that was recorded")
-    each.add_argument("--number", type=int, default=200)
-    each.add_argument("--seed", type=int, default=18)
-    each.add_argument("--seconds", type=float, default=60, help="of CPU, a mutant")
-    each.add_argument(
-        "--survivors-of", type=Path, action="append", default=[], help="results: only what these did not kill"
-    )
-    each = commands.add_parser("compare")
-    each.set_defaults(command=compare)
-    each.add_argument("before", type=Path)
-    each.add_argument("after", type=Path)
+    recording, running, comparing = (commands.add_parser(command.__name__) for command in (record, run, compare))
+    for each, command, paths in (
+        (recording, record, ["folder"]), (running, run, ["folder", "results"]), (comparing, compare, ["before", "after"])
+    ):  # fmt: skip
+        each.set_defaults(command=command)
+        for name in paths:
+            each.add_argument(name, type=Path)
+        each.add_argument("--root", type=Path, default=HERE.parent, help="a checkout")
+    recording.add_argument("options", nargs="*", help="pytest's, after --")
+    running.add_argument("--number", type=int, default=200)
+    running.add_argument("--seed", type=int, default=18)
+    running.add_argument("--seconds", type=float, default=60, help="of CPU, a mutant")
+    running.add_argument("--survivors-of", type=Path, action="append", default=[], help="only what these did not kill")
     given = parser.parse_args()
     given.command(given)
 
