@@ -438,12 +438,13 @@ def main() -> None:
         for name in paths:
             each.add_argument(name, type=Path)
         each.add_argument("--root", type=Path, default=HERE.parent, help="a checkout")
-    recording.add_argument("options", nargs="*", help="pytest's, after --")
     running.add_argument("--number", type=int, default=200)
     running.add_argument("--seed", type=int, default=18)
     running.add_argument("--seconds", type=float, default=60, help="of CPU, a mutant")
     running.add_argument("--survivors-of", type=Path, action="append", default=[], help="only what these did not kill")
-    given = parser.parse_args()
+    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    given = parser.parse_args(sys.argv[1:split])
+    given.options = sys.argv[split + 1 :]  # pytest's
     given.command(given)
 
 
