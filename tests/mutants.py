@@ -280,17 +280,23 @@ class Runner:
     """Forks, of a process that has imported what is slow and not the package, run tests on a copy of the package."""
 
     def __init__(self, root: Path, interpreted: bool) -> None:
+        self._root, self._interpreted = root, interpreted
+        self._pipe: Any = None
+
+    def run(self, source: str, tests: list[str], seconds: float) -> dict[str, Any]:
+        if self._pipe is None:
+            self._start()
+        self._pipe.send((source, tests, seconds))
+        return self._pipe.recv()  # type: ignore[no-any-return]
+
+    def _start(self) -> None:
         self._pipe, theirs = multiprocessing.Pipe()
         if os.fork() == 0:  # not a Process of multiprocessing, some of which may have no children of their own
             self._pipe.close()
             with contextlib.suppress(EOFError):
-                _serve(root, interpreted, theirs)
+                _serve(self._root, self._interpreted, theirs)
             os._exit(0)
         theirs.close()
-
-    def run(self, source: str, tests: list[str], seconds: float) -> dict[str, Any]:
-        self._pipe.send((source, tests, seconds))
-        return self._pipe.recv()  # type: ignore[no-any-return]
 
 
 def _serve(root: Path, interpreted: bool, pipe: Any) -> None:
