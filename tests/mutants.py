@@ -376,9 +376,10 @@ def judge(mutant: Mutant, cases: list[Case], root: Path, seconds: float, runners
                 answer = runners[interpreted].run(source, list(functions), seconds - cpu)
             cpu += answer["cpu"]
             killer = answer["killer"]
-            if answer["status"]:
+            # a process that a test starts has the same limit, and the test fails where that is reached
+            if answer["status"] and cpu < seconds:
                 state = "killed"
-            elif answer["status"] is None or within < len(batch):
+            elif answer["status"] != 0 or within < len(batch):
                 state = "undecided"
     state = state if executed or state == "killed" else "uncovered"
     row = {"mutant": mutant.name(package / mutant.file), "state": state, "cpu": round(cpu, 1), "limit": seconds}
