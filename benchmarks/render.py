@@ -215,7 +215,9 @@ def picture(stored: list[Results]) -> str:
     lines.append(f'<text x="{left + unit}" y="{y + 6}" text-anchor="middle">1 = torch SGD(fused=True)</text>')
     x = left
     for label, colour in shown.values():
-        lines.append(f'<rect x="{x}" y="8" width="12" height="12" fill="{colour}"/><text x="{x + 18}" y="19">{label}</text>')
+        lines.append(
+            f'<rect x="{x}" y="8" width="12" height="12" fill="{colour}"/><text x="{x + 18}" y="19">{label}</text>'
+        )
         x += 110
     size = f"0 0 {left + 5 * unit} {y + 18}"
     return "\n".join(

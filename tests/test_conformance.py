@@ -401,7 +401,9 @@ def test_the_table_and_the_page_name_tests_that_are_there_and_the_page_one_for_e
     for module, test in HELD_BY.findall(TABLE.read_text(encoding="utf-8") + page):
         text = (pages.ROOT / "tests" / f"{module}.py").read_text(encoding="utf-8")
         assert f"\ndef {test}(" in text, f"{module}::{test} is not there"
-    promises = re.findall(r"^\| .* \|$", page.partition("\n## What you can rely on\n")[2].partition("\n## ")[0], re.MULTILINE)
+    promises = re.findall(
+        r"^\| .* \|$", page.partition("\n## What you can rely on\n")[2].partition("\n## ")[0], re.MULTILINE
+    )
     assert len(promises) > 15
     assert not [row for row in promises[2:] if not HELD_BY.search(row)]
 
