@@ -34,13 +34,13 @@ and gradients for the norms: 28 bytes, 1.4 times as many, or 20 where a cache se
 The extra read can cost more than 40 % on machines whose reads are slow, so each table has a row for fused SGD plus one more read at
 the speed this machine read at in the same round. A result below that row got part of the read from a cache.
 
-Contenders are interleaved: in each round everyone makes one step on the same tensors, in a new order, next to a 256 MiB copy that
-measures the bandwidth. Milliseconds are medians; ratios are medians of the ratios within a round. On a CPU, caches hold what the
-previous contender left. On a GPU, the L2 cache is flushed before each step and the device waits until the host is ahead of it, as it
-is in training. Everyone uses momentum and weight decay. In a case marked "weights adapted", biases and norms are neither adapted nor
-decayed, as `param_groups` makes it; in the others each LARS adapts every tensor (pytorch_optimizer's leaves vectors out). The quadra
-loop is a minimal loop of ours in the manner of Lightning Bolts, quadra and lightly, which read two norms per tensor on the host. A share
-of the copy above 100 % is possible because a copy also fetches the memory that it overwrites.
+Contenders are interleaved. In each round every contender takes one step on the same tensors, in a new order, next to a 256 MiB copy that
+measures the bandwidth. Milliseconds are medians, and ratios are medians of the ratios within a round. On a CPU, caches hold what the
+previous contender left. On a GPU, the L2 cache is flushed before each step and the device waits until the host is ahead of it, as in
+training. All contenders use momentum and weight decay. In cases marked "weights adapted", biases and norms are neither adapted nor decayed,
+as with `param_groups`. In the others, each LARS adapts every tensor (except pytorch_optimizer's, which leaves vectors out). The "quadra
+loop" is our minimal version of the loop in Lightning Bolts, quadra and lightly, which read two norms per tensor on the host. A share of the
+copy above 100 % is possible because a copy also reads the memory that it overwrites.
 """
 COMMANDS = """\
 ## Measure it yourself
@@ -51,8 +51,11 @@ COMMANDS = """\
     python -m nox -s bench -- --benchmark-compare --benchmark-compare-fail=median:10%
 """
 NOTE = """\
-bytes/param: read and written by the step's operations, nothing cached. of copy: share of the bandwidth of the copy. x SGD fused:
-median of the ratios round by round. host us: until a step returns on an idle GPU. \\*: writes to `.grad`.
+- **bytes/param**: what the operations of a step read and write, if nothing is cached
+- **of copy**: share of the bandwidth of the copy
+- **x SGD fused**: time as a multiple of fused SGD's, as the median of the ratios in each round
+- **host us**: microseconds until a step returns on an idle GPU
+- **\\***: writes to `.grad`
 """
 ELSEWHERE_NOTE = """\
 The same benchmark with some of the optimizers. How a second read compares with SGD depends on the memory, and how small tensors do

@@ -136,7 +136,7 @@ PRIVATE: dict[str, tuple[str, Callable[[], bool]]] = {
         sees_transforms,
     ),
     "torch.nn.modules.batchnorm._NormBase": (
-        "`param_groups`, to recognize batch and instance norms",
+        "`param_groups`, to recognise batch and instance norms",
         lambda: all(
             isinstance(norm(2), module("nn.modules.batchnorm")._NormBase)
             for norm in (torch.nn.BatchNorm2d, torch.nn.SyncBatchNorm, torch.nn.InstanceNorm1d)
