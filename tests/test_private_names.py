@@ -103,11 +103,11 @@ PRIVATE: dict[str, tuple[str, Callable[[], bool]]] = {
     ),
     "torch._foreach_mul_": ("foreach step", lambda: written(lambda x: torch._foreach_mul_(x, 0.5), 0.5)),
     "torch._foreach_add": (
-        "foreach step in TorchScript",
+        'foreach step in TorchScript; norms with `trust_denominator="joint"`',
         lambda: are(torch._foreach_add(ones(), ones(), alpha=2.0), 3.0),
     ),
     "torch._foreach_add_": (
-        'foreach step; norms with `trust_denominator="joint"`',
+        "foreach step",
         lambda: written(lambda x: torch._foreach_add_(x, ones(), alpha=-0.5), 0.5),
     ),
     "torch._foreach_addcmul": (
@@ -148,7 +148,7 @@ PRIVATE: dict[str, tuple[str, Callable[[], bool]]] = {
     ),
     "torch._jit_internal.is_scripting": ("TorchScript", lambda: module("_jit_internal").is_scripting() is False),
     "torch.optim.optimizer._default_to_fused_or_foreach": (
-        "foreach by default on accelerators",
+        "foreach by default on the devices for which torch makes it the default",
         lambda: (
             module("optim.optimizer")._default_to_fused_or_foreach(ones(), differentiable=False, use_fused=False)[1]
             is False
