@@ -134,6 +134,8 @@ GROUNDS = {
     ("bytes.md", "5 times"): "arithmetic; bytes.svg is held by test_benchmarks",
     ("bytes.md", "1 MiB"): "a constant of fused_cpu.py; test_memory::test_no_temporary_above_4_mib",
     ("cheat-sheet.md", "30 %"): "advice, from the recipes",
+    ("devices.md", "15 seconds"): "measured by hand on XLA's CPU device, once, as the page says",
+    ("devices.md", "eight minutes"): "the limit of benchmarks/first_gpu_run.py",
     ("dialects.md", "1 MiB"): "a constant of norms.py; test_norms::test_joint_norm_on_cpu_in_pieces",
     ("dialects.md", "64 MiB"): "a constant of norms.py; test_side_effects::test_temporaries_fit_a_bucket",
     ("distributed.md", "1.3 kB"): "above",

@@ -512,7 +512,9 @@ class LARS(Optimizer):
         ):
             if not is_adapted(of_step):
                 continue
-            exchanged = {j: norms for j, p in enumerate(params) if (norms := self._exchanged_norms(p)) is not None}
+            # with an exchange every trained tensor has a row, whatever gradient this process has
+            asked = [j for j, p in enumerate(params) if p.requires_grad or p.grad is not None]
+            exchanged = {j: norms for j in asked if (norms := self._exchanged_norms(params[j])) is not None}
             present = [j for j, p in enumerate(params) if j not in exchanged and p.grad is not None]
             grads = [grad for j in present if (grad := params[j].grad) is not None]
             for grad in grads:
