@@ -62,7 +62,7 @@ def _kind(group: dict[str, Any], options: Options) -> str:
     # the gradient and the buffer, which may not be there yet, are as a rule laid out like the parameter
     runs = collections.Counter(preferred(backends, param, param, None).name for param in params)
     what_runs = ", ".join(runs if len(runs) == 1 else (f"{name} {count}" for name, count in runs.items()))
-    return f"{kind}, {what_runs}" + (" (torch's SGD)" if is_torch_sgd(options) else "")
+    return f"{kind}, {what_runs}" + (" (torch's SGD)" if is_torch_sgd(params, options) else "")
 
 
 def _options(group: dict[str, Any]) -> str:

@@ -182,6 +182,8 @@ class Sharded:
         buffers = group.momentum_buffers if group.options.momentum != 0 else [None] * len(params)
         for param, grad, buffer in zip(params, grads, buffers, strict=True):
             self._check(param, grad, buffer)
+        for param, grad, compensation in zip(params, grads, group.compensations):
+            self._check(param, grad, compensation, "compensation")
         laid_out: list[Any] = [
             grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
             if isinstance(param, self._kind) and not _is_laid_out_as(grad, param)
@@ -192,14 +194,15 @@ class Sharded:
             params=[self._part_of[id(param)] if id(param) in self._part_of else local(param) for param in params],
             grads=[local(grad) for grad in laid_out],
             momentum_buffers=[None if buffer is None else local(buffer) for buffer in buffers],
+            compensations=[None if each is None else local(each) for each in group.compensations],
         )
 
-    def _check(self, param: Any, grad: Any, buffer: Any) -> None:
+    def _check(self, param: Any, grad: Any, buffer: Any, name: str = "momentum_buffer") -> None:
         kind = self._kind
         if not isinstance(param, kind):
             if isinstance(grad, kind) or isinstance(buffer, kind):
                 raise TypeError(
-                    f"the gradient or momentum_buffer of a plain parameter of shape {tuple(param.shape)} is a DTensor; "
+                    f"the gradient or {name} of a plain parameter of shape {tuple(param.shape)} is a DTensor; "
                     "make both plain (full_tensor) or distribute the parameter"
                 )
             return
@@ -210,7 +213,7 @@ class Sharded:
             )
         if buffer is not None and not (isinstance(buffer, kind) and _is_laid_out_as(buffer, param)):
             raise RuntimeError(
-                f"the momentum_buffer of a DTensor parameter of shape {tuple(param.shape)} must be a DTensor of its "
+                f"the {name} of a DTensor parameter of shape {tuple(param.shape)} must be a DTensor of its "
                 f"placements, {param.placements}; load checkpoints through torch.distributed.checkpoint.state_dict"
             )
 
@@ -226,6 +229,7 @@ class Sharded:
                     group.momentum_buffers[i] = self._like(param, buffer) if isinstance(param, self._kind) else buffer
                 if isinstance(param, self._kind):
                     written.append(param)
+                    written += [each for each in group.compensations[i : i + 1] if each is not None]
                     if has_buffer:
                         written.append(group.momentum_buffers[i])  # type: ignore[arg-type]
         bump_versions(written)
