@@ -4,6 +4,7 @@
 # ///
 """Everything a maintainer runs. CONTRIBUTING.md shows what each session prints."""
 
+import ctypes.util
 import functools
 import os
 import platform
@@ -84,6 +85,25 @@ def gate(session: nox.Session, torch: str) -> None:
     install_torch(session, torch)
     others = [f"--ignore=tests/test_{name}.py" for name in NOT_OF_A_VERSION]
     suite(session, f"(not slow or version) and {ON_CPU}", *others)
+
+
+@nox.session(python="3.11")
+def vulkan(session: nox.Session) -> None:
+    """The tests of a device on a Vulkan device: any GPU, or Debian's mesa-vulkan-drivers, which needs none."""
+    if not present("vulkan"):
+        session.skip("no Vulkan driver; `apt-get install mesa-vulkan-drivers libvulkan1` brings one that needs no GPU")
+    # torchvulkan is compiled against this torch
+    install(session, "torch==2.13.0", "torchvulkan==0.2.1", "--group", "test")
+    on_device(session, "vulkan")
+
+
+@nox.session(python="3.11")
+def xla(session: nox.Session) -> None:
+    """The tests of a device on XLA's CPU device; needs no system package, 7 GB of disk and half an hour."""
+    if not present("xla"):
+        session.skip("torch_xla has wheels for Linux on x86-64 only")
+    install(session, "torch==2.9.1", "torch_xla==2.9.0", "--group", "test")
+    on_device(session, "xla", PJRT_DEVICE="CPU")
 
 
 @nox.session
@@ -268,6 +288,13 @@ def pytest(session: nox.Session, marked: str, *options: str, **environment: str)
     session.run("python", "-m", "pytest", "-m", marked, *options, *session.posargs, env=environment)
 
 
+def on_device(session: nox.Session, device: str, **environment: str) -> None:
+    """Run the tests marked `device`, which fail if torch does not find it."""
+    files = [f"tests/test_{name}.py" for name in ("devices", "xla")]
+    environment |= {"FASTLARS_EXPECT_WHEEL": "1", "FASTLARS_EXPECT_DEVICE": device, "OMP_NUM_THREADS": "1"}
+    session.run("python", "-m", "pytest", "-m", device, *files, *session.posargs, env=environment)
+
+
 def present(device: str) -> bool:
     """Tell whether this machine has `device` without torch, so before anything is installed."""
     if device == "cuda":
@@ -275,6 +302,13 @@ def present(device: str) -> bool:
         return command is not None and subprocess.run([command, "-L"], capture_output=True, check=False).returncode == 0
     if device == "mps":
         return sys.platform == "darwin" and platform.machine() == "arm64"
+    if device == "vulkan":
+        drivers = [Path(folder, "vulkan", "icd.d") for folder in ("/usr/share", "/etc", "/usr/local/share")]
+        named = os.environ.get("VK_DRIVER_FILES") or any(file for folder in drivers for file in folder.glob("*.json"))
+        # macOS wheels bring a driver; Windows' are in its registry, so there torchvulkan itself finds out
+        return sys.platform != "linux" or bool(named and ctypes.util.find_library("vulkan"))
+    if device == "xla":
+        return sys.platform == "linux" and platform.machine() == "x86_64"
     return True
 
 

@@ -50,6 +50,15 @@ WRONG: list[tuple[str, Any]] = [
 ]
 
 
+def number(lr: Any) -> Any:
+    """An lr as a number, where it is one."""
+    return (
+        float(lr)
+        if isinstance(lr, (int, float)) or (isinstance(lr, Tensor) and lr.numel() == 1 and not lr.is_meta)
+        else lr
+    )
+
+
 class Case:
     """An optimizer, and what happens to it."""
 
@@ -234,7 +243,11 @@ class Case:
                 if not isinstance(t, Parameter) or t.grad is not None
             ],
             [(id(p), {key: id(value) for key, value in state.items()}) for p, state in self.optimizer.state.items()],
-            [{**group, "params": [id(p) for p in group["params"]]}.items() for group in self.optimizer.param_groups],
+            # a float lr may have become the same tensor lr
+            [
+                {**group, "params": [id(p) for p in group["params"]], "lr": number(group["lr"])}.items()
+                for group in self.optimizer.param_groups
+            ],
         )
 
     def step(self) -> bool:

@@ -172,7 +172,7 @@ def test_float16_gradients_are_unscaled_in_float32() -> None:
 # ---------------------------------------------------------------- overflows
 @loop_over("name dtype", [(name, REAL[i % len(REAL)]) for i, name in enumerate(MAY_SKIP)])
 def test_an_overflow_on_the_first_step(name: str, dtype: torch.dtype) -> None:
-    """No parameter changes, buffers are zeros, and the next step is a first step."""
+    """No parameter changes, buffers are zeros if there are any, and the next step is a first step."""
     skipped, fresh = (LARS(make_params(dtype), **OPTIONS[name], fused=True) for _ in range(2))
     before = [p.detach().clone() for p in params_of(skipped)]
     # what torch.empty_like would find, were a buffer made of it
@@ -184,7 +184,6 @@ def test_an_overflow_on_the_first_step(name: str, dtype: torch.dtype) -> None:
     scaler.step(skipped)
     assert same_bits([p.detach() for p in params_of(skipped)], before)
     assert all(buffer is None or not buffer.any() for buffer in buffers_of(skipped))
-    assert skipped.state_dict()["state"].keys() == (set(range(len(before))) if OPTIONS[name].get("momentum") else set())
     for optimizer in (skipped, fresh):
         set_grads(params_of(optimizer), make_grads("dense", params_of(optimizer), 0))
         optimizer.step()

@@ -3,8 +3,10 @@
 Fake CUDA tensors have no values: whatever asks for one raises. Graphs themselves are captured in test_cuda.py.
 """
 
+import ast
 import contextlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +17,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import fastlars
 from cases import OPTIONS
-from fastlars import LARS, dispatch, fused_cuda, lars
+from fastlars import LARS, lars
+from fastlars.backends import layouts, triton
+from fastlars.buckets import Bucket
 from harness import IMPLEMENTATIONS, ignore_nothing_adapted, set_grads
 from recording import Recorder, fake_cuda
 
@@ -30,6 +34,14 @@ SCHEDULERS: dict[str, Callable[[LARS], Any]] = {
 if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
     # there torch's schedulers read a tensor lr on the host, between the steps; what the steps do is the same
     SCHEDULERS = {name: lambda optimizer: _Halving(optimizer.param_groups[0]["lr"]) for name in SCHEDULERS}
+
+
+# what `update` is launched with: triton_kernels.py may not be imported where there is no triton
+(UPDATE,) = (
+    [argument.arg for argument in node.args.args]
+    for node in ast.parse(Path(triton.__file__).with_name("triton_kernels.py").read_text(encoding="utf-8")).body
+    if isinstance(node, ast.FunctionDef) and node.name == "update"
+)
 
 
 class _Halving:
@@ -63,16 +75,14 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> _Kernels:
     """The fused step for fake tensors: these have no address, and their device cannot be entered."""
     kernels = _Kernels()
 
-    def table(_tables: fused_cuda.Tables, part: dispatch.Part) -> Any:
-        n, device = len(part.params), part.params[0].device
+    def table(_tables: triton.Tables, bucket: Bucket, _now: int) -> Any:
+        n, device = len(bucket.params), bucket.params[0].device
         rows, sums = torch.empty(6 * n, dtype=torch.int64, device=device), torch.empty(n, 3, device=device)
-        norms, coefficients = torch.empty(3, n, device=device), torch.empty(n, 2, device=device)
-        return fused_cuda._Table(rows, rows, sums, norms, coefficients)
+        return triton._Table(rows, rows, sums, torch.empty(3, n, device=device))
 
-    monkeypatch.setattr(fused_cuda, "_kernels", lambda: kernels)
-    monkeypatch.setattr(fused_cuda.Tables, "table", table)
-    monkeypatch.setattr(fused_cuda.Tables, "flag", lambda _tables, device: torch.empty(1, device=device))
-    monkeypatch.setattr(fused_cuda, "_PLAIN", frozenset({FakeTensor, torch.nn.Parameter}))
+    monkeypatch.setattr(triton, "_kernels", lambda: kernels)
+    monkeypatch.setattr(triton.Tables, "table", table)
+    monkeypatch.setattr(layouts, "PLAIN", {FakeTensor, torch.nn.Parameter})
     monkeypatch.setattr(fastlars.optimizer, "check_fused", lambda _params, _where: None)
     monkeypatch.setattr(torch.cuda, "device_of", lambda _tensor: contextlib.nullcontext())
     return kernels
@@ -112,12 +122,11 @@ def test_scheduled_steps_read_nothing(name: str, implementation: str, scheduler:
         assert optimizer.param_groups[0]["lr"] is lr
     assert seen == [seen[0]] * 3
     if implementation == "fused":
-        measured = ["partial_sums"] if name != "unadapted" else []  # nothing to measure
-        assert seen[0][1] == [*measured, "coefficients", "update"]
-        assert "stack" not in seen[0][0], "flags are collected, where one on the device decides"
+        measured = ["partial_sums", "norms"] if name != "unadapted" else []  # nothing to measure
+        assert seen[0][1] == [*measured, "update"]
         for kernel, arguments in kernels.launches:
             given = [argument for argument in arguments if isinstance(argument, Tensor) and argument.dim() == 0]
-            assert kernel == "partial_sums" or given, f"{kernel} reads lr on the device"
+            assert kernel != "update" or given, "lr is read on the device"
     else:
         assert seen[0][0] and not kernels.launches
 
@@ -128,7 +137,7 @@ def test_a_captured_step_makes_no_state(name: str, implementation: str, monkeypa
     """The graph would make it, and every replay would fill it with zeros."""
     options = {**OPTIONS[name], **IMPLEMENTATIONS[implementation]}
     capturing = True
-    for module in (fastlars.optimizer, fused_cuda):
+    for module in (fastlars.optimizer, fastlars.functional, triton):
         monkeypatch.setattr(module, "is_capturing", lambda: capturing)
     with fake_cuda():
         params = [torch.nn.Parameter(torch.ones(5, 3, device=device)) for device in ("cpu", "cuda", "cuda")]
@@ -164,13 +173,17 @@ def test_a_captured_step_makes_no_state(name: str, implementation: str, monkeypa
                 lars(params, grads, [None, None, None], **options)
 
 
-@pytest.mark.parametrize(("devices", "given"), [(("cuda:0", "cuda:0"), False), (("cuda:0", "cuda:1"), True)], ids=str)
-def test_a_gradient_on_one_gpu_stops_the_other(devices: tuple[str, str], given: bool, kernels: _Kernels) -> None:
-    """Kernels of one device share a flag; those of two are given what was found on both."""
+@pytest.mark.parametrize("devices", [("cuda:0", "cuda:0"), ("cuda:0", "cuda:1")], ids=str)
+def test_one_gate_on_the_device_stops_all_that_ask_for_it(devices: tuple[str, str], kernels: _Kernels) -> None:
     with fake_cuda():
         groups = [{"params": [torch.nn.Parameter(torch.ones(3, device=device))]} for device in devices]
+        groups.append({"params": [torch.nn.Parameter(torch.ones(3, device="cuda:0"))], "skip_nonfinite": False})
         for group in groups:
             set_grads(group["params"], [torch.ones(3, device=group["params"][0].device)])
-        LARS(groups, **OPTIONS["skip_nonfinite"], fused=True).step()
-    found = [arguments[5] for kernel, arguments in kernels.launches if kernel == "update"]
-    assert [each is not None for each in found] == [given] * 2
+        optimizer = LARS(groups, **OPTIONS["skip_nonfinite"], fused=True)
+        with Recorder() as recorder:
+            optimizer.step()
+        assert not recorder.reads and not recorder.arrivals
+        gates = [arguments[UPDATE.index("gate_ptr")] for kernel, arguments in kernels.launches if kernel == "update"]
+        assert [gate.device for gate in gates[:2]] == [torch.device(device) for device in devices]
+        assert all(gate.dim() == 0 and gate.dtype == torch.uint8 for gate in gates[:2]) and gates[2] is None

@@ -20,8 +20,7 @@ import fastlars
 import pages
 from cases import BASE, OPTIONS, Options, make_grads, make_params, pairwise
 from fastlars import LARS, norms
-from fastlars.backends import eager, fused_cpu, layouts
-from fastlars.backends import triton as fused_cuda
+from fastlars.backends import eager, fused_cpu, layouts, triton
 from harness import IMPLEMENTATIONS, buffers_of, ignore_nothing_adapted, implementations, loop_over, run, set_grads
 
 pytestmark = ignore_nothing_adapted
@@ -350,11 +349,11 @@ HUGE = (1 << 31) + 4096 + 3
 def test_tables_of_huge_tensors() -> None:
     """Sizes and ends are 64-bit; the chunks of 2^43 elements would overflow their 32 bits, and no machine holds them."""
     sizes = (HUGE, 5, 3 * HUGE)
-    table = fused_cuda._new_table(
-        fused_cuda._host_table(torch.device("cpu"), (1 << 45, 2, 3, 4, 5, 6), sizes), 3, torch.device("cpu")
+    table = triton._new_table(
+        triton._host_table(torch.device("cpu"), (1 << 45, 2, 3, 4, 5, 6), sizes), 3, torch.device("cpu")
     )
     rows = table.rows.view(3, 6).tolist()
-    chunks = [-(-size // fused_cuda.CHUNK) for size in sizes]
+    chunks = [-(-size // triton.CHUNK) for size in sizes]
     assert [row[3] for row in rows] == list(sizes)
     assert [row[4:] for row in rows] == [[0, chunks[0]], [chunks[0], chunks[0] + 1], [chunks[0] + 1, sum(chunks)]]
     assert rows[0][0] == 1 << 45

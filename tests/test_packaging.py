@@ -49,11 +49,11 @@ def test_the_citation_has_the_version_of_the_package() -> None:
 def test_importing_loads_no_optional_part_of_torch() -> None:
     """Beyond what torch itself loads, which differs between versions."""
     code = (
-        "import sys, torch; before = {*sys.modules}; import fastlars, fastlars.fused_cuda;"
+        "import sys, torch; before = {*sys.modules}; import fastlars, fastlars.backends.triton;"
         "sys.stdout.write(' '.join({*sys.modules} - before))"
     )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "fastlars.fused_cuda" in process.stdout
+    assert "fastlars.backends.triton" in process.stdout
     for package in ("triton", "torch._dynamo", "torch.distributed", "matplotlib"):
         assert not [name for name in process.stdout.split() if f"{name}.".startswith(f"{package}.")]
 

@@ -148,7 +148,7 @@ PRIVATE: dict[str, tuple[str, Callable[[], bool]]] = {
     ),
     "torch._jit_internal.is_scripting": ("TorchScript", lambda: module("_jit_internal").is_scripting() is False),
     "torch.optim.optimizer._default_to_fused_or_foreach": (
-        "foreach by default on accelerators",
+        "foreach by default on the devices for which torch makes it the default",
         lambda: (
             module("optim.optimizer")._default_to_fused_or_foreach(ones(), differentiable=False, use_fused=False)[1]
             is False
@@ -190,7 +190,10 @@ UNSEEN = {
 PYTHONS_OWN = {"_asdict", "_fields", "_replace", "_getframe"}  # of named tuples, and sys
 
 (PACKAGE,) = importlib.util.find_spec("fastlars").submodule_search_locations  # type: ignore[union-attr, misc]
-SOURCES = {path.name: ast.parse(path.read_text(encoding="utf-8")) for path in Path(PACKAGE).glob("*.py")}
+SOURCES = {
+    path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
+    for path in Path(PACKAGE).rglob("*.py")
+}
 
 
 def own_names(trees: list[ast.Module]) -> set[str]:
@@ -292,10 +295,11 @@ def test_what_broke_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert what_broke("torch._fused_sgd_") is None
     monkeypatch.setattr(torch, "_fused_sgd_", lambda params, grads, buffers: None)
     assert re.search(
-        r"_fused_sgd_: TypeError.*Needed in fused_cpu.py, for: fused step", what_broke("torch._fused_sgd_") or ""
+        r"_fused_sgd_: TypeError.*Needed in backends/fused_cpu.py, for: fused step",
+        what_broke("torch._fused_sgd_") or "",
     )
     monkeypatch.setattr(torch, "_foreach_add_", lambda params, others, alpha: None)
-    assert "gives something else. Needed in norms.py, updates.py" in (what_broke("torch._foreach_add_") or "")
+    assert "gives something else. Needed in backends/eager.py, norms.py" in (what_broke("torch._foreach_add_") or "")
 
 
 def test_the_page_has_the_list() -> None:

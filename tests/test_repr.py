@@ -52,7 +52,7 @@ def test_it_fits_a_screen() -> None:
     lines = repr(LARS(groups, lr=torch.tensor(1 / 3))).splitlines()
     assert max(map(len, lines)) <= 100
     assert len(lines) <= 50
-    assert lines[1].startswith("    Parameter Group 0: ") and "lr=0, " in lines[2]
+    assert lines[1].startswith("    Parameter Group 0: ") and "lr=tensor(0), " in lines[2]
     assert any("52 more like these: see param_groups" in line for line in lines)
     assert sum("Parameter Group 59:" in line for line in lines) == 1
     for key in everything:

@@ -130,7 +130,7 @@ def through(wrong: list[tuple[Options, type[Exception], str]]) -> Any:
 # one rule of each kind, for the other ways in: a number, a tensor, a choice, two options together, a misspelt name
 KINDS = [
     next(case for case in WRONG if part in case[2])
-    for part in (NUMBER, TENSOR, "'separate' or 'joint'", "exclude each other", "is not an option of LARS")
+    for part in (NUMBER, TENSOR, "'separate' or 'joint'", "exclude each other")
 ]
 
 

@@ -119,6 +119,8 @@ def _compensations(
         if options.kahan_sum and any(needed):
             raise ValueError("kahan_sum=True needs compensations: a list like params, of None before the first step")
         return []
+    if not torch.compiler.is_compiling() and is_capturing():
+        check_captured(params, [compensations[i] if needed[i] else param for i, param in enumerate(params)], "lars")
     for i, param in enumerate(params):
         if needed[i] and compensations[i] is None:
             compensations[i] = torch.zeros_like(param)
@@ -127,7 +129,7 @@ def _compensations(
 
 def _step(group: Group, grad_scale: Optional[Tensor], found_inf: Optional[Tensor]) -> None:
     if not torch.compiler.is_compiling() and is_capturing():
-        check_captured(group.params, group.momentum_buffers, group.options.momentum, "lars")
+        check_captured(group.params, group.momentum_buffers if group.options.momentum != 0 else [], "lars")
     if sharding.any_sharded(group.params) or leaves_graph(group.params, group.options):
         shards = sharding.sharded([(group.params, group.options)])
         _step_outside_graphs([group], grad_scale, found_inf, shards)

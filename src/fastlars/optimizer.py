@@ -97,8 +97,8 @@ class LARS(Optimizer):
         skip_nonfinite: if the norm of any gradient in the groups that set it is not finite, none of these groups
             changes. Decided on the device; with momentum it needs dampening == 0.
         maximize: maximize the objective instead of minimizing it.
-        foreach: whether updates run over lists of tensors, on CUDA from torch 2.11 on in few launches. None: on
-            accelerators, as in torch.
+        foreach: whether updates run over lists of tensors, on CUDA from torch 2.11 on in few launches. None: where torch's
+            own optimizers do by default, which is on CUDA, Intel GPUs and plug-in devices, but not on MPS and XLA.
         differentiable: whether autograd may run through the step.
         fused: whether norms and update run in fused kernels: torch's own on CPU, Triton's on CUDA. None: on CPU only,
             until GPUs have proven the others. Tensors that a kernel cannot serve (other dtypes, memory that is not
@@ -432,8 +432,13 @@ class LARS(Optimizer):
                 self._check_before_step(i, group)
             if capturing:
                 moving = [p for p in group["params"] if p.grad is not None]
-                buffers = [self.state.get(p, {}).get("momentum_buffer") for p in moving]
-                check_captured(moving, buffers, group["momentum"], f"param group {i}")
+                options = params_and_options[i][1]
+                for key, needed in (
+                    ("momentum_buffer", [options.momentum != 0] * len(moving)),
+                    ("compensation", [is_compensated(p.dtype, options) for p in moving]),
+                ):
+                    made = [self.state.get(p, _NO_STATE).get(key) if need else p for p, need in zip(moving, needed)]
+                    check_captured(moving, made, f"param group {i}")
             if found_inf is not None:
                 check_can_be_skipped(group["momentum"], group["dampening"], f"param group {i}: found_inf")
         shards = sharding.sharded(params_and_options)
@@ -485,7 +490,7 @@ class LARS(Optimizer):
         where, lr = f"param group {i}", group["lr"]
         if group["differentiable"] and torch.is_grad_enabled():
             check_no_leaves([p for p in group["params"] if p.grad is not None])
-        narrowest = narrowest_dtype(group["params"])
+        narrowest = narrowest_dtype(group["params"]) if group["params"] else None
         values = [group[name] for name in NAMES]
         values[0] = 0.0 if isinstance(lr, (float, Tensor)) else lr  # schedules may round it below 0
         values += [narrowest]
@@ -557,7 +562,8 @@ class LARS(Optimizer):
                 lr = scalar_lr(options.lr, param_norms)
                 ratio = trust_ratio(nonzero, param_norms, direction_norms, lr, options)
                 assert isinstance(ratio, Tensor)
-                ratios.update(zip([names[j] for j in positions], ratio.tolist(), strict=True))
+                # one copy, then element by element: tolist() refuses tensor subclasses
+                ratios.update(zip([names[j] for j in positions], map(float, ratio.cpu()), strict=True))
         return ratios
 
     def _exchanged_norms(self, param: Tensor) -> Tensor | None:

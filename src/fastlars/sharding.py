@@ -28,6 +28,7 @@ from .options import Options
 # where DTensor lives: from torch 2.5 on, and in 2.4. A program that has loaded neither has no sharded tensors.
 _MODULES = ("torch.distributed.tensor", "torch.distributed._tensor")
 _ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
+_XLA = "torch_xla.distributed.spmd"
 
 
 def dtensor() -> Any:
@@ -38,19 +39,30 @@ def dtensor() -> Any:
     return None
 
 
-def any_sharded(params: Sequence[Tensor]) -> bool:
-    """Whether a DTensor is among these; asked in every step."""
+def any_sharded(params: Iterable[Any]) -> bool:
+    """Whether a DTensor is among these; asked in every step.
+
+    torch_xla's XLAShardedTensor does not count. It inherits from DTensor, but it stands for the whole tensor: XLA splits the
+    computation and adds the collectives itself, so every norm that LARS takes of it is already global.
+    """
     kind = dtensor()
-    return kind is not None and any(issubclass(each, kind) for each in set(map(type, params)))
+    if kind is None:
+        return False
+    by_class_only: Any = getattr(sys.modules.get(_XLA), "XLAShardedTensor", ())
+    return any(issubclass(each, kind) and not issubclass(each, by_class_only) for each in set(map(type, params)))
+
+
+def is_sharded(tensor: Any) -> bool:
+    """`any_sharded` of one tensor."""
+    return any_sharded([tensor])
 
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor; other tensors as they are."""
-    kind = dtensor()
-    if kind is None or not isinstance(tensor, kind):
+    if not is_sharded(tensor):
         return tensor
     with torch.no_grad():  # with gradients it would be a view in a graph
-        part: Any = tensor.to_local()
+        part: Any = tensor.to_local()  # type: ignore[attr-defined]
     return part if type(part) is Tensor else part.wait()  # a collective is still under way
 
 
@@ -138,7 +150,7 @@ class Sharded:
         self._whole_norms: Tensor | None = None  # of the last exchange, a row a tensor
         for params, options in groups:
             for param in params:
-                if isinstance(param, self._kind):
+                if is_sharded(param):
                     self._add(param, options)
 
     def _add(self, param: Any, options: Options) -> None:
@@ -186,7 +198,7 @@ class Sharded:
             self._check(param, grad, compensation, "compensation")
         laid_out: list[Any] = [
             grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
-            if isinstance(param, self._kind) and not _is_laid_out_as(grad, param)
+            if is_sharded(param) and not _is_laid_out_as(grad, param)
             else grad
             for param, grad in zip(params, grads, strict=True)
         ]
@@ -198,20 +210,19 @@ class Sharded:
         )
 
     def _check(self, param: Any, grad: Any, buffer: Any, name: str = "momentum_buffer") -> None:
-        kind = self._kind
-        if not isinstance(param, kind):
-            if isinstance(grad, kind) or isinstance(buffer, kind):
+        if not is_sharded(param):
+            if is_sharded(grad) or is_sharded(buffer):
                 raise TypeError(
                     f"the gradient or {name} of a plain parameter of shape {tuple(param.shape)} is a DTensor; "
                     "make both plain (full_tensor) or distribute the parameter"
                 )
             return
-        if not isinstance(grad, kind) or grad.device_mesh != param.device_mesh:
+        if not is_sharded(grad) or grad.device_mesh != param.device_mesh:
             raise RuntimeError(
                 f"the gradient of a DTensor parameter of shape {tuple(param.shape)} must be a DTensor on its mesh, "
                 f"{param.device_mesh}; got {getattr(grad, 'device_mesh', type(grad).__name__)}"
             )
-        if buffer is not None and not (isinstance(buffer, kind) and _is_laid_out_as(buffer, param)):
+        if buffer is not None and not (is_sharded(buffer) and _is_laid_out_as(buffer, param)):
             raise RuntimeError(
                 f"the {name} of a DTensor parameter of shape {tuple(param.shape)} must be a DTensor of its "
                 f"placements, {param.placements}; load checkpoints through torch.distributed.checkpoint.state_dict"
@@ -226,8 +237,8 @@ class Sharded:
                 # a first step that was skipped may have made none
                 has_buffer = group.options.momentum != 0 and buffer is not None
                 if has_buffer and group.momentum_buffers[i] is None:
-                    group.momentum_buffers[i] = self._like(param, buffer) if isinstance(param, self._kind) else buffer
-                if isinstance(param, self._kind):
+                    group.momentum_buffers[i] = self._like(param, buffer) if is_sharded(param) else buffer
+                if is_sharded(param):
                     written.append(param)
                     written += [each for each in group.compensations[i : i + 1] if each is not None]
                     if has_buffer:

@@ -12,7 +12,7 @@ import ctypes
 import importlib.util
 import threading
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate, chain, repeat
 from typing import Any
@@ -28,7 +28,10 @@ from fastlars.options import Options
 from .eager import make_buffers
 from .layouts import PLAIN, can_be_walked
 
-CHUNK = 2048  # elements a program: 8 a thread, at most 48 registers and no spills from sm_80 to sm_100
+# Elements a program of `partial_sums` and `update`: 8 a thread, for which these take at most 48 registers on sm_80 and sm_90
+# and 56 on sm_100, so that five and four programs fit on a multiprocessor, and spill none.
+COLUMNS = 7  # of a table
+CHUNK = 2048
 BLOCK = 2048  # partial sums that `norms` adds at a time
 # Of scale * g + weight_decay * w the compiler would fuse one product with the sum, and which one depends on whether there is
 # a scale: with a GradScaler norms would have other bits, though it scales by powers of two.
@@ -43,54 +46,40 @@ KEPT_STEPS = 16  # a table that so many steps did not use is dropped
 CAPTURES = 4  # graphs that can capture a step before an eager step is needed again
 
 
-def check_fused(params: Iterable[Tensor], where: str) -> None:
-    """Raise where ``fused=True`` cannot be honoured for these tensors."""
-    tensors = list(params)
-    for i, param in enumerate(tensors):
-        if isinstance(param, Tensor) and not (param.is_cpu or param.is_cuda):
-            raise RuntimeError(
-                f"{where}: fused=True is for CPU and CUDA tensors, got one on {param.device} at position {i}; "
-                "leave fused=None, which takes the foreach implementation there"
-            )
-    on_cuda = [param for param in tensors if isinstance(param, Tensor) and param.is_cuda]
-    if on_cuda and (reason := refusal(on_cuda)):
-        raise RuntimeError(f"{where}: {reason}")
-
-
-def refusal(params: Sequence[Tensor]) -> str | None:
-    """Why fused=True cannot be honoured for these CUDA tensors, and the way out; None where it can."""
-    way_out = "leave fused=None or use foreach=True"
-    if importlib.util.find_spec("triton") is None:
-        return f"fused=True on CUDA needs Triton, which is not installed; pip install triton, or {way_out}"
-    if torch.version.hip is not None:
-        return f"fused=True is for NVIDIA GPUs, and this is torch for ROCm; {way_out}"
+def check_fused(params: Iterable[Any], where: str) -> None:
+    """Raise where ``fused=True`` cannot be honoured for these tensors; what is no tensor is not looked at."""
+    devices: dict[torch.device, str | None] = {}
     for i, param in enumerate(params):
-        if type(param) not in PLAIN:
-            return f"fused=True on CUDA needs plain tensors, got {type(param).__name__} at position {i}; {way_out}"
-        if param.dtype not in DTYPES:
-            return (
-                f"fused=True on CUDA needs float32, bfloat16 or float16 tensors, got {param.dtype} at position {i}; "
-                + way_out
-            )
-    for device in {param.device for param in params}:
-        capability = torch.cuda.get_device_capability(device)
-        if capability < CAPABILITY:
-            return (
-                "fused=True on CUDA needs compute capability {}.{}, ".format(*CAPABILITY)
-                + "{} has {}.{}; ".format(device, *capability)
-                + way_out
-            )
-    if error := _cannot_launch():
-        return f"fused=True on CUDA needs Triton, which cannot launch kernels here ({error}); mend that, or {way_out}"
-    return None
+        if not isinstance(param, Tensor) or param.is_cpu:
+            continue
+        if not param.is_cuda:
+            reason: str | None = f"is for CPU and CUDA tensors, got one on {param.device} at position {i}"
+        elif type(param) not in PLAIN:
+            reason = f"on CUDA needs plain tensors, got {type(param).__name__} at position {i}"
+        elif param.dtype not in DTYPES:
+            reason = f"on CUDA needs float32, bfloat16 or float16 tensors, got {param.dtype} at position {i}"
+        else:
+            if param.device not in devices:
+                devices[param.device] = _refusal(param.device)
+            reason = devices[param.device]
+        if reason is not None:
+            raise RuntimeError(f"{where}: fused=True {reason}; leave fused=None or use foreach=True")
 
 
-def _cannot_launch() -> str | None:
-    """What keeps Triton from launching kernels: for that it compiles C, against Python's headers."""
+def _refusal(device: torch.device) -> str | None:
+    """Why kernels cannot run on a CUDA device; None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "on CUDA needs Triton, which is not installed (pip install triton)"
+    if torch.version.hip is not None:
+        return "is for NVIDIA GPUs, and this is torch for ROCm"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < CAPABILITY:
+        return "on CUDA needs compute capability {}.{}, {} has {}.{}".format(*CAPABILITY, device, *capability)
     try:
+        # Triton compiles C for this, against Python's headers
         _kernels().driver.active.get_current_device()
     except Exception as error:  # noqa: BLE001  of compilers, linkers and drivers: no list is complete
-        return f"{type(error).__name__}: {error}"
+        return f"on CUDA needs Triton, which cannot launch kernels here ({type(error).__name__}: {error})"
     return None
 
 
@@ -98,7 +87,7 @@ def _cannot_launch() -> str | None:
 class _Table:
     """What the kernels of one part read and write besides its tensors, in device memory."""
 
-    rows: Tensor  # int64, six a tensor: see `triton_kernels.py`
+    rows: Tensor  # int64, COLUMNS a tensor: see `triton_kernels.py`
     chunk_tensor: Tensor  # int32, the row of every chunk
     sums: Tensor  # (chunks, 3)
     norms: Tensor  # (3, n)
@@ -115,20 +104,15 @@ class Tables:
         # by device and sizes, pinned memory for captures, which must not allocate it
         self._spares: dict[tuple[torch.device, tuple[int, ...]], list[Tensor]] = {}
         self._captured: list[Tensor] = []
-        self._lock = threading.Lock()  # the functional form's tables serve all threads
 
     def table(self, bucket: Bucket, now: int) -> _Table:
         """The table of a bucket, for step number ``now``, on the current stream of its device, the current device."""
-        with self._lock:
-            self.now = now
-            return self._table(bucket)
-
-    def _table(self, bucket: Bucket) -> _Table:
+        self.now = now
         device = bucket.params[0].device
-        tensors = chain(bucket.params, bucket.grads, bucket.momentum_buffers)
-        addresses = tuple(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]  # buffers are made before
         sizes = tuple(map(Tensor.numel, bucket.params))
-        if _is_capturing(device):
+        columns = (bucket.params, bucket.grads, bucket.momentum_buffers, bucket.compensations)  # buffers are made before
+        addresses = tuple(chain.from_iterable(map(Tensor.data_ptr, each) if each else repeat(0, len(sizes)) for each in columns))  # type: ignore[arg-type]
+        if is_capturing():
             return self._captured_table(device, addresses, sizes)
 
         # With the stream: memory that is dropped is used again in the order of the stream it was made on.
@@ -169,17 +153,18 @@ def _host_table(
     n = len(sizes)
     chunks = [max(1, -(-size // CHUNK)) for size in sizes]  # an empty tensor has an empty chunk
     ends = list(accumulate(chunks))
-    buffers = addresses[2 * n :] or repeat(0)
     firsts = (end - count for end, count in zip(ends, chunks))
-    rows = list(chain.from_iterable(zip(addresses[:n], addresses[n : 2 * n], buffers, sizes, firsts, ends)))
+    columns = [addresses[i * n : (i + 1) * n] for i in range(4)]
+    rows = list(chain.from_iterable(zip(*columns, sizes, firsts, ends)))
     if host is None:
-        host = _pinned(device, 6 * n + (ends[-1] + 1) // 2)
+        host = _pinned(device, COLUMNS * n + (ends[-1] + 1) // 2)
     chunk_tensor = array("i")
     for i, count in enumerate(chunks):
         chunk_tensor.extend(array("i", [i]) * count)
-    assert 8 * host.numel() >= 48 * n + 4 * ends[-1]
+    after_rows = 8 * len(rows)
+    assert 8 * host.numel() >= after_rows + 4 * ends[-1]
     # not by torch, whose threads wait for each other for milliseconds on a busy machine
-    for start, values in ((host.data_ptr(), array("q", rows)), (host.data_ptr() + 48 * n, chunk_tensor)):
+    for start, values in ((host.data_ptr(), array("q", rows)), (host.data_ptr() + after_rows, chunk_tensor)):
         address, length = values.buffer_info()
         ctypes.memmove(start, address, length * values.itemsize)
     return host
@@ -190,11 +175,11 @@ def _pinned(device: torch.device, *shape: int) -> Tensor:
 
 
 def _new_table(host: Tensor, n: int, device: torch.device) -> _Table:
-    chunks = int(host[6 * n - 1])
+    chunks = int(host[COLUMNS * n - 1])
     table = torch.empty(host.shape, dtype=host.dtype, device=device).copy_(host, non_blocking=True)
     return _Table(
-        rows=table[: 6 * n],
-        chunk_tensor=table[6 * n :].view(torch.int32)[:chunks],
+        rows=table[: COLUMNS * n],
+        chunk_tensor=table[COLUMNS * n :].view(torch.int32)[:chunks],
         sums=torch.empty(chunks, 3, dtype=torch.float32, device=device),
         norms=torch.empty(3, n, dtype=torch.float32, device=device),
     )
@@ -208,13 +193,19 @@ class Triton:
     traceable = False
     mixes_first_steps = False
 
-    def __init__(self) -> None:
-        """With tables for the functional form, whose calls have no optimizer to keep them."""
+    def __init__(self, device: str = "cuda") -> None:
+        """With tables for the functional form, whose calls have no optimizer to keep them.
+
+        Args:
+            device: the type of the devices whose tensors are served: "cpu" under Triton's interpreter.
+        """
+        self._device = device
         self._tables = Tables()
+        self._lock = threading.Lock()  # all threads share them
 
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:  # noqa: ARG002
         """Where it is asked for."""
-        return bool(options.fused) and not all(param.is_cpu for param in params)
+        return bool(options.fused) and any(param.device.type == self._device for param in params)
 
     def serves(self, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]) -> bool:
         """Whether the kernels, which walk over memory, compute these right.
@@ -223,7 +214,8 @@ class Triton:
         """
         others = [grads, momentum_buffers] if momentum_buffers else [grads]
         return (
-            all(p.dtype in DTYPES and g.dtype in DTYPES and g.device == p.device for p, g in zip(params, grads))
+            all(p.device.type == self._device for p in params)
+            and all(p.dtype in DTYPES and g.dtype in DTYPES and g.device == p.device for p, g in zip(params, grads))
             and all(v.dtype == p.dtype and v.device == p.device for p, v in zip(params, momentum_buffers))
             and can_be_walked(params, *others)
         )
@@ -234,16 +226,16 @@ class Triton:
     def measure(self, bucket: Bucket, now: bool) -> Norms:  # noqa: ARG002
         """All norms in two launches."""
         make_buffers(bucket)  # the table holds their addresses
-        options, device, n = bucket.options, bucket.params[0].device, len(bucket.params)
+        options, device = bucket.options, bucket.params[0].device
         adapted = bool(is_adapted(options))  # numpy's scalars make numpy's bools, which are no constants to Triton
         joint = adapted and options.trust_denominator == "joint"
         grad_norm = bool(options.skip_nonfinite) or (adapted and not joint)
-        kernels = _kernels()
+        which = {"ADAPTED": adapted, "JOINT": joint, "GRAD_NORM": grad_norm}
         with torch.cuda.device_of(bucket.params[0]):  # type: ignore[no-untyped-call]  # torch's
             table = self._table(bucket)
             if not (adapted or grad_norm):
                 return Norms(kept=table)
-            kernels.partial_sums[(table.sums.size(0),)](
+            _kernels().partial_sums[(table.sums.size(0),)](
                 table.rows,
                 table.chunk_tensor,
                 table.sums,
@@ -252,21 +244,12 @@ class Triton:
                 bucket.grads[0],
                 float(options.weight_decay),
                 CHUNK=CHUNK,
-                ADAPTED=adapted,
-                JOINT=joint,
-                GRAD_NORM=grad_norm,
                 MAXIMIZE=bool(options.maximize),
+                **which,
                 **LAUNCH_SUMS,
             )
-            kernels.norms[(n,)](
-                table.rows,
-                table.sums,
-                table.norms,
-                BLOCK=BLOCK,
-                ADAPTED=adapted,
-                JOINT=joint,
-                GRAD_NORM=grad_norm,
-                **LAUNCH_FEW,
+            _kernels().norms[(len(bucket.params),)](
+                table.rows, table.sums, table.norms, BLOCK=BLOCK, **which, **LAUNCH_FEW
             )
         param, direction, grad = table.norms.unbind()
         if not adapted:
@@ -277,24 +260,28 @@ class Triton:
         """Parameters and buffers in one launch, which begins with the formula."""
         options, device = bucket.options, bucket.params[0].device
         table: _Table = norms.kept
+        lr_ptr, lr = _lr(options.lr, device)
+        # those of whole sharded tensors are as an exchange made them
+        param_norms, direction_norms = (norm if norm is None else norm.float().contiguous() for norm in norms[:2])
         with torch.cuda.device_of(bucket.params[0]):  # type: ignore[no-untyped-call]  # torch's
             _kernels().update[(table.sums.size(0),)](
                 table.rows,
                 table.chunk_tensor,
-                norms.param,
-                norms.direction,
-                *_lr(options.lr, device),
+                param_norms,
+                direction_norms,
+                lr_ptr,
                 _scalar(bucket.grad_scale, device),
                 _scalar(gate, device),
                 bucket.params[0],
                 bucket.grads[0],
+                lr,
                 float(options.momentum),
                 float(options.weight_decay),
                 float(options.trust_coefficient),
                 float(options.eps),
                 1.0 if options.momentum == 0 or bucket.is_first_step else 1.0 - float(options.dampening),
                 CHUNK=CHUNK,
-                ADAPTED=norms.param is not None,
+                ADAPTED=param_norms is not None,
                 JOINT=options.trust_denominator == "joint",
                 CLIP=bool(options.trust_clip),
                 DECAYS=bool(options.weight_decay != 0),
@@ -302,14 +289,16 @@ class Triton:
                 NESTEROV=bool(options.nesterov),
                 LR_IN_MOMENTUM=bool(options.lr_in_momentum),
                 MAXIMIZE=bool(options.maximize),
+                KAHAN=bool(bucket.compensations),
                 **LAUNCH,
             )
-        bump_versions([*bucket.params, *make_buffers(bucket)])
+        bump_versions([*bucket.params, *make_buffers(bucket), *bucket.compensations])
 
     def _table(self, bucket: Bucket) -> _Table:
         """The table of a bucket on the current stream of its device, which is the current device."""
         if bucket.memory is None:
-            return self._tables.table(bucket, self._tables.now + 1)
+            with self._lock:
+                return self._tables.table(bucket, self._tables.now + 1)
         if bucket.memory.tables is None:
             bucket.memory.tables = Tables()
         tables: Tables = bucket.memory.tables
@@ -351,15 +340,11 @@ def is_capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]  # torch's
 
 
-def check_captured(params: list[Tensor], momentum_buffers: list[Tensor | None], momentum: float, where: str) -> None:
-    """Raise where the graph being captured would make a buffer: every replay would fill it with zeros."""
-    for i, (param, buffer) in enumerate(zip(params, momentum_buffers)):
-        if momentum != 0 and buffer is None and param.is_cuda:
+def check_captured(params: list[Tensor], state: Sequence[Tensor | None], where: str) -> None:
+    """Raise where the graph being captured would make state: every replay would fill it with zeros."""
+    for i, (param, made) in enumerate(zip(params, state)):
+        if made is None and param.is_cuda:
             raise RuntimeError(
                 f"{where}: capturing a LARS step needs an eager step of the same tensors before it, which makes their momentum "
-                f"buffers; tensor {i} of those with a gradient has none. Nothing has changed"
+                f"buffers and compensations; tensor {i} of those with a gradient has none. Nothing has changed"
             )
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and is_capturing()

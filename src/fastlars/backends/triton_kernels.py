@@ -1,29 +1,30 @@
-"""The Triton kernels of the fused CUDA step: partial sums, coefficients, update. The only file that imports triton.
+"""The Triton kernels of the fused CUDA step: partial sums, norms, update. The only file that imports triton.
 
 Every tensor is cut into chunks of CHUNK elements, and a program takes one chunk. A kernel finds its tensors in a table of
-int64, a row a tensor: the addresses of parameter, gradient and momentum buffer, the number of elements, and the first and
-past-the-last of its chunks; chunk_tensor_ptr holds the row of every chunk. Arithmetic is float32; `norms` adds in float64.
+int64, a row a tensor: the addresses of parameter, gradient, momentum buffer and compensation, the number of elements, and
+the first and past-the-last of its chunks; chunk_tensor_ptr holds the row of every chunk. Arithmetic is float32; `norms` adds in float64.
 Sums are made in a fixed order, without atomics: the same bits every run.
 
-A chunk whose addresses are multiples of 16 bytes and whose length is one of 8 is loaded and stored 16 bytes at a time (the
-VECTOR branches tell the compiler so); others, of odd length or at odd addresses, go element by element.
+A chunk whose addresses are multiples of 16 bytes and whose length is a multiple of 8 is loaded and stored 16 bytes at a time.
+Others, of odd length or at odd addresses, go element by element. Kernels hold both branches: `static_range` makes a copy for
+each value of VECTOR, and in one of the two the compiler knows what `_pointers` and `_mask` say.
 """
 
 # mypy: ignore-errors
 # What stands below is a language of its own, and types are checked where triton is not installed, too.
 import triton
 import triton.language as tl
-from triton.runtime.driver import driver  # noqa: F401  for `triton.refusal`
+from triton.runtime.driver import driver  # noqa: F401  for `triton.check_fused`
 
 
 @triton.jit
 def _chunk(table_ptr, tensor, chunk, CHUNK: tl.constexpr):
-    """Address of each of the three tensors, offset of the chunk in them, and how many elements it has."""
-    row_ptr = table_ptr + tensor.to(tl.int64) * 6
-    size = tl.load(row_ptr + 3)
-    start = (chunk - tl.load(row_ptr + 4)) * CHUNK
+    """Address of each of the four tensors, offset of the chunk in them, and how many elements it has."""
+    row_ptr = table_ptr + tensor.to(tl.int64) * 7
+    size = tl.load(row_ptr + 4)
+    start = (chunk - tl.load(row_ptr + 5)) * CHUNK
     count = tl.minimum(size - start, CHUNK).to(tl.int32)
-    return tl.load(row_ptr), tl.load(row_ptr + 1), tl.load(row_ptr + 2), start, count
+    return tl.load(row_ptr), tl.load(row_ptr + 1), tl.load(row_ptr + 2), tl.load(row_ptr + 3), start, count
 
 
 @triton.jit
@@ -43,6 +44,19 @@ def _mask(count, CHUNK: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
+def _load(address, start, count, like_ptr, CHUNK: tl.constexpr, VECTOR: tl.constexpr, EVICT: tl.constexpr = ""):
+    """The elements of a chunk in float32, and zeros beyond its end."""
+    pointers, mask = _pointers(address, start, like_ptr, CHUNK, VECTOR), _mask(count, CHUNK, VECTOR)
+    return tl.load(pointers, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
+
+
+@triton.jit
+def _store(address, start, count, like_ptr, values, CHUNK: tl.constexpr, VECTOR: tl.constexpr):
+    pointers, mask = _pointers(address, start, like_ptr, CHUNK, VECTOR), _mask(count, CHUNK, VECTOR)
+    tl.store(pointers, values, mask=mask, eviction_policy="evict_first")
+
+
+@triton.jit
 def _scale(grad_scale_ptr, MAXIMIZE: tl.constexpr):
     """s: what makes a raw gradient the one to descend along."""
     scale = tl.full([], -1.0 if MAXIMIZE else 1.0, tl.float32)
@@ -52,70 +66,33 @@ def _scale(grad_scale_ptr, MAXIMIZE: tl.constexpr):
     return scale
 
 
-@triton.jit
-def _store_partial_sums(
-    param,
-    grad,
-    start,
-    count,
-    sums_ptr,
-    scale,
-    weight_decay,
-    param_ptr,
-    grad_ptr,
-    CHUNK: tl.constexpr,
-    VECTOR: tl.constexpr,
-    ADAPTED: tl.constexpr,
-    JOINT: tl.constexpr,
-    GRAD_NORM: tl.constexpr,
-):
-    mask = _mask(count, CHUNK, VECTOR)
-    # scaled before it is squared: a scaler's factor may be so large that squares overflow where gradients do not
-    g = scale * tl.load(_pointers(grad, start, grad_ptr, CHUNK, VECTOR), mask=mask, other=0.0).to(tl.float32)
-    if ADAPTED:
-        w = tl.load(_pointers(param, start, param_ptr, CHUNK, VECTOR), mask=mask, other=0.0).to(tl.float32)
-        tl.store(sums_ptr, tl.sum(w * w))
-        if JOINT:
-            d = g + weight_decay * w
-            tl.store(sums_ptr + 1, tl.sum(d * d))
-    if GRAD_NORM:
-        tl.store(sums_ptr + 2, tl.sum(g * g))
-
-
 @triton.jit(do_not_specialize=["grad_scale_ptr", "param_ptr", "grad_ptr"])
 def partial_sums(
-    table_ptr,
-    chunk_tensor_ptr,
-    sums_ptr,
-    grad_scale_ptr,
-    param_ptr,
-    grad_ptr,
-    weight_decay,
-    CHUNK: tl.constexpr,
-    ADAPTED: tl.constexpr,
-    JOINT: tl.constexpr,
-    GRAD_NORM: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
-):
+    table_ptr, chunk_tensor_ptr, sums_ptr, grad_scale_ptr, param_ptr, grad_ptr, weight_decay,
+    CHUNK: tl.constexpr, ADAPTED: tl.constexpr, JOINT: tl.constexpr, GRAD_NORM: tl.constexpr, MAXIMIZE: tl.constexpr,
+):  # fmt: skip
     """Sums of squares of every chunk: of w, of s g + weight_decay w (JOINT) and of s g (GRAD_NORM), as rows of three.
 
-    Reads 8 bytes a float32 parameter.
+    Reads 8 bytes a float32 parameter. param_ptr and grad_ptr are there for their types.
     """
     chunk = tl.program_id(0)
     tensor = tl.load(chunk_tensor_ptr + chunk)
-    param, grad, _, start, count = _chunk(table_ptr, tensor, chunk, CHUNK)
+    param, grad, _, _, start, count = _chunk(table_ptr, tensor, chunk, CHUNK)
     scale = _scale(grad_scale_ptr, MAXIMIZE)
     sums_ptr += chunk.to(tl.int64) * 3
-    if ((param | grad) % 16 == 0) & (count % 8 == 0):
-        _store_partial_sums(
-            param, grad, start, count, sums_ptr, scale, weight_decay,
-            param_ptr, grad_ptr, CHUNK, True, ADAPTED, JOINT, GRAD_NORM,
-        )  # fmt: skip
-    else:
-        _store_partial_sums(
-            param, grad, start, count, sums_ptr, scale, weight_decay,
-            param_ptr, grad_ptr, CHUNK, False, ADAPTED, JOINT, GRAD_NORM,
-        )  # fmt: skip
+    is_aligned = ((param | grad) % 16 == 0) & (count % 8 == 0)
+    for VECTOR in tl.static_range(2):
+        if is_aligned == (VECTOR == 1):
+            # scaled before it is squared: a scaler's factor may be so large that squares overflow where gradients do not
+            g = scale * _load(grad, start, count, grad_ptr, CHUNK, VECTOR)
+            if ADAPTED:
+                w = _load(param, start, count, param_ptr, CHUNK, VECTOR)
+                tl.store(sums_ptr, tl.sum(w * w))
+                if JOINT:
+                    d = g + weight_decay * w
+                    tl.store(sums_ptr + 1, tl.sum(d * d))
+            if GRAD_NORM:
+                tl.store(sums_ptr + 2, tl.sum(g * g))
 
 
 @triton.jit
@@ -129,21 +106,15 @@ def _norm(sums_ptr, first, last, BLOCK: tl.constexpr):
 
 @triton.jit
 def norms(
-    table_ptr,
-    sums_ptr,
-    norms_ptr,
-    BLOCK: tl.constexpr,
-    ADAPTED: tl.constexpr,
-    JOINT: tl.constexpr,
-    GRAD_NORM: tl.constexpr,
-):
+    table_ptr, sums_ptr, norms_ptr, BLOCK: tl.constexpr, ADAPTED: tl.constexpr, JOINT: tl.constexpr, GRAD_NORM: tl.constexpr
+):  # fmt: skip
     """The norms of every tensor, one a program, from the sums of its chunks.
 
     norms_ptr gets rows of n: |w|, |s g + weight_decay w| (JOINT) and |s g| (GRAD_NORM).
     """
     tensor = tl.program_id(0)
-    first = tl.load(table_ptr + tensor * 6 + 4)
-    last = tl.load(table_ptr + tensor * 6 + 5)
+    first = tl.load(table_ptr + tensor * 7 + 5)
+    last = tl.load(table_ptr + tensor * 7 + 6)
     norm_ptr = norms_ptr + tensor
     if ADAPTED:
         tl.store(norm_ptr, _norm(sums_ptr, first, last, BLOCK).to(tl.float32))
@@ -155,19 +126,9 @@ def norms(
 
 @triton.jit
 def _coefficients(
-    param_norm,
-    direction_norm,
-    rate,
-    scale,
-    weight_decay,
-    trust_coefficient,
-    eps,
-    keep,
-    ADAPTED: tl.constexpr,
-    JOINT: tl.constexpr,
-    CLIP: tl.constexpr,
-    LR_IN_MOMENTUM: tl.constexpr,
-):
+    param_norm, direction_norm, rate, scale, weight_decay, trust_coefficient, eps, keep,
+    ADAPTED: tl.constexpr, JOINT: tl.constexpr, CLIP: tl.constexpr, LR_IN_MOMENTUM: tl.constexpr,
+):  # fmt: skip
     """b and c of a tensor from its norms: the formula of `formula.py`, and no other.
 
     With s = 1 / grad_scale (negative when maximizing), r = lr if LR_IN_MOMENTUM else 1, and ``keep`` = 1 on a tensor's
@@ -202,79 +163,25 @@ def _coefficients(
     return ratio * scale, ratio * decay
 
 
-@triton.jit
-def _update(
-    param,
-    grad,
-    buffer,
-    start,
-    count,
-    b,
-    c,
-    rate,
-    momentum,
-    param_ptr,
-    grad_ptr,
-    CHUNK: tl.constexpr,
-    VECTOR: tl.constexpr,
-    DECAYS: tl.constexpr,
-    MOMENTUM: tl.constexpr,
-    NESTEROV: tl.constexpr,
-):
-    mask = _mask(count, CHUNK, VECTOR)
-    param_ptrs = _pointers(param, start, param_ptr, CHUNK, VECTOR)
-    w = tl.load(param_ptrs, mask=mask, other=0.0).to(tl.float32)
-    # evict_first: read for the last time, it need not push what the programs to come still read out of the L2 cache
-    grad_ptrs = _pointers(grad, start, grad_ptr, CHUNK, VECTOR)
-    g = tl.load(grad_ptrs, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    step = b * g
-    if DECAYS:
-        step += c * w
-    if MOMENTUM:
-        buffer_ptrs = _pointers(buffer, start, param_ptr, CHUNK, VECTOR)
-        v = tl.load(buffer_ptrs, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        v = momentum * v + step
-        tl.store(buffer_ptrs, v, mask=mask, eviction_policy="evict_first")
-        step = step + momentum * v if NESTEROV else v
-    tl.store(param_ptrs, w - rate * step, mask=mask, eviction_policy="evict_first")
-
-
-@triton.jit(do_not_specialize=["lr_ptr", "grad_scale_ptr", "gate_ptr", "param_ptr", "grad_ptr"])
+@triton.jit(do_not_specialize=["param_norms_ptr", "direction_norms_ptr", "lr_ptr", "grad_scale_ptr", "gate_ptr", "param_ptr", "grad_ptr"])  # fmt: skip
 def update(
-    table_ptr,
-    chunk_tensor_ptr,
-    param_norms_ptr,
-    direction_norms_ptr,
-    lr_ptr,
-    lr,
-    grad_scale_ptr,
-    gate_ptr,
-    param_ptr,
-    grad_ptr,
-    momentum,
-    weight_decay,
-    trust_coefficient,
-    eps,
-    keep,
-    CHUNK: tl.constexpr,
-    ADAPTED: tl.constexpr,
-    JOINT: tl.constexpr,
-    CLIP: tl.constexpr,
-    DECAYS: tl.constexpr,
-    MOMENTUM: tl.constexpr,
-    NESTEROV: tl.constexpr,
-    LR_IN_MOMENTUM: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
-):
+    table_ptr, chunk_tensor_ptr, param_norms_ptr, direction_norms_ptr, lr_ptr, grad_scale_ptr, gate_ptr, param_ptr, grad_ptr,
+    lr, momentum, weight_decay, trust_coefficient, eps, keep,
+    CHUNK: tl.constexpr, ADAPTED: tl.constexpr, JOINT: tl.constexpr, CLIP: tl.constexpr, DECAYS: tl.constexpr,
+    MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, LR_IN_MOMENTUM: tl.constexpr, MAXIMIZE: tl.constexpr,
+    KAHAN: tl.constexpr,
+):  # fmt: skip
     """v = momentum v + b g + c w and w -= q v, with q = 1 if LR_IN_MOMENTUM else lr, and b and c of `_coefficients`.
 
     NESTEROV: w -= q (b g + c w + momentum v). Without MOMENTUM: w -= q (b g + c w), and there is no v.
+    KAHAN: w is parameter + compensation, and what rounding takes from the new parameter becomes the compensation.
     Nothing is read or written where the gate is not 0. Moves 20 bytes a float32 parameter. It walks the chunks backwards:
-    what `partial_sums` read last is what the L2 cache still holds.
+    what `partial_sums` read last is what the L2 cache still holds. All that is read here is read for the last time, so
+    evict_first: it need not push what the programs to come still read out of that cache.
     """
     chunk = tl.num_programs(0) - 1 - tl.program_id(0)
     tensor = tl.load(chunk_tensor_ptr + chunk)
-    param, grad, buffer, start, count = _chunk(table_ptr, tensor, chunk, CHUNK)
+    param, grad, buffer, compensation, start, count = _chunk(table_ptr, tensor, chunk, CHUNK)
     if gate_ptr is not None:
         count = tl.where(tl.load(gate_ptr) != 0, 0, count)
     one = tl.full([], 1.0, tl.float32)
@@ -287,13 +194,21 @@ def update(
     )  # fmt: skip
     if LR_IN_MOMENTUM:
         rate = one
-    if ((param | grad | buffer) % 16 == 0) & (count % 8 == 0):
-        _update(
-            param, grad, buffer, start, count, b, c, rate, momentum,
-            param_ptr, grad_ptr, CHUNK, True, DECAYS, MOMENTUM, NESTEROV,
-        )  # fmt: skip
-    else:
-        _update(
-            param, grad, buffer, start, count, b, c, rate, momentum,
-            param_ptr, grad_ptr, CHUNK, False, DECAYS, MOMENTUM, NESTEROV,
-        )  # fmt: skip
+    is_aligned = ((param | grad | buffer | compensation) % 16 == 0) & (count % 8 == 0)
+    for VECTOR in tl.static_range(2):
+        if is_aligned == (VECTOR == 1):
+            w = _load(param, start, count, param_ptr, CHUNK, VECTOR, "evict_first")
+            if KAHAN:
+                w += _load(compensation, start, count, param_ptr, CHUNK, VECTOR, "evict_first")
+            step = b * _load(grad, start, count, grad_ptr, CHUNK, VECTOR, "evict_first")
+            if DECAYS:
+                step += c * w
+            if MOMENTUM:
+                v = momentum * _load(buffer, start, count, param_ptr, CHUNK, VECTOR, "evict_first") + step
+                _store(buffer, start, count, param_ptr, v, CHUNK, VECTOR)
+                step = step + momentum * v if NESTEROV else v
+            w -= rate * step
+            stored = w.to(param_ptr.dtype.element_ty)
+            _store(param, start, count, param_ptr, stored, CHUNK, VECTOR)
+            if KAHAN:
+                _store(compensation, start, count, param_ptr, w - stored.to(tl.float32), CHUNK, VECTOR)

@@ -1,23 +1,26 @@
-"""The kernels of the fused CUDA step on CPU tensors, under Triton's interpreter: they equal the reference.
+"""The Triton kernels on CPU tensors, under Triton's interpreter: they equal the reference.
 
-test_fused_cuda.py runs this file in a process of its own, which imports triton with TRITON_INTERPRET=1. Chunks are small
-here, so that small tensors have many.
+test_triton.py runs this file in a process of its own, which imports triton with TRITON_INTERPRET=1. Chunks are small here,
+so that small tensors have many.
 """
 
 from typing import Any
 
 import pytest
 import torch
-from fastlars.dispatch import Part
-from fastlars.fused_cuda import Measured
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import fastlars
 import harness
 from cases import OPTIONS, PAIRWISE, SPECIAL, make_grads, make_params, neighbours, nonfinite
-from fastlars import LARS, dispatch, functional, fused_cuda
+from fastlars import LARS, backends
+from fastlars.backends import triton
+from fastlars.backends.eager import SINGLE
+from fastlars.buckets import Bucket, Group, Norms
 from fastlars.options import Options
+from fastlars.step import step as take_step
 from harness import buffers_of, ignore_nothing_adapted, mixed_grads, set_grads
 from properties import STEPS, UNSHUFFLED, Kind, assert_same_bits, bits_after, examples, kinds, options, shuffles
 from reference import ReferenceLARS
@@ -27,43 +30,43 @@ pytestmark = ignore_nothing_adapted
 KINDS = ["vector_1025", "matrix", "zeros", "scalar", "empty", "channels_last", "offset"]
 
 
+class Interpreted(triton.Triton):
+    """The backend for CPU tensors, of every group: torch's own SGD is not what a test may see."""
+
+    served = 0
+
+    def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:
+        return True
+
+    def update(self, bucket: Bucket, norms: Norms, gate: Tensor | None) -> None:
+        self.served += len(bucket.params)
+        super().update(bucket, norms, gate)
+
+
+INTERPRETED = Interpreted("cpu")
+
+
 class FusedLARS(LARS):
-    """LARS whose step runs the CUDA kernels for the CPU tensors that they serve."""
+    """Counts what the kernels have stepped, because what else would run is right too."""
 
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
     served = 0
 
-
-def runs_for(_preferred: str, param: Tensor, grad: Tensor, buffer: Tensor | None) -> str:
-    return "triton" if fused_cuda.serves(param, grad, buffer) else "single"
+    def step(self, closure: None = None) -> None:
+        INTERPRETED.served = 0
+        super().step(closure)
+        self.served = INTERPRETED.served
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        assert self.served == sum(INTERPRETED.serves([p], [p.grad], []) for p in params)
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_cuda, "CHUNK", 1024)
-    monkeypatch.setattr(fused_cuda, "BLOCK", 2)
+    monkeypatch.setattr(triton, "CHUNK", 1024)
+    monkeypatch.setattr(triton, "BLOCK", 2)
     monkeypatch.setattr(harness, "LARS", FusedLARS)
-    monkeypatch.setattr(dispatch, "runs_for", runs_for)
-    monkeypatch.setattr(dispatch, "_as_one_part", lambda *_: None)  # for CPU tensors, the fused CPU step
-    # torch's CPU kernel is not what runs for groups that are not adapted on a GPU: ours must be right there too
-    monkeypatch.setattr(functional, "is_torch_sgd", lambda _options: False)
-
-    launch = fused_cuda.update
-
-    def step(optimizer: FusedLARS, closure: None = None) -> None:
-        def update(measured: Measured, found_inf: Tensor | None) -> None:
-            optimizer.served += len(measured.part.params)
-            launch(measured, found_inf)
-
-        optimizer.served = 0
-        monkeypatch.setattr(fused_cuda, "update", update)
-        LARS.step(optimizer, closure)
-        # counted where they are launched: whatever else ran would be right, too
-        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        assert optimizer.served == sum(fused_cuda.serves(p, p.grad, None) for p in params)
-
-    monkeypatch.setattr(FusedLARS, "step", step)
+    monkeypatch.setattr(backends, "BACKENDS", [INTERPRETED, SINGLE])
 
 
 SETS = [*PAIRWISE, *SPECIAL]
@@ -87,7 +90,7 @@ def test_equals_reference_in_a_few_steps() -> None:
         harness.run([{"params": params}], OPTIONS[name], lambda ps, step: make_grads("late", ps, step), {}, steps=3)
 
 
-anything = st.lists(kinds(fused_cuda.DTYPES), min_size=1, max_size=4)
+anything = st.lists(kinds(triton.DTYPES), min_size=1, max_size=4)
 
 
 @pytest.mark.slow
@@ -115,10 +118,10 @@ def test_gradients_may_have_another_dtype() -> None:
         grads = [g.to(grad_dtype) for g in make_grads("dense", params, 0) if g is not None]
         reference = ReferenceLARS([{"params": params}], **OPTIONS["momentum-joint"])
         buffers: list[Tensor | None] = [torch.zeros_like(p) for p in params]
+        INTERPRETED.served = 0
         with torch.no_grad():
-            part = Part("fused", [0, 1], list(params), grads, buffers)
-            (measured,) = fused_cuda.measure([(part, Options(**OPTIONS["momentum-joint"]))], None, fused_cuda.Tables())
-            fused_cuda.update(measured, None)
+            fastlars.lars(list(params), grads, buffers, **OPTIONS["momentum-joint"])
+        assert INTERPRETED.served == 2
         reference.step(grads)
         optimizer = LARS(params, **OPTIONS["momentum-joint"])
         for param, buffer in zip(params, buffers, strict=True):
@@ -142,11 +145,12 @@ def test_norms_are_those_of_the_whole_tensors() -> None:
     params = make_params(torch.float32, layouts=["vector_4097", "offset", "zeros"])
     grads = [g for g in make_grads("dense", params, 0) if g is not None]
     options = Options(lr=0.5, weight_decay=0.05, trust_denominator="joint", skip_nonfinite=True)
-    part = Part("fused", [0, 1, 2], list(params), grads, [])
-    (measured,) = fused_cuda.measure([(part, options)], torch.tensor(4.0), fused_cuda.Tables())
-    for i, (p, g) in enumerate(zip(params, grads, strict=True)):
-        expected = torch.stack([x.double().norm() for x in (p.detach(), g / 4 + 0.05 * p.detach(), g / 4)])
-        torch.testing.assert_close(measured.norms[:, i].double(), expected, rtol=1e-6, atol=0)
+    bucket = Bucket(INTERPRETED, [0, 1, 2], list(params), grads, [], options, grad_scale=torch.tensor(4.0))
+    norms = INTERPRETED.measure(bucket, True)
+    vectors = [(p.detach(), g / 4 + 0.05 * p.detach(), g / 4) for p, g in zip(params, grads, strict=True)]
+    for norm, of in zip((norms.param, norms.direction, norms.grad), zip(*vectors, strict=True), strict=True):
+        assert norm is not None and norm.shape == (3,)
+        torch.testing.assert_close(norm.double(), torch.stack([x.double().norm() for x in of]), rtol=1e-6, atol=0)
 
 
 @pytest.mark.slow
@@ -169,19 +173,20 @@ def test_offsets_are_64_bits() -> None:
     w, g, v = (torch.randn(n, generator=torch.Generator().manual_seed(i)) for i in range(3))
     expected = v * 0.9 + g * 0.5 + w * 0.25
     expected_w = w - 0.1 * expected
-    kernels = fused_cuda._kernels()
+    kernels = triton._kernels()
     addresses = [x.data_ptr() - chunk * n * x.element_size() for x in (w, g, v)]
     rows = torch.tensor([*addresses, (chunk + 1) * n, -chunk, 1])
     row_of_chunk = torch.zeros(1, dtype=torch.int32)
-    sums, b_and_c = torch.zeros(1, 3), torch.tensor([[0.5, 0.25]])
+    sums = torch.zeros(1, 3)
     kernels.partial_sums[(1,)](
-        rows, row_of_chunk, sums, None, None, w, g, 0.0, 0,
+        rows, row_of_chunk, sums, None, w, g, 0.0,
         CHUNK=n, ADAPTED=True, JOINT=False, GRAD_NORM=True, MAXIMIZE=False,
     )  # fmt: skip
     torch.testing.assert_close(sums[0, [0, 2]], torch.stack([w.square().sum(), g.square().sum()]))
     kernels.update[(1,)](
-        rows, row_of_chunk, b_and_c, None, 0.1, None, None, w, g, 0.9,
-        CHUNK=n, DECAYS=True, MOMENTUM=True, NESTEROV=False, LR_IN_MOMENTUM=False,
+        rows, row_of_chunk, None, None, None, None, None, w, g, 0.1, 0.9, 0.5, 1.0, 0.0, 0.5,
+        CHUNK=n, ADAPTED=False, JOINT=False, CLIP=False, DECAYS=True, MOMENTUM=True, NESTEROV=False, LR_IN_MOMENTUM=False,
+        MAXIMIZE=False,
     )  # fmt: skip
     torch.testing.assert_close(v, expected)
     torch.testing.assert_close(w, expected_w)
@@ -193,15 +198,29 @@ class OtherHalf:
     def __init__(self, params: list[Tensor], grads: list[Tensor], options: Options, skips: bool) -> None:
         directions = [g + options.weight_decay * p for p, g in zip(params, grads, strict=True)]
         vectors = (params, directions if options.trust_denominator == "joint" else grads)
-        self.norms = torch.stack([torch.stack([x.norm() for x in tensors]) for tensors in vectors])
+        self.norms = [torch.stack([x.norm() for x in tensors]) for tensors in vectors]
         self.skips = torch.tensor(skips)
 
+    def local(self, group: Group) -> Group:
+        return group
+
     def exchange(
-        self, measured: list[tuple[Part, Options, Tensor]], _: None, nonfinite: Tensor | None
-    ) -> tuple[list[Tensor], None, Tensor]:
+        self, buckets: list[Bucket], measured: list[Norms], _: None, nonfinite: Tensor | None
+    ) -> tuple[list[Norms], None, Tensor]:
         self.nonfinite = nonfinite  # what the other ranks are told
-        skips = self.skips if nonfinite is None else self.skips | nonfinite
-        return [rows[:2].hypot(self.norms) for _, _, rows in measured], None, skips
+        (known,) = measured
+        assert known.param is not None and known.direction is not None
+        both = [known.param.hypot(self.norms[0]), known.direction.hypot(self.norms[1])]
+        # columns of what was exchanged, which is in float64 where one of the tensors is
+        param, direction = torch.stack(both, dim=1).double().unbind(dim=1)
+        return (
+            [known._replace(param=param, direction=direction)],
+            None,
+            self.skips if nonfinite is None else self.skips | nonfinite,
+        )
+
+    def finish(self, groups: list[Group], stepped: list[Group]) -> None:
+        pass
 
 
 @pytest.mark.slow
@@ -212,17 +231,18 @@ def test_parts_of_sharded_tensors_take_the_norms_of_the_whole(name: str, scale: 
     grad_scale = None if scale is None else torch.tensor(scale)
     wholes = [torch.randn(2100, generator=torch.Generator().manual_seed(i)) for i in range(4)]
     reference = ReferenceLARS([{"params": wholes[:2]}], **OPTIONS[name])
-    buffers: list[Tensor | None] = [None, None]
     mine, others = zip(*(w.chunk(2) for w in wholes), strict=True)
     params = [w.clone() for w in mine[:2]]
     grads = [g * (scale or 1.0) for g in mine[2:]]
-    part = Part("triton", [0, 1], params, grads, buffers if options.momentum != 0 else [])
-    for reason in ("none", "there", "here") if options.skip_nonfinite else ("none",):
-        shards = OtherHalf(list(others[:2]), list(others[2:]), options, reason == "there")
+    group = Group(params, grads, [None, None], options)
+    INTERPRETED.served = 0
+    for reason in ("none", "none", "there", "here") if options.skip_nonfinite else ("none", "none"):
+        others_now = [torch.as_tensor(whole, dtype=torch.float32)[1050:] for whole in reference.params]
+        shards: Any = OtherHalf(others_now, list(others[2:]), options, reason == "there")
         if reason == "here":
             grads[1][-1] = float("nan")
         before = [p.clone() for p in params]
-        functional.run([(part, options)], grad_scale, None, fused_cuda.Tables(), shards)
+        take_step([group], grad_scale, None, shards)
         assert (shards.nonfinite is not None and bool(shards.nonfinite)) == (reason == "here")
         if reason == "none":
             reference.step(wholes[2:])
@@ -230,6 +250,7 @@ def test_parts_of_sharded_tensors_take_the_norms_of_the_whole(name: str, scale: 
                 torch.testing.assert_close(param.double(), torch.as_tensor(whole)[:1050], rtol=1e-5, atol=1e-6)
         else:
             assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True)), reason
+    assert INTERPRETED.served == (8 if options.skip_nonfinite else 4)
 
 
 @pytest.mark.slow
@@ -246,7 +267,7 @@ def test_skip_nonfinite_leaves_its_groups_alone(name: str) -> None:
     optimizer = harness.run(groups, options, lambda ps, step: [nonfinite(p, step, i) for i, p in enumerate(ps)], {})
     params = [p for i in (0, 1, 3) for p in optimizer.param_groups[i]["params"]]
     before = [p.detach().clone() for p in params]
-    # the flag of one group stops the others, whichever comes first
+    # what one group finds stops the others, whichever comes first
     for bad in range(len(params)):
         everything = [p for group in optimizer.param_groups for p in group["params"]]
         grads = [torch.ones_like(p) for p in everything]

@@ -1,0 +1,301 @@
+"""LARS on a device that is not the CPU: what every such device has to do right, whatever its kernels.
+
+Each device beside the CPU that this machine has runs all of it, under its own mark: `pytest -m vulkan`.
+"""
+
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import harness
+from cases import (
+    BASE,
+    COMPLEX,
+    HISTORIES,
+    OPTIONS,
+    REAL,
+    make_grads,
+    make_params,
+    neighbours,
+    nonfinite,
+)
+from devices import DEVICES
+from fastlars import LARS, lars, schedules
+from harness import IMPLEMENTATIONS, buffers_of, ignore_nothing_adapted, set_grads
+from recording import Recorder
+from reference import ReferenceLARS
+
+if not DEVICES:
+    pytest.skip("this machine has no device beside the CPU", allow_module_level=True)
+
+pytestmark = [
+    ignore_nothing_adapted,
+    pytest.mark.parametrize(
+        "device", [pytest.param(device, id=name, marks=getattr(pytest.mark, name)) for name, device in DEVICES.items()]
+    ),
+]
+# XLA compiles every step of every set, which takes minutes
+SWEEP = list(OPTIONS)[::8] if "xla" in DEVICES else list(OPTIONS)
+NOT_FUSED = ("single", "foreach")
+not_fused = pytest.mark.parametrize("implementation", NOT_FUSED)
+OTHER_DTYPES = [dtype for dtype in REAL + COMPLEX if dtype != torch.float32]
+SOME = ["momentum", "nesterov-joint", "clip-paper", "dampening-maximize", "unadapted", "everything"]
+LAYOUTS = ["matrix", "conv", "scalar", "empty", "strided", "vector_1025", "zeros"]
+
+
+def mixed_grads(params: Sequence[Tensor], step: int, offset: int) -> list[Tensor | None]:
+    names = list(HISTORIES)
+    return [HISTORIES[names[(i + offset) % len(names)]](param, step, i) for i, param in enumerate(params)]
+
+
+def skip_missing_dtype(device: torch.device, dtype: torch.dtype) -> None:
+    if device.type == "mps" and dtype in (torch.float64, torch.complex128):
+        pytest.skip("Apple GPUs have no double precision")
+
+
+# ---------------------------------------------------------------- numbers
+@not_fused
+@pytest.mark.parametrize("name", SWEEP)
+def test_equals_reference(name: str, implementation: str, device: torch.device) -> None:
+    """All options, memory layouts and histories of gradients, in float32."""
+    offset = list(OPTIONS).index(name)
+    harness.run(
+        [{"params": make_params(torch.float32, device=device)}],
+        OPTIONS[name],
+        lambda ps, step: mixed_grads(ps, step, offset),
+        IMPLEMENTATIONS[implementation],
+    )
+
+
+# torchvulkan leaves some operations on bfloat16 and most on complex numbers to the CPU, and says so once
+@pytest.mark.filterwarnings("ignore:torchvulkan:UserWarning")
+@pytest.mark.parametrize("name", SWEEP)
+def test_equals_reference_in_other_dtypes(name: str, device: torch.device) -> None:
+    """Each set of options in one dtype and one implementation, so that each dtype meets 16 sets and both."""
+    index = list(OPTIONS).index(name)
+    dtype = OTHER_DTYPES[index % len(OTHER_DTYPES)]
+    implementation = NOT_FUSED[index // len(OTHER_DTYPES) % 2]
+    skip_missing_dtype(device, dtype)
+    harness.run(
+        [{"params": make_params(dtype, device=device)}],
+        OPTIONS[name],
+        lambda ps, step: mixed_grads(ps, step, index),
+        IMPLEMENTATIONS[implementation],
+    )
+
+
+@not_fused
+@pytest.mark.parametrize("name", SOME)
+def test_memory_beside_a_strided_tensor_is_not_written(name: str, implementation: str, device: torch.device) -> None:
+    if device.type == "xla":
+        pytest.skip("its tensors show no memory")
+    params = make_params(torch.float32, layouts=["strided", "columns", "offset"], device=device)
+    optimizer = LARS(params, **OPTIONS[name], **IMPLEMENTATIONS[implementation])
+    before = [neighbours(param) for param in params]
+    for step in range(2):
+        set_grads(params, make_grads("dense", params, step))
+        optimizer.step()
+    for param, old in zip(params, before, strict=True):
+        assert torch.equal(neighbours(param), old)
+
+
+def test_groups_of_several_dtypes_and_devices_skip_together(device: torch.device) -> None:
+    """A NaN in one tensor stops every group with skip_nonfinite, that on the CPU too, and no other."""
+    groups: list[dict[str, Any]] = [
+        {"params": make_params(torch.float32, layouts=["matrix", "conv"], seed=1, device=device)},
+        {"params": make_params(torch.bfloat16, layouts=["scalar"], seed=2, device=device), "adapt": False},
+        {"params": make_params(torch.float32, layouts=["matrix", "strided"], seed=3)},
+        {"params": make_params(torch.float32, layouts=["matrix"], seed=4, device=device), "skip_nonfinite": False},
+    ]
+    options = {**OPTIONS["momentum"], "skip_nonfinite": True}
+    harness.run(groups, options, lambda ps, step: [nonfinite(p, step, i) for i, p in enumerate(ps)], {})
+
+
+def test_one_group_over_two_devices(device: torch.device) -> None:
+    params = [p for where in ("cpu", device) for p in make_params(torch.float32, layouts=LAYOUTS, device=where)]
+    lr = torch.tensor(0.5, device=device)
+    optimizer, reference = (
+        LARS(params, **{**OPTIONS["momentum-clip"], "lr": lr}),
+        ReferenceLARS([{"params": params}], **OPTIONS["momentum-clip"]),
+    )
+    for step in range(2):
+        grads = make_grads("dense", params, step)
+        set_grads(params, grads)
+        reference.step(grads)
+        optimizer.step()
+        harness.assert_equals(reference, optimizer, f"step {step}")
+        reference.realign(params, buffers_of(optimizer))
+
+
+@not_fused
+def test_functional_with_scale_and_overflow_on_the_device(implementation: str, device: torch.device) -> None:
+    options = OPTIONS["momentum"]
+    params = make_params(torch.float32, layouts=LAYOUTS, device=device)
+    reference = ReferenceLARS([{"params": params}], **options)
+    buffers: list[Tensor | None] = [torch.zeros_like(param) for param in params]
+    with torch.no_grad():
+        for step in range(3):
+            grads = [None if g is None else g * 8 for g in make_grads("dense", params, step)]
+            lars(
+                *([*params], grads, buffers),
+                **options,
+                **IMPLEMENTATIONS[implementation],
+                grad_scale=torch.tensor(8.0, device=device),
+                found_inf=torch.tensor(float(step == 1), device=device),
+            )
+            reference.step(grads, grad_scale=8.0, found_inf=step == 1)
+    for param, expected in zip(params, reference.params, strict=True):
+        torch.testing.assert_close(param.detach().cpu().double(), torch.as_tensor(expected), rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------- which implementation
+def test_the_default_is_that_of_torch(device: torch.device) -> None:
+    expected = {"cuda": "foreach", "mps": "single", "vulkan": "foreach", "xla": "single"}[device.type]
+    optimizer = LARS(make_params(torch.float32, layouts=["matrix"], device=device), lr=1.0, adapt=True)
+    assert f"adapted, {expected}\n" in repr(optimizer)
+
+
+def test_fused_is_refused_where_there_is_no_fused_step(device: torch.device) -> None:
+    if device.type == "cuda":
+        pytest.skip("there is one")
+    params = make_params(torch.float32, layouts=["matrix"], device=device)
+    with pytest.raises(RuntimeError, match=f"fused=True is for CPU and CUDA tensors, got one on {device}"):
+        LARS(params, lr=1.0, adapt=True, fused=True)
+
+
+# ---------------------------------------------------------------- lr
+@pytest.mark.parametrize("name", ["momentum-clip", "clip-paper", "unadapted"])
+@not_fused
+def test_a_tensor_lr_steps_as_a_float(name: str, implementation: str, device: torch.device) -> None:
+    results = []
+    for lr in (0.3, torch.tensor(0.3), torch.tensor(0.3, device=device), torch.tensor([0.3], device=device)):
+        params = make_params(torch.float32, layouts=LAYOUTS, device=device)
+        optimizer = LARS(params, **{**OPTIONS[name], "lr": lr}, **IMPLEMENTATIONS[implementation])
+        for step in range(2):
+            set_grads(params, make_grads("dense", params, step))
+            optimizer.step()
+        assert optimizer.param_groups[0]["lr"] is lr
+        results.append([param.detach().cpu() for param in params])
+    for other in results[1:]:
+        for actual, expected in zip(other, results[0], strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+Scheduler = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
+SCHEDULERS: dict[str, Scheduler] = {
+    "StepLR": lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5),
+    "CosineAnnealingLR": lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5),
+    "OneCycleLR": lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.5, total_steps=6),
+    "warmup_cosine": lambda optimizer: schedules.warmup_cosine(optimizer, warmup_steps=2, total_steps=5),
+    "warmup_polynomial": lambda optimizer: schedules.warmup_polynomial(optimizer, warmup_steps=2, total_steps=5),
+}
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("lr_on", ["host", "device"])
+def test_schedulers(scheduler: str, lr_on: str, device: torch.device) -> None:
+    params = make_params(torch.float32, layouts=LAYOUTS, device=device)
+    options = OPTIONS["momentum-paper"]
+    lr: Any = torch.tensor(0.5, device=device) if lr_on == "device" else 0.5
+    optimizer, reference = LARS(params, **{**options, "lr": lr}), ReferenceLARS([{"params": params}], **options)
+    schedule = SCHEDULERS[scheduler](optimizer)
+    (group,), seen = optimizer.param_groups, []
+    for step in range(5):
+        grads = make_grads("dense", params, step)
+        set_grads(params, grads)
+        seen.append(float(group["lr"]))
+        reference.groups[0].update(lr=seen[-1], momentum=group["momentum"])
+        reference.step(grads)
+        optimizer.step()
+        schedule.step()
+        harness.assert_equals(reference, optimizer, f"step {step}")
+        reference.realign(params, buffers_of(optimizer))
+    assert len(set(seen)) > 1
+    assert (group["lr"] is lr) == (lr_on == "device")
+
+
+# ---------------------------------------------------------------- checkpoints
+@pytest.mark.parametrize("name", ["momentum", "dampening", "clip-paper", "momentum-unadapted"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_run_moves_to_the_device_and_back(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Two steps on the CPU, two on the device, two on the CPU, through files that torch.load reads with weights_only."""
+    params = make_params(dtype, layouts=LAYOUTS)
+    optimizer = LARS(params, **OPTIONS[name])
+    reference = ReferenceLARS([{"params": params}], **OPTIONS[name])
+    for leg, where in enumerate((torch.device("cpu"), device, torch.device("cpu"))):
+        if leg > 0:
+            file = io.BytesIO()
+            torch.save({"params": [p.detach() for p in params], "optimizer": optimizer.state_dict()}, file)
+            file.seek(0)
+            saved = torch.load(file, weights_only=True, map_location="cpu" if leg == 2 else None)
+            params = [torch.nn.Parameter(p.to(where)) for p in saved["params"]]
+            optimizer = LARS(params, lr=9.0, momentum=0.5, trust_coefficient=0.7)
+            optimizer.load_state_dict(saved["optimizer"])
+            assert all(b.device.type == where.type for b in buffers_of(optimizer) if b is not None)
+        for step in (2 * leg, 2 * leg + 1):
+            grads = make_grads("late", params, step)
+            set_grads(params, grads)
+            reference.step(grads)
+            optimizer.step()
+            harness.assert_equals(reference, optimizer, f"{name}, step {step}")
+            reference.realign(params, harness.started(reference, buffers_of(optimizer)))
+
+
+# ---------------------------------------------------------------- host reads
+@not_fused
+@pytest.mark.parametrize("name", SOME)
+def test_no_host_reads(name: str, implementation: str, device: torch.device) -> None:
+    params = make_params(torch.float32, layouts=LAYOUTS, device=device)
+    params += make_params(torch.bfloat16, layouts=["matrix"], device=device)
+    lr = torch.tensor(0.1, device=device)
+    optimizer = LARS(params, **{**OPTIONS[name], "lr": lr}, **IMPLEMENTATIONS[implementation])
+    for step in range(2):  # the first makes the state
+        set_grads(params, make_grads("dense", params, step))
+        with Recorder() as recorder:
+            optimizer.step()
+        assert recorder.reads == [] and recorder.arrivals == [], f"step {step}"
+
+
+def test_a_host_read_would_be_seen(device: torch.device) -> None:
+    value = torch.ones((), device=device)
+    with Recorder() as recorder:
+        value.item()
+        value.cpu()
+    assert recorder.reads and recorder.arrivals
+
+
+def test_trust_ratios(device: torch.device) -> None:
+    where = ("cpu", device)
+    ratios = []
+    for each in where:
+        params = make_params(torch.float32, layouts=LAYOUTS, device=each)
+        set_grads(params, make_grads("dense", params, 0))
+        ratios.append(LARS(params, **BASE).trust_ratios())
+    assert ratios[1] == pytest.approx(ratios[0], rel=1e-5)
+
+
+# ---------------------------------------------------------------- AMP
+@pytest.mark.parametrize("name", ["momentum", "nesterov-joint", "clip-paper", "unadapted"])
+def test_gradient_scaler(name: str, device: torch.device) -> None:
+    """Scaled gradients step as unscaled ones; an overflow, in step 1, changes nothing and halves the scale."""
+    if device.type == "xla":
+        pytest.skip("torch.amp.GradScaler does not know XLA, which has a scaler of its own")
+    params = make_params(torch.float32, layouts=LAYOUTS, device=device)
+    optimizer, reference = LARS(params, **OPTIONS[name]), ReferenceLARS([{"params": params}], **OPTIONS[name])
+    scaler = torch.amp.GradScaler(device.type, init_scale=256.0, growth_interval=100)
+    scaler.scale(torch.zeros((), device=device))
+    for step, scale in enumerate((256.0, 256.0, 128.0)):
+        assert scaler.get_scale() == scale
+        grads = [None if g is None else g * scale for g in make_grads("dense", params, step)]
+        if step == 1:
+            grads[0].fill_(torch.inf)
+        reference.step(grads, grad_scale=scale, found_inf=step == 1)
+        set_grads(params, grads)
+        scaler.step(optimizer)
+        scaler.update()
+        harness.assert_equals(reference, optimizer, f"{name}, step {step}")
+        reference.realign(params, harness.started(reference, buffers_of(optimizer)))
