@@ -50,7 +50,9 @@ class Bucket(NamedTuple):
     grad_scale: Tensor | None = None  # what the backend has to divide gradients by
     plan: Any = None  # what `Backend.plan` returned for these tensors
     memory: Memory | None = None
-    compensations: Sequence[Tensor] = ()  # what rounding has taken from the parameters so far; empty if that is not kept
+    compensations: Sequence[
+        Tensor
+    ] = ()  # what rounding has taken from the parameters so far; empty if that is not kept
 
 
 class Norms(NamedTuple):

@@ -70,7 +70,12 @@ def _check_together(options: Mapping[str, Any], where: str) -> None:
         )
     if options["skip_nonfinite"]:
         check_can_be_skipped(momentum, dampening, f"{where}: skip_nonfinite=True")
-    pairs = (("foreach", "differentiable"), ("fused", "differentiable"), ("kahan_sum", "differentiable"), ("fused", "foreach"))
+    pairs = (
+        ("foreach", "differentiable"),
+        ("fused", "differentiable"),
+        ("kahan_sum", "differentiable"),
+        ("fused", "foreach"),
+    )
     for first, second in pairs:
         if options[first] and options[second]:
             raise ValueError(f"{where}: {first}=True and {second}=True exclude each other; set one of them")

@@ -87,7 +87,7 @@ def split(group: Group, grad_scale: Tensor | None = None, found_inf: Tensor | No
                 rest,
                 plan,
                 group.memory,
-                [kept[i] for i in indices] if kept else [],
+                [tensor for i in indices if kept and (tensor := kept[i]) is not None],
             )
         )
     return buckets

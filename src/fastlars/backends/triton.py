@@ -12,7 +12,7 @@ import ctypes
 import importlib.util
 import threading
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, repeat
 from typing import Any
@@ -30,7 +30,7 @@ from .layouts import PLAIN, can_be_walked
 
 # Elements a program of `partial_sums` and `update`: 8 a thread, for which these take at most 48 registers on sm_80 and sm_90
 # and 56 on sm_100, so that five and four programs fit on a multiprocessor, and spill none.
-COLUMNS = 7  # of a table
+COLUMNS = 8  # of a table; a multiple of two, so that what follows the rows is aligned to 16 bytes
 CHUNK = 2048
 BLOCK = 2048  # partial sums that `norms` adds at a time
 # Of scale * g + weight_decay * w the compiler would fuse one product with the sum, and which one depends on whether there is
@@ -110,8 +110,11 @@ class Tables:
         self.now = now
         device = bucket.params[0].device
         sizes = tuple(map(Tensor.numel, bucket.params))
-        columns = (bucket.params, bucket.grads, bucket.momentum_buffers, bucket.compensations)  # buffers are made before
-        addresses = tuple(chain.from_iterable(map(Tensor.data_ptr, each) if each else repeat(0, len(sizes)) for each in columns))  # type: ignore[arg-type]
+        # buffers are made before
+        columns: tuple[Any, ...] = (bucket.params, bucket.grads, bucket.momentum_buffers, bucket.compensations)
+        addresses = tuple(
+            chain.from_iterable(map(Tensor.data_ptr, each) if each else repeat(0, len(sizes)) for each in columns)
+        )
         if is_capturing():
             return self._captured_table(device, addresses, sizes)
 
@@ -155,7 +158,7 @@ def _host_table(
     ends = list(accumulate(chunks))
     firsts = (end - count for end, count in zip(ends, chunks))
     columns = [addresses[i * n : (i + 1) * n] for i in range(4)]
-    rows = list(chain.from_iterable(zip(*columns, sizes, firsts, ends)))
+    rows = list(chain.from_iterable(zip(*columns, sizes, firsts, ends, repeat(0))))
     if host is None:
         host = _pinned(device, COLUMNS * n + (ends[-1] + 1) // 2)
     chunk_tensor = array("i")

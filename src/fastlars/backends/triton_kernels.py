@@ -2,7 +2,7 @@
 
 Every tensor is cut into chunks of CHUNK elements, and a program takes one chunk. A kernel finds its tensors in a table of
 int64, a row a tensor: the addresses of parameter, gradient, momentum buffer and compensation, the number of elements, and
-the first and past-the-last of its chunks; chunk_tensor_ptr holds the row of every chunk. Arithmetic is float32; `norms` adds in float64.
+the first and past-the-last of its chunks, and a 0; chunk_tensor_ptr holds the row of every chunk. Arithmetic is float32; `norms` adds in float64.
 Sums are made in a fixed order, without atomics: the same bits every run.
 
 A chunk whose addresses are multiples of 16 bytes and whose length is a multiple of 8 is loaded and stored 16 bytes at a time.
@@ -20,7 +20,7 @@ from triton.runtime.driver import driver  # noqa: F401  for `triton.check_fused`
 @triton.jit
 def _chunk(table_ptr, tensor, chunk, CHUNK: tl.constexpr):
     """Address of each of the four tensors, offset of the chunk in them, and how many elements it has."""
-    row_ptr = table_ptr + tensor.to(tl.int64) * 7
+    row_ptr = table_ptr + tensor.to(tl.int64) * 8
     size = tl.load(row_ptr + 4)
     start = (chunk - tl.load(row_ptr + 5)) * CHUNK
     count = tl.minimum(size - start, CHUNK).to(tl.int32)
@@ -113,8 +113,8 @@ def norms(
     norms_ptr gets rows of n: |w|, |s g + weight_decay w| (JOINT) and |s g| (GRAD_NORM).
     """
     tensor = tl.program_id(0)
-    first = tl.load(table_ptr + tensor * 7 + 5)
-    last = tl.load(table_ptr + tensor * 7 + 6)
+    first = tl.load(table_ptr + tensor * 8 + 5)
+    last = tl.load(table_ptr + tensor * 8 + 6)
     norm_ptr = norms_ptr + tensor
     if ADAPTED:
         tl.store(norm_ptr, _norm(sums_ptr, first, last, BLOCK).to(tl.float32))
