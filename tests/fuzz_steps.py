@@ -51,12 +51,9 @@ WRONG: list[tuple[str, Any]] = [
 
 
 def number(lr: Any) -> Any:
-    """An lr as a number, where it is one."""
-    return (
-        float(lr)
-        if isinstance(lr, (int, float)) or (isinstance(lr, Tensor) and lr.numel() == 1 and not lr.is_meta)
-        else lr
-    )
+    """An lr as a number with the precision of a tensor lr, where it is one."""
+    is_number = isinstance(lr, (int, float)) or (isinstance(lr, Tensor) and lr.numel() == 1 and not lr.is_meta)
+    return float(torch.tensor(float(lr), dtype=torch.float32)) if is_number else lr
 
 
 class Case:

@@ -306,7 +306,7 @@ def test_same_bits_in_all_surroundings(name: str, surroundings: str, how: str) -
 
 
 @implementations
-@loop_over("extra", [{}, {"trust_clip": True}, {"nesterov": 0}, {"adapt": False}])
+@loop_over("extra", [{}, {"trust_clip": True}, {"adapt": False}])
 def test_whole_numbers_as_options(extra: Options, implementation: Options) -> None:
     numbers = {"lr": 1, "weight_decay": 1, "eps": 0, "trust_coefficient": 1, "momentum": 0, "dampening": 0, **extra}
     floats = {key: value if isinstance(value, bool) else float(value) for key, value in numbers.items()}

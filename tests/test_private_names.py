@@ -103,11 +103,11 @@ PRIVATE: dict[str, tuple[str, Callable[[], bool]]] = {
     ),
     "torch._foreach_mul_": ("foreach step", lambda: written(lambda x: torch._foreach_mul_(x, 0.5), 0.5)),
     "torch._foreach_add": (
-        "foreach step in TorchScript",
+        'foreach step in TorchScript; norms with `trust_denominator="joint"`',
         lambda: are(torch._foreach_add(ones(), ones(), alpha=2.0), 3.0),
     ),
     "torch._foreach_add_": (
-        'foreach step; norms with `trust_denominator="joint"`',
+        "foreach step",
         lambda: written(lambda x: torch._foreach_add_(x, ones(), alpha=-0.5), 0.5),
     ),
     "torch._foreach_addcmul": (
@@ -298,8 +298,8 @@ def test_what_broke_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         r"_fused_sgd_: TypeError.*Needed in backends/fused_cpu.py, for: fused step",
         what_broke("torch._fused_sgd_") or "",
     )
-    monkeypatch.setattr(torch, "_foreach_add_", lambda params, others, alpha: None)
-    assert "gives something else. Needed in backends/eager.py, norms.py" in (what_broke("torch._foreach_add_") or "")
+    monkeypatch.setattr(torch, "_foreach_add", lambda params, others, alpha: params)
+    assert "gives something else. Needed in norms.py, script.py" in (what_broke("torch._foreach_add") or "")
 
 
 def test_the_page_has_the_list() -> None:

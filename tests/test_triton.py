@@ -584,11 +584,12 @@ def test_tensors_of_two_gpus_two_dtypes_or_two_steps_are_two_buckets() -> None:
     with fake_cuda():
         one = torch.ones(8, device="cuda:0")
         elsewhere, half = torch.ones(8, device="cuda:1"), torch.ones(8, device="cuda:0", dtype=bfloat16)
+        other = torch.ones(8, device="cuda:0")
         for param, grad, buffer in (
             (elsewhere, elsewhere, elsewhere),
             (half, half, half),
-            (one, half, one),
-            (one, one, None),
+            (other, half, other),
+            (other, other, None),
         ):
             lists: Lists = ([one, param], [one, grad], [one, buffer])
             for memory in (None, Memory()):

@@ -79,10 +79,9 @@ def _divides(mesh: Any, i: int, placement: Any) -> bool:
 
 def is_divided(tensor: Any) -> bool:
     """Whether other ranks hold parts of this tensor, or of its gradient, that its norms need."""
-    kind = dtensor()
-    if kind is None or not isinstance(tensor, kind):
+    if not is_sharded(tensor):
         return False
-    layouts = [tensor, tensor.grad] if isinstance(tensor.grad, kind) else [tensor]
+    layouts = [tensor, tensor.grad] if is_sharded(tensor.grad) else [tensor]
     return any(_divides(each.device_mesh, i, p) for each in layouts for i, p in enumerate(each.placements))
 
 
