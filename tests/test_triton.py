@@ -258,10 +258,14 @@ def test_a_table_is_found_again_by_addresses_and_sizes(monkeypatch: pytest.Monke
     assert tables.table(views, 1) is first, "other objects, the same memory"
     moved = bucket._replace(grads=[g.clone() for g in bucket.grads])
     second = tables.table(moved, 1)
-    assert second is not first and second.rows.view(2, triton.COLUMNS)[:, 1].tolist() == [g.data_ptr() for g in moved.grads]
+    assert second is not first and second.rows.view(2, triton.COLUMNS)[:, 1].tolist() == [
+        g.data_ptr() for g in moved.grads
+    ]
     assert tables.table(bucket, 1) is first, "an old table is never rewritten"
     shorter = bucket._replace(params=[p[:2] for p in bucket.params])
-    assert tables.table(shorter, 1).rows.view(2, triton.COLUMNS)[:, 4].tolist() == [2, 2], "the same addresses, other sizes"
+    assert tables.table(shorter, 1).rows.view(2, triton.COLUMNS)[:, 4].tolist() == [2, 2], (
+        "the same addresses, other sizes"
+    )
     monkeypatch.setattr(triton, "_stream", lambda _device: 1)
     assert tables.table(bucket, 1) is not first
 

@@ -178,7 +178,7 @@ def _pinned(device: torch.device, *shape: int) -> Tensor:
 
 
 def _new_table(host: Tensor, n: int, device: torch.device) -> _Table:
-    chunks = int(host[COLUMNS * n - 1])
+    chunks = int(host[COLUMNS * n - 2])  # the end of the last tensor
     table = torch.empty(host.shape, dtype=host.dtype, device=device).copy_(host, non_blocking=True)
     return _Table(
         rows=table[: COLUMNS * n],
