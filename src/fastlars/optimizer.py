@@ -24,7 +24,7 @@ from .compat import NAMED_PARAMETERS, outside_graphs, required, use_grad_for_dif
 from .convert import groups_and_states
 from .description import describe
 from .dialects import options_of
-from .dtypes import real
+from .dtypes import is_half, real
 from .formula import is_adapted, is_compensated, is_nonzero, scalar_lr, trust_ratio
 from .loading import check_saved_state
 from .names import check_call, check_keys
@@ -288,6 +288,10 @@ class LARS(Optimizer):
                     entry.pop("momentum_buffer", None)
                 elif param.is_complex():  # torch casts the state of floating parameters only
                     entry["momentum_buffer"] = entry["momentum_buffer"].to(param.dtype)
+                if entry.get("compensation") is None or not is_half(param.dtype):
+                    entry.pop(
+                        "compensation", None
+                    )  # of another dtype: what it held is to be added to the weights first
         super().__setstate__(state)
         self._make_lr_tensors()
 

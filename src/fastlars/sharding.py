@@ -112,16 +112,16 @@ def check_not_divided(where: str) -> None:
         frame = frame.f_back
 
 
-def check_saved_buffer(buffer: Tensor, param: Tensor, where: str) -> None:
+def check_saved_buffer(buffer: Tensor, param: Tensor, what: str) -> None:
     """Raise for a saved buffer that is distributed in another way than its parameter: every step would refuse it."""
     if any_sharded([buffer]) != any_sharded([param]):
         raise TypeError(
-            f"momentum_buffer of {where} must be a DTensor exactly if the parameter is one; save and load through "
+            f"{what} must be a DTensor exactly if the parameter is one; save and load through "
             "torch.distributed.checkpoint.state_dict, which distributes what it loads"
         )
     if any_sharded([param]) and not _is_laid_out_as(buffer, param):
         raise ValueError(
-            f"momentum_buffer of {where} must have the mesh and placements of its parameter, {param.placements}, got "  # type: ignore[attr-defined]
+            f"{what} must have the mesh and placements of its parameter, {param.placements}, got "  # type: ignore[attr-defined]
             f"{buffer.placements}; redistribute it, or save and load through torch.distributed.checkpoint.state_dict"  # type: ignore[attr-defined]
         )
 
