@@ -43,9 +43,10 @@ def check_saved_state(optimizer: Optimizer, state_dict: Any) -> None:
             _check_state(states.get(key, {}), param, where)
     _check_own_memory(params, states)
     for key, state in states.items():  # of what is no parameter's: hooks keep things of their own there
-        if key not in params and isinstance(state, dict) and "momentum_buffer" in state:
+        found = [name for name in STATE if name in state] if key not in params and isinstance(state, dict) else []
+        if found:
             raise ValueError(
-                f"the state dict has a momentum_buffer under {key!r}, which is not among the keys of its param groups, "
+                f"the state dict has a {found[0]} under {key!r}, which is not among the keys of its param groups, "
                 f"{list(params)[:3]} and so on: it would be lost; rename or remove it"
             )
 

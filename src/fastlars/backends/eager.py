@@ -4,7 +4,6 @@
 views. q, the step size, is lr, or 1 where lr is in the momentum buffer. Bytes a float32 parameter: 44, as torch's SGD.
 """
 
-from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -69,21 +68,21 @@ def write_back(targets: list[Tensor], sources: list[Tensor], skip: Tensor | None
         target.copy_(source if skip is None else torch.where(skip, target, source.to(target.dtype)))
 
 
-def add_to(tensors: list[Tensor], summands: Sequence[Tensor], foreach: bool) -> None:
-    """Add half types to float32 tensors in place."""
+def add_halves(tensors: list[Tensor], halves: list[Tensor], sign: int, foreach: bool) -> None:
+    """Add tensors of half types to float32 ones, or subtract them."""
     if foreach:
-        torch._foreach_add_(tensors, copies(list(summands), tensors[0].dtype, True))
+        torch._foreach_add_(tensors, copies(halves, tensors[0].dtype, True), alpha=sign)
         return
-    for tensor, summand in zip(tensors, summands):
-        tensor.add_(summand)
+    for tensor, half in zip(tensors, halves):
+        tensor.add_(half, alpha=sign)
 
 
-def rounding_errors(tensors: list[Tensor], dtype: torch.dtype, foreach: bool) -> list[Tensor]:
-    """What each tensor loses when it is stored in ``dtype``."""
+def rounding_errors(tensors: list[Tensor], stored: list[Tensor], foreach: bool) -> list[Tensor]:
+    """What float32 tensors lost when they were stored in half types; may be the same tensors, changed."""
     if torch.compiler.is_compiling():
-        return [tensor - rounded(tensor, dtype) for tensor in tensors]
-    stored = copies(copies(tensors, dtype, foreach), tensors[0].dtype, foreach)
-    return list(torch._foreach_sub(tensors, stored)) if foreach else [tensors[0] - stored[0]]
+        return [tensor - rounded(tensor, half.dtype) for tensor, half in zip(tensors, stored)]
+    add_halves(tensors, stored, -1, foreach)
+    return tensors
 
 
 class Single:
@@ -128,17 +127,19 @@ class Single:
         for places in chunks(params) if self.foreach else [[i] for i in range(len(params))]:
             old = [params[i] for i in places]
             old_buffers = [buffers[i] for i in places] if options.momentum != 0 else []
-            old_compensations = [bucket.compensations[i] for i in places] if bucket.compensations else []
+            compensations = [bucket.compensations[i] for i in places] if bucket.compensations else []
             new, new_buffers = copies(old, dtype, self.foreach), copies(old_buffers, dtype, self.foreach)
-            if old_compensations:
-                add_to(new, old_compensations, self.foreach)
+            if compensations:
+                add_halves(new, compensations, 1, self.foreach)
             directions = [grads[i] for i in places]
             if self.foreach and is_half(directions[0].dtype):
                 directions = copies(directions, dtype, True)  # foreach ops are one launch only among equal dtypes
             self._step(new, directions, new_buffers, [b[i] for i in places], [c[i] for i in places], options)
-            errors = rounding_errors(new, old[0].dtype, self.foreach) if old_compensations else []
-            write_back(old + old_buffers + old_compensations, new + new_buffers + errors, skip, self.foreach)
-            new, new_buffers, directions, errors = [], [], [], []  # freed before the next chunk is made
+            write_back(old + old_buffers, new + new_buffers, skip, self.foreach)
+            new_buffers, directions = [], []  # freed before more is made
+            if compensations:
+                write_back(compensations, rounding_errors(new, old, self.foreach), skip, self.foreach)
+            new = []
 
     def _coefficients(self, bucket: Bucket, norms: Norms) -> tuple[list[Tensor], list[Tensor]]:
         like = real(bucket.params[0])
