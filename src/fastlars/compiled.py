@@ -72,7 +72,7 @@ def joint_norms(params: list[Tensor], grads: list[Tensor], sign: float, weight_d
 
 def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A float32 tensor rounded to a half type. Through the bits, because Inductor drops a conversion that is converted back."""
-    return tensor.to(dtype).view(torch.int16).view(dtype).to(tensor.dtype)
+    return tensor.to(dtype).view(torch.int16).bitwise_or(0).view(dtype).to(tensor.dtype)
 
 
 def unbind(vector: Tensor) -> list[Tensor]:

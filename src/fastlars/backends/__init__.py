@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -87,7 +87,7 @@ def split(group: Group, grad_scale: Tensor | None = None, found_inf: Tensor | No
                 rest,
                 plan,
                 group.memory,
-                [tensor for i in indices if kept and (tensor := kept[i]) is not None],
+                cast("list[Tensor]", [kept[i] for i in indices] if kept else []),
             )
         )
     return buckets
