@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from cases import Options, make_grads, make_params
-from fastlars import LARS, lars
+from fastlars import LARS, convert_state_dict, lars
 from harness import IMPLEMENTATIONS, buffers_of, implementations, loop_over, pairs, set_grads
 from reference import ReferenceLARS, norm, to_array
 
+pytestmark = pytest.mark.filterwarnings("ignore:param group 0. steps of .* are mostly lost:UserWarning")
 HALF = (torch.bfloat16, torch.float16)
 RELATIVE = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2)  # by how much of its norm a step moves a tensor
 halves = loop_over("dtype", HALF)
@@ -274,3 +276,62 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="kahan_sum=True and differentiable=True exclude each other"):
         LARS([weight], lr=0.1, kahan_sum=True, differentiable=True)
     assert torch.equal(weight, torch.ones_like(weight))
+
+
+# ---------------------------------------------------------------- told
+@pytest.mark.parametrize(
+    ("options", "warns"),
+    [
+        ({"kahan_sum": False}, True),
+        ({"kahan_sum": False, "lr": torch.tensor(3e-3)}, True),
+        ({"kahan_sum": None}, False),
+        ({"kahan_sum": True}, False),
+        ({"kahan_sum": False, "lr": 16.0}, False),
+        ({"kahan_sum": False, "adapt": False}, False),
+    ],
+)
+def test_one_warning_where_steps_round_away(options: Options, warns: bool) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        stepped(2, **options)
+    told = [str(each.message) for each in caught if "mostly lost where weights in half precision" in str(each.message)]
+    assert len(told) == warns
+    if warns:
+        assert (
+            told[0].startswith("param group 0: steps of 3e-06 of a weight's norm")
+            and "Leave kahan_sum at None" in told[0]
+        )
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_converted_run_keeps_it(momentum: float) -> None:
+    first = stepped(momentum=momentum)
+    second = LARS([Parameter(weight_of(first).detach().clone())], lr=3e-3, momentum=momentum, adapt=True)
+    second.load_state_dict(convert_state_dict(first.state_dict(), second))
+    assert compensation(second).any() and compensation(second) is not compensation(first)
+    for optimizer in (first, second):
+        go_on(optimizer, 2)
+    assert torch.equal(weight_of(second), weight_of(first))
+    assert torch.equal(compensation(second), compensation(first))
+
+
+# ---------------------------------------------------------------- compiled
+@pytest.mark.slow
+@pytest.mark.parametrize("foreach", [True, False])
+def test_a_compiled_step_keeps_what_rounding_takes(foreach: bool) -> None:
+    """Inductor drops a conversion that is converted back, and every compensation with it."""
+    for dtype in HALF:
+        params = [make_params(dtype, layouts=["matrix", "vector", "conv"]) for _ in range(2)]
+        eager, compiled = (LARS(each, lr=0.1, momentum=0.9, adapt=True, foreach=foreach) for each in params)
+        step = torch.compile(compiled.step)
+        for i in range(4):
+            for each in params:
+                set_grads(each, make_grads("dense", each, i))
+            eager.step()
+            step()
+        kept = [buffers_of(optimizer, "compensation") for optimizer in (eager, compiled)]
+        for ours, theirs, (c, d) in zip(*params, zip(*kept, strict=True), strict=True):
+            total, expected = theirs.double() + d.double(), ours.double() + c.double()
+            limit = torch.finfo(dtype).eps ** 2 * float(expected.abs().max())
+            torch.testing.assert_close(total, expected, rtol=0, atol=limit)
+            assert d.any()

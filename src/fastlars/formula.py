@@ -39,6 +39,11 @@ def is_compensated(dtype: torch.dtype, options: Options) -> bool:
     return wanted and is_half(dtype) and not options.differentiable
 
 
+def rounds_away(dtype: torch.dtype, relative_step: float, options: Options) -> bool:
+    """Whether storing parameters of this dtype takes most of a step that moves them by this part of their norm."""
+    return is_half(dtype) and not is_compensated(dtype, options) and relative_step < torch.finfo(dtype).eps
+
+
 def where(condition: Condition, if_true: Number, if_false: float) -> Number:
     """`torch.where` for numbers too."""
     if isinstance(condition, Tensor):

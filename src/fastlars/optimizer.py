@@ -25,7 +25,7 @@ from .convert import groups_and_states
 from .description import describe
 from .dialects import options_of
 from .dtypes import is_half, real
-from .formula import is_adapted, is_compensated, is_nonzero, scalar_lr, trust_ratio
+from .formula import is_adapted, is_compensated, is_nonzero, rounds_away, scalar_lr, trust_ratio
 from .loading import check_saved_state
 from .names import check_call, check_keys
 from .options import NAMES, Options, check_can_be_skipped, check_grad, check_no_module, check_options
@@ -317,6 +317,7 @@ class LARS(Optimizer):
         # torch.compile runs this method eagerly when it traces a step: state is made here, and here only
         if not self._looked_for_adapted:
             self._warn_if_nothing_is_adapted()
+            self._warn_if_steps_round_away()
             for i, each in enumerate(self.param_groups):
                 # FSDP keeps the parameters that it finds, and makes flat pieces of them
                 sharding.check_not_flattened(each["params"], f"param group {i}")
@@ -374,6 +375,22 @@ class LARS(Optimizer):
             "weight_decay, or build the groups with fastlars.param_groups(model, weight_decay), or pass adapt=True "
             "(adapt=False, if SGD is what you want)."
         )
+
+    def _warn_if_steps_round_away(self) -> None:
+        """As `check` asks, of groups that say kahan_sum=False; an lr on an accelerator would have to be waited for."""
+        for i, group in enumerate(self.param_groups):
+            options, lr = _options(group), group.get("initial_lr", group["lr"])
+            known = not isinstance(lr, Tensor) or lr.device.type == "cpu"
+            if options.kahan_sum is None or options.kahan_sum or not is_adapted(options) or not known:
+                continue
+            step = options.trust_coefficient * (1.0 if options.trust_clip else float(lr))
+            if any(rounds_away(dtype, step, options) for dtype in {p.dtype for p in group["params"]}):
+                advise(
+                    f"param group {i}: steps of {step:.2g} of a weight's norm are mostly lost where weights in half "
+                    "precision are rounded. Leave kahan_sum at None, which keeps what rounding takes, or keep weights in "
+                    "float32 and compute under torch.autocast."
+                )
+                return
 
     @use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
