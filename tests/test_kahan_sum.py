@@ -317,6 +317,9 @@ def test_a_converted_run_keeps_it(momentum: float) -> None:
 
 # ---------------------------------------------------------------- compiled
 @pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning"
+)  # torch's own, from inside its compiler
 @pytest.mark.parametrize("foreach", [True, False])
 def test_a_compiled_step_keeps_what_rounding_takes(foreach: bool) -> None:
     """Inductor drops a conversion that is converted back, and every compensation with it."""
