@@ -142,6 +142,22 @@ def properties(session: nox.Session) -> None:
 
 
 @nox.session
+def mutants(session: nox.Session) -> None:
+    """How many seeded faults the tests find: `-- --number 400 --seed 5` draws others; stopped, it goes on where it was."""
+    install(session, NEWEST, "--group", "test", "--group", "pages", "--group", "mutants")
+    folder = Path("results", "mutants")
+    program, lines = ("python", "tests/mutants.py"), str(folder / "lines")
+    if not (folder / "lines").exists():
+        cases = {"EXECUTED_LINES_CASES": "10"}
+        # which runs the kernels' tests in one process, recorded one by one below
+        whole = ("--deselect", "tests/test_fused_cuda.py::test_kernels_under_the_interpreter")
+        session.run(*program, "record", lines, "--", "-m", ON_CPU, "-n", "auto", *whole, env=cases)
+        kernels = ("tests/fused_cuda_interpreted.py", "-W", "ignore:Conversion of an array:DeprecationWarning")
+        session.run(*program, "record", lines, "--", *kernels, env={**cases, "TRITON_INTERPRET": "1"})
+    session.run(*program, "run", lines, str(folder / "mutants.jsonl"), *session.posargs)
+
+
+@nox.session
 def parity(session: nox.Session) -> None:
     """The dialects against the packages they are named after, in today's releases, which it prints."""
     install(session, NEWEST, "--group", "parity")

@@ -34,7 +34,6 @@ from torch.optim.sgd import sgd
 
 import fastlars
 
-from .performance import FOLDER
 from .shapes import MODELS
 
 # of parameters, gradients, momentum buffers, compensations, and lr
@@ -216,7 +215,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], metavar="DTYPE")
     parser.add_argument("--tensors", type=int, metavar="N", help="the first N tensors of each model (default: all)")
-    parser.add_argument("--out", type=Path, default=FOLDER / "compiled_launches.json", metavar="FILE.json")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent / "results" / "compiled" / "launches.json",
+        metavar="FILE.json",
+    )
     options = parser.parse_args(arguments)
     rows: list[dict[str, Any]] = []
     for model, dtype, case in itertools.product(options.models, options.dtypes, options.cases):
@@ -225,6 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = count(generated(CASES[case], shapes, kind), sum(map(math.prod, shapes)), kind)
         rows.append({"model": title, "tensors": len(shapes), "dtype": dtype, "case": case, "count": asdict(found)})
         print(list(table(rows))[-1], flush=True)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     return 0
 

@@ -1,7 +1,8 @@
 """Write what is measured into README and docs, from what is stored: no such figure is typed by hand.
 
-From benchmarks/results/*.json come docs/performance.md and a part of README.md, from docs/demo/runs.csv another part of it, and from
-benchmarks/results/study.csv a part of docs/study.md. Files in benchmarks/results/elsewhere are runs on other hosts.
+docs/performance.md, docs/speed.svg and a part of README.md come from benchmarks/results/*.json, a part of docs/start.md from
+docs/demo/runs.csv, and a part of docs/study.md from benchmarks/results/study.csv. Files in benchmarks/results/elsewhere are runs on
+other hosts.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 from .demo import outcome
 from .optimizers import CONTENDERS, LOOP, YARDSTICK, title
 from .performance import FOLDER, REAL
-from .rounds import COPY, FLOOR, READ, TWO_PASSES, Results, Row, load
+from .rounds import COPY, READ, Results, Row, load
 from .shapes import MODELS
 
 ROOT = Path(__file__).parents[1]
@@ -33,13 +34,13 @@ and gradients for the norms: 28 bytes, 1.4 times as many, or 20 where a cache se
 The extra read can cost more than 40 % on machines whose reads are slow, so each table has a row for fused SGD plus one more read at
 the speed this machine read at in the same round. A result below that row got part of the read from a cache.
 
-Contenders are interleaved: in each round everyone makes one step on the same tensors, in a new order, next to a 256 MiB copy that
-measures the bandwidth. Milliseconds are medians; ratios are medians of the ratios within a round. On a CPU, caches hold what the
-previous contender left. On a GPU, the L2 cache is flushed before each step and the device waits until the host is ahead of it, as it
-is in training. Everyone uses momentum and weight decay. In a case marked "weights adapted", biases and norms are neither adapted nor
-decayed, as `param_groups` makes it; in the others each LARS adapts every tensor (pytorch_optimizer's leaves vectors out). The quadra
-loop is a minimal loop of ours in the manner of Lightning Bolts, quadra and lightly, which read two norms per tensor on the host. A share
-of the copy above 100 % is possible because a copy also fetches the memory that it overwrites.
+Contenders are interleaved. In each round every contender takes one step on the same tensors, in a new order, next to a 256 MiB copy that
+measures the bandwidth. Milliseconds are medians, and ratios are medians of the ratios within a round. On a CPU, caches hold what the
+previous contender left. On a GPU, the L2 cache is flushed before each step and the device waits until the host is ahead of it, as in
+training. All contenders use momentum and weight decay. In cases marked "weights adapted", biases and norms are neither adapted nor decayed,
+as with `param_groups`. In the others, each LARS adapts every tensor (except pytorch_optimizer's, which leaves vectors out). The "quadra
+loop" is our minimal version of the loop in Lightning Bolts, quadra and lightly, which read two norms per tensor on the host. A share of the
+copy above 100 % is possible because a copy also reads the memory that it overwrites.
 """
 COMMANDS = """\
 ## Measure it yourself
@@ -50,8 +51,11 @@ COMMANDS = """\
     python -m nox -s bench -- --benchmark-compare --benchmark-compare-fail=median:10%
 """
 NOTE = """\
-bytes/param: read and written by the step's operations, nothing cached. of copy: share of the bandwidth of the copy. x SGD fused:
-median of the ratios round by round. host us: until a step returns on an idle GPU. \\*: writes to `.grad`.
+- **bytes/param**: what the operations of a step read and write, if nothing is cached
+- **of copy**: share of the bandwidth of the copy
+- **x SGD fused**: time as a multiple of fused SGD's, as the median of the ratios in each round
+- **host us**: microseconds until a step returns on an idle GPU
+- **\\***: writes to `.grad`
 """
 ELSEWHERE_NOTE = """\
 The same benchmark with some of the optimizers. How a second read compares with SGD depends on the memory, and how small tensors do
@@ -59,7 +63,7 @@ depends on the speed of one core.
 """
 
 
-# what fastlars promises of its default: at most this many times another's time
+# Bounds for the default: at most this many times another's time.
 BOUNDS = {
     ("resnet50", YARDSTICK): 1.40,
     ("vit_b", YARDSTICK): 1.45,
@@ -108,7 +112,7 @@ def sentence(machine: dict[str, Any]) -> str:
 
 
 def case_table(results: Results, case: str) -> Iterator[str]:
-    """All that is known of a case; a column in which there is nothing to say is left out."""
+    """The table of a case, without columns that are empty."""
     rows = results.of_case(case)
     if (more := results.and_a_read(case, YARDSTICK)) is not None:
         place = [row.contender for row in rows].index(YARDSTICK) + 1
@@ -138,13 +142,13 @@ def section(stored: list[Results], elsewhere: list[Results], device: str) -> Ite
         return
     yield NOTE
     if not any(case.endswith(REAL) for case in results.cases):
-        yield "This run adapted every tensor; real param groups have not been measured yet.\n"
+        yield "In this run every tensor was adapted. Real param groups have not been measured yet.\n"
     yield from (f"{title(name)} was skipped: {reason}.\n" for name, reason in results.skipped.items())
     for run in (results, *(other for other in elsewhere if other.machine["device"] == device)):
         if run is not results:
             yield f"### Another host\n\n{ELSEWHERE_NOTE}"
         yield f"Measured on {sentence(run.machine)}\n"
-        yield "What fastlars promises of its default, in times the other's time, and what this run measured:\n"
+        yield "The bounds that we set for the default, as multiples of the other's time, and what this run measured:\n"
         header = ["model", "against", "", "at most", "measured"]
         kept = {True: "kept", False: "not kept"}
         bounds = [[*names, kept[x <= bound], f"{bound:.2f}", f"{x:.2f}"] for *names, bound, x in promises(run)]
@@ -154,37 +158,80 @@ def section(stored: list[Results], elsewhere: list[Results], device: str) -> Ite
 
 
 def speed(stored: list[Results], elsewhere: list[Results]) -> Iterator[str]:
-    """README's part: the default beside the other LARSes, and how many of the promises the run kept."""
+    """README's table: the default beside the other LARSes, and how many of the bounds the run kept."""
     results = find(stored, "cpu")
     if results is None:
         yield "Not measured. `python -m nox -s performance` measures it.\n"
         return
-    known = dict.fromkeys(row.contender for row in results.rows)
-    contenders = [DEFAULT, *(name for name in known if name in CONTENDERS and CONTENDERS[name].package)]
-    cases = [case for case in results.cases if case.endswith(REAL)] or results.cases
-    yield f"A step on a CPU, times the time of {title(YARDSTICK)} (median of the rounds):\n"
+    contenders = [DEFAULT, *packages(results)]
+    yield f"Time of a step on a CPU, as a multiple of {title(YARDSTICK)} (median of the rounds):\n"
     rows = []
-    for case in cases:
+    for case in real_cases(results):
         ratios = [a_read(results, case), *(number(results.ratio(case, name, YARDSTICK)) for name in contenders)]
         rows.append([case.removesuffix(REAL), *ratios])
     yield from table(["", "SGD and one more read", *map(title, contenders)], rows)
     machine, kept = results.machine, [measured <= bound for *_, bound, measured in promises(results)]
     yield (
-        f"The bytes alone, {TWO_PASSES} against {FLOOR}, make it {TWO_PASSES / FLOOR:.2f}; column 1 is the practical floor, SGD plus the "
-        f"one extra read that LARS needs.\nMeasured on {machine['cpu']}, {machine['cores']} cores, torch "
-        f"{machine['versions']['torch'].split('+')[0]}, {machine['date']}, load average at the start {machine['load']}.\n"
-        f"Of the {len(kept)} bounds that fastlars sets itself this run kept {sum(kept)}: "
-        "[which ones, and all else that was measured](docs/performance.md)."
+        "Column 1 is the practical floor: SGD plus the one extra read that LARS needs.\n"
+        f"Measured on {machine['cpu']}, {machine['cores']} cores, torch {machine['versions']['torch'].split('+')[0]}, "
+        f"{machine['date']}. This run kept {sum(kept)} of the {len(kept)} bounds that we set: "
+        "[all measurements](docs/performance.md)."
     )
     for other in (other for other in elsewhere if other.machine["device"] == "cpu"):
         ratios = ", ".join(f"{number(other.ratio(case, DEFAULT, YARDSTICK))} on {case}" for case in other.cases)
         case = other.cases[0]
         copies = [number(run.find(case, COPY).gb_s, ".0f") for run in (other, results) if run.find(case, COPY)]
-        floor = f"; SGD and one more read took {a_read(other, case)} on {case}" if a_read(other, case) else ""
-        yield f"On another host, which copies {' GB/s instead of '.join(copies)}, it took {ratios}{floor}."
-    if find(stored, "cuda") is None:
-        yield "Nothing has been measured on a GPU."
+        yield f"On a host that copies {' GB/s instead of '.join(copies)}, fastlars took {ratios}."
     yield ""
+
+
+def packages(results: Results) -> list[str]:
+    """The contenders that are packages of others."""
+    known = dict.fromkeys(row.contender for row in results.rows)
+    return [name for name in known if name in CONTENDERS and CONTENDERS[name].package]
+
+
+def real_cases(results: Results) -> list[str]:
+    """Those with real param groups, if there are any."""
+    return [case for case in results.cases if case.endswith(REAL)] or results.cases
+
+
+def picture(stored: list[Results]) -> str:
+    """README's picture: bars of the default and of two other packages on real models, as multiples of fused SGD."""
+    results = find(stored, "cpu")
+    assert results is not None, "the picture is of a run on a CPU"
+    cases = [case for case in real_cases(results) if MODELS["small"].title not in case]
+    shown = {DEFAULT: ("fastlars", "#0072B2"), "lightly": ("lightly", "#E69F00"), "timm": ("timm", "#999999")}
+    left, unit, bar, gap = 110, 105, 15, 16
+    lines, y = [], 34
+    for case in cases:
+        middle = y + bar * len(shown) / 2 + 5
+        lines.append(f'<text x="{left - 8}" y="{middle:g}" text-anchor="end">{case.removesuffix(REAL)}</text>')
+        for name, (_, colour) in shown.items():
+            ratio = results.ratio(case, name, YARDSTICK)
+            assert ratio is not None, f"{name} on {case}"
+            lines.append(f'<rect x="{left}" y="{y}" width="{ratio * unit:.1f}" height="{bar - 2}" fill="{colour}"/>')
+            lines.append(f'<text x="{left + ratio * unit + 6:.1f}" y="{y + bar - 4}" font-size="12">{ratio:.2f}</text>')
+            y += bar
+        y += gap
+    lines.append(f'<path d="M{left + unit},28 V{y - gap + 4}" stroke="#1a1a1a" stroke-dasharray="4 3"/>')
+    lines.append(f'<text x="{left + unit}" y="{y + 6}" text-anchor="middle">1 = torch SGD(fused=True)</text>')
+    x = left
+    for label, colour in shown.values():
+        lines.append(
+            f'<rect x="{x}" y="8" width="12" height="12" fill="{colour}"/><text x="{x + 18}" y="19">{label}</text>'
+        )
+        x += 110
+    size = f"0 0 {left + 5 * unit} {y + 18}"
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{size}" font-family="sans-serif" font-size="14" fill="#1a1a1a">',
+            "<title>Time of a step on a CPU, as a multiple of torch SGD(fused=True)</title>",
+            '<rect width="100%" height="100%" rx="6" fill="#ffffff"/>',
+            *lines,
+            "</svg>\n",
+        ]
+    )
 
 
 def a_read(results: Results, case: str) -> str:
@@ -215,11 +262,15 @@ def pages(stored: list[Results], elsewhere: list[Results]) -> dict[Path, str]:
     from . import study  # noqa: PLC0415  it uses this module's tables
 
     sections = ["\n".join(section(stored, elsewhere, device)) for device in DEVICES]
-    page = ROOT / "README.md"
-    text = with_part(page, page.read_text(encoding="utf-8"), "speed", speed(stored, elsewhere))
-    text = with_part(page, text, "demo", outcome.readme(outcome.read(DOCS / "demo" / "runs.csv")))
-    written = {DOCS / "performance.md": "\n".join([INTRODUCTION, *sections, COMMANDS]), page: text}
-    return {**written, DOCS / "study.md": study.rendered()}
+    page, start = ROOT / "README.md", DOCS / "start.md"
+    demo = outcome.readme(outcome.read(DOCS / "demo" / "runs.csv"))
+    return {
+        page: with_part(page, page.read_text(encoding="utf-8"), "speed", speed(stored, elsewhere)),
+        start: with_part(start, start.read_text(encoding="utf-8"), "demo", demo),
+        DOCS / "speed.svg": picture(stored),
+        DOCS / "performance.md": "\n".join([INTRODUCTION, *sections, COMMANDS]),
+        DOCS / "study.md": study.rendered(),
+    }
 
 
 def main() -> int:

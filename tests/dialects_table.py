@@ -46,11 +46,11 @@ def written(options: dict[str, Any]) -> str:
 def tables() -> str:
     of = {name: Options(0.0)._replace(**options) for name, options in DIALECTS.items()}
     whose = rows(
-        ("row", "the LARS of", "options"),
+        ("dialect", "the LARS of", "options"),
         ((f"`{name}`", ABOUT[name].used_by, written(options)) for name, options in DIALECTS.items()),
     )
     what = rows(
-        ("row", "trust ratio", "d at a zero norm", "momentum and step", "adapted, if the group does not say"),
+        ("dialect", "trust ratio", "d if a norm is 0", "momentum and step", "adapted unless the group says otherwise"),
         ((f"`{name}`", f"`{ratio(o)}`", f"`{zero_norm(o)}`", momentum(o), adapted(o)) for name, o in of.items()),
     )
     sources = "\n".join(
@@ -58,7 +58,7 @@ def tables() -> str:
         for name, about in ABOUT.items()
         for line in (f"- `{name}`: {about.source}.", *(f"    - {text}." for text in about.differs.values()))
     )
-    return f"{whose}\n\n## What each computes\n\n{what}\n\n## Sources, and where their code differs\n\n{sources}"
+    return f"{whose}\n\n## What each computes\n\n{what}\n\n## Sources, and how their code differs\n\n{sources}"
 
 
 def page() -> str:

@@ -19,7 +19,7 @@ import fastlars
 from cases import OPTIONS
 
 NAME = "torch.testing._internal.common_optimizers"
-# What torch's class asks that LARS cannot hold, by the name of the test; docs/reliability.md says what holds instead.
+# What torch's class asks that LARS cannot hold, by the name of the test; torch_optimizers.md says what holds instead.
 CANNOT = {
     "test_complex_2d": "the norm of a complex tensor is not that of its real part, so there are two ratios, not one",
     "test_fused_error_on_params_on_meta": "fused=True is refused at construction, not at the first step",

@@ -98,7 +98,7 @@ PRIVATE: dict[str, tuple[str, Callable[[], bool]]] = {
         lambda: are(torch._foreach_norm([torch.ones(4).half()] * 2, 2.0, dtype=torch.float32), 2.0),
     ),
     "torch._foreach_mul": (
-        "foreach step, by a number, a tensor and tensors",
+        "foreach step, by a number, a tensor and a list of tensors",
         lambda: all(are(torch._foreach_mul(ones(), by), 3.0) for by in (3.0, torch.tensor(3.0), scalars(3.0))),
     ),
     "torch._foreach_mul_": ("foreach step", lambda: written(lambda x: torch._foreach_mul_(x, 0.5), 0.5)),
@@ -124,26 +124,26 @@ PRIVATE: dict[str, tuple[str, Callable[[], bool]]] = {
     ),
     "torch._fused_sgd_": ("fused step on CPU", lambda: written(fused_sgd, 0.375)),
     "torch._C._dynamo.guards.TensorGuards": (
-        "fused step on CPU, for its speed: it asks a list that it knows in one call",
+        "speed of the cache of buckets, which one guard call validates",
         asks_for_sizes,
     ),
     "torch._C._len_torch_dispatch_stack": (
-        "fused step on CPU, for its speed: it keeps its workspace where no mode takes its operations",
+        "speed of the fused CPU step, which reuses its workspace unless a mode intercepts operations",
         sees_modes,
     ),
     "torch._C._functorch.peek_interpreter_stack": (
-        "the same, and no transform of torch.func",
+        "the same, for transforms of torch.func",
         sees_transforms,
     ),
     "torch.nn.modules.batchnorm._NormBase": (
-        "`param_groups`, which takes batch and instance norms by it",
+        "`param_groups`, to recognise batch and instance norms",
         lambda: all(
             isinstance(norm(2), module("nn.modules.batchnorm")._NormBase)
             for norm in (torch.nn.BatchNorm2d, torch.nn.SyncBatchNorm, torch.nn.InstanceNorm1d)
         ),
     ),
     "torch._disable_dynamo": (
-        "fused steps and sharded tensors, which leave a compiled graph",
+        "fused steps and sharded tensors, which run outside of compiled graphs",
         lambda: torch._disable_dynamo(lambda x: x + 1)(1) == 2,
     ),
     "torch._jit_internal.is_scripting": ("TorchScript", lambda: module("_jit_internal").is_scripting() is False),
@@ -164,7 +164,7 @@ PRIVATE: dict[str, tuple[str, Callable[[], bool]]] = {
         lambda: any(hasattr(module(f"distributed.{name}"), "DTensor") for name in ("tensor", "_tensor")),
     ),
     "torch.distributed._functional_collectives.AsyncCollectiveTensor": (
-        "the local part of a sharded tensor, while a collective is under way",
+        "the local shard of a tensor while a collective is running",
         lambda: callable(module("distributed._functional_collectives").AsyncCollectiveTensor.wait),
     ),
     "_fsdp_flattened": (
@@ -172,11 +172,11 @@ PRIVATE: dict[str, tuple[str, Callable[[], bool]]] = {
         lambda: mentions("distributed/fsdp", '"_fsdp_flattened"'),
     ),
     "_init_group": (
-        "torch.compile, which runs this method of an optimizer when it traces",
+        "torch.compile, which calls this method when it traces",
         lambda: mentions("_dynamo/variables/optimizer.py", "_init_group"),
     ),
     "_step_supports_amp_scaling": (
-        "GradScaler with `fused=True`, which asks for it",
+        "GradScaler with `fused=True`, which reads it",
         lambda: mentions("amp/grad_scaler.py", '"_step_supports_amp_scaling"'),
     ),
 }

@@ -1,4 +1,4 @@
-"""What the demo stores: the trials of the search, and the final runs. README's table and the picture come from these."""
+"""What the demo stores: the trials of the search, and the final runs. The table of docs/start.md and the picture come from these."""
 
 from __future__ import annotations
 
@@ -96,15 +96,15 @@ def one_lr(rows: Sequence[Row]) -> str:
     failed = sum(accuracy < FAILED for accuracy in runs)
     return (
         f"With one lr for all tensors {failed} of {len(runs)} LARS runs did not train, and batch {largest} reached "
-        f"{mean(rows, 'LARS, one lr', largest):.1f} % instead of {mean(rows, 'LARS', largest):.1f} %: LARS does not adapt "
-        "biases, so they take its large lr as it is."
+        f"{mean(rows, 'LARS, one lr', largest):.1f} % instead of {mean(rows, 'LARS', largest):.1f} %. LARS does not adapt "
+        "biases, so they take steps at its full lr."
     )
 
 
 def readme(rows: Sequence[Row]) -> Iterator[str]:
-    """README's part on the demo."""
+    """The measured part of docs/start.md."""
     seeds = len({row["seed"] for row in rows})
-    yield f"Test accuracy in %, mean of {seeds} seeds, {rows[0]['epochs']} epochs; the last batch is the whole training set:\n"
+    yield f"Test accuracy in %, mean of {seeds} seeds, {rows[0]['epochs']} epochs; the last batch is the whole training set.\n"
     yield f"| batch | {TITLES['LARS']} | {TITLES['SGD']}, whichever is better |"
     yield "| ---: | ---: | ---: |"
     for batch in batches(rows):

@@ -429,18 +429,19 @@ class LARS(Optimizer):
             isinstance(group["lr"], (int, float)) for group in self.param_groups
         ):
             self._make_lr_tensors_outside_graphs()  # written into a group since the last step
-        params_and_options = self._params_and_options()
         if any(
             # with dampening the first step of a tensor differs, and one graph is to serve all steps
             sharding.any_sharded(params) or leaves_graph(params, options) or (options.momentum and options.dampening)
-            for params, options in params_and_options
+            for params, options in self._params_and_options()
         ):
-            self._step_groups_outside_graphs(params_and_options)
+            # without arguments: after load_state_dict a compiled frame would pass the lr tensors from before
+            self._step_groups_outside_graphs()
         else:
-            self._step_groups(params_and_options)
+            self._step_groups()
         return loss
 
-    def _step_groups(self, params_and_options: list[tuple[list[Tensor], Options]]) -> None:
+    def _step_groups(self) -> None:
+        params_and_options = self._params_and_options()
         # GradScaler's, which is told to set them by _step_supports_amp_scaling
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         capturing = not torch.compiler.is_compiling() and is_capturing()

@@ -41,7 +41,7 @@ def step(
 
     for group, each in zip(local, buckets_of):
         for bucket in each:
-            if bucket.momentum_buffers is not group.momentum_buffers:
+            if len(bucket.indices) < len(group.params):  # else its list is the group's
                 for i, buffer in zip(bucket.indices, bucket.momentum_buffers):
                     group.momentum_buffers[i] = buffer
     if shards is not None:

@@ -32,9 +32,10 @@ def plain_loop(page: dict[str, Any], processes: int = 1) -> tuple[torch.nn.Modul
             with torch.autocast("cpu", torch.bfloat16) if processes == 1 else contextlib.nullcontext():
                 logits = net(images)
             (torch.nn.functional.cross_entropy(logits.float(), labels) / count).backward()
-        ratios.append(optimizer.trust_ratios())
         torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+        of_the_step = optimizer.trust_ratios()  # those of sharded tensors, whenever they are asked for
         optimizer.step()
+        ratios.append(optimizer.trust_ratios() if processes == 1 else of_the_step)
     return net, ratios
 
 

@@ -73,7 +73,7 @@ def split(group: Group, grad_scale: Tensor | None = None, found_inf: Tensor | No
         rest = grad_scale if backend.takes_scale else None
         if grad_scale is not None and not backend.takes_scale:
             of_bucket = [unscaled(grad, grad_scale) for grad in of_bucket]
-        momentum_buffers = buffers if whole or not buffers else [buffers[i] for i in indices]
+        momentum_buffers = buffers if whole or len(buffers) == 0 else [buffers[i] for i in indices]
         kept = group.compensations if is_compensated(params[indices[0]].dtype, options) else ()
         buckets.append(
             Bucket(
@@ -83,11 +83,11 @@ def split(group: Group, grad_scale: Tensor | None = None, found_inf: Tensor | No
                 of_bucket,
                 momentum_buffers,
                 options,
-                bool(momentum_buffers) and momentum_buffers[0] is None,
+                len(momentum_buffers) > 0 and momentum_buffers[0] is None,
                 rest,
                 plan,
                 group.memory,
-                cast("list[Tensor]", [kept[i] for i in indices] if kept else []),
+                cast("list[Tensor]", [kept[i] for i in indices] if len(kept) > 0 else []),
             )
         )
     return buckets
@@ -133,7 +133,7 @@ def _sort(backends: list[Backend], group: Group, buffers: list[Tensor | None]) -
     params, grads = group.params, group.grads
     made = [buffer for buffer in buffers if buffer is not None]
     kept = [compensation for compensation in group.compensations if compensation is not None]
-    if len(set(map(id, params))) < len(params):
+    if not torch.compiler.is_compiling() and len(set(map(id, params))) < len(params):
         # one step after the other: in lists each would start from what the tensor was
         backends = [backend for backend in backends if backend.name == SINGLE.name]
     one_step = len(made) in (0, len(buffers))
@@ -144,8 +144,8 @@ def _sort(backends: list[Backend], group: Group, buffers: list[Tensor | None]) -
     indices_of: dict[Any, list[int]] = {}
     backend_of: dict[Any, Backend] = {}
     for i, param in enumerate(params):
-        grad, buffer = grads[i], buffers[i] if buffers else None
-        compensation = group.compensations[i] if group.compensations else None
+        grad, buffer = grads[i], buffers[i] if len(buffers) > 0 else None
+        compensation = group.compensations[i] if len(group.compensations) > 0 else None
         if not torch.compiler.is_compiling():
             check_fit(param, grad, buffer, group.where, compensation)
         if param.is_complex() and not grad.is_complex():

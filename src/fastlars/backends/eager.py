@@ -41,7 +41,7 @@ def measure(bucket: Bucket, foreach: bool) -> Norms:
 
 def make_buffers(bucket: Bucket) -> list[Tensor]:
     """The momentum buffers of a bucket, zeros at its first step; empty without momentum."""
-    if bucket.momentum_buffers and bucket.momentum_buffers[0] is None:
+    if len(bucket.momentum_buffers) > 0 and bucket.momentum_buffers[0] is None:
         bucket.momentum_buffers[:] = [torch.zeros_like(param) for param in bucket.params]
     return cast("list[Tensor]", bucket.momentum_buffers)
 
@@ -52,7 +52,7 @@ def copies(tensors: list[Tensor], dtype: torch.dtype, foreach: bool) -> list[Ten
         # no memory in a graph: conversions become part of the loops that read them
         return [tensor.clone() if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors]
     new = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
-    if new:  # foreach ops refuse empty lists
+    if len(new) > 0:  # foreach ops refuse empty lists
         write_back(new, tensors, None, foreach)
     return new
 
@@ -127,7 +127,7 @@ class Single:
         for places in chunks(params) if self.foreach else [[i] for i in range(len(params))]:
             old = [params[i] for i in places]
             old_buffers = [buffers[i] for i in places] if options.momentum != 0 else []
-            compensations = [bucket.compensations[i] for i in places] if bucket.compensations else []
+            compensations = [bucket.compensations[i] for i in places] if len(bucket.compensations) > 0 else []
             new, new_buffers = copies(old, dtype, self.foreach), copies(old_buffers, dtype, self.foreach)
             if compensations:
                 add_halves(new, compensations, 1, self.foreach)
