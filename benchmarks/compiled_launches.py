@@ -36,7 +36,8 @@ import fastlars
 
 from .shapes import MODELS
 
-Step = Callable[[list[Tensor], list[Tensor], list[Tensor], Tensor], None]
+# of parameters, gradients, momentum buffers, compensations, and lr
+Step = Callable[[list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor], None]
 
 GUARD = """#include <c10/core/impl/DeviceGuardImplInterface.h>
 C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>);
@@ -60,19 +61,25 @@ COMMON: dict[str, Any] = {"momentum": 0.9, "weight_decay": 1e-4}
 
 
 def _lars(**options: Any) -> Step:
-    return lambda p, g, v, lr: fastlars.lars(p, g, v, lr=lr, **{**COMMON, "foreach": True, **options})  # type: ignore[arg-type]
+    """Without compensations, unless ``kahan_sum`` is set."""
+
+    def step(p: list[Tensor], g: list[Tensor], v: list[Tensor], kept: list[Tensor], lr: Tensor) -> None:
+        compensations = kept if options.get("kahan_sum") else None
+        fastlars.lars(p, g, v, lr=lr, compensations=compensations, **{**COMMON, "foreach": True, **options})  # type: ignore[arg-type]
+
+    return step
 
 
-def _sgd(p: list[Tensor], g: list[Tensor], v: list[Tensor], lr: Tensor) -> None:
+def _sgd(p: list[Tensor], g: list[Tensor], v: list[Tensor], _kept: list[Tensor], lr: Tensor) -> None:
     options: dict[str, Any] = {**COMMON, "dampening": 0.0, "nesterov": False, "maximize": False}
     sgd(p, g, v, lr=lr, foreach=True, **options)  # type: ignore[arg-type]
 
 
-def _mixed(p: list[Tensor], g: list[Tensor], v: list[Tensor], lr: Tensor) -> None:
+def _mixed(p: list[Tensor], g: list[Tensor], v: list[Tensor], _kept: list[Tensor], lr: Tensor) -> None:
     """As `param_groups` makes them: vectors are not adapted."""
     for adapt in (True, False):
         chosen = [[t for t, w in zip(each, p, strict=True) if (w.ndim > 1) == adapt] for each in (p, g, v)]
-        _lars(adapt=adapt, weight_decay=1e-4 if adapt else 0.0)(*chosen, lr)
+        _lars(adapt=adapt, weight_decay=1e-4 if adapt else 0.0)(*chosen, [], lr)
 
 
 _FLAGS = ("nesterov", "trust_clip", "lr_in_momentum", "maximize", "skip_nonfinite")
@@ -83,9 +90,12 @@ CASES: dict[str, Step] = {
     "momentum=0": _lars(momentum=0.0),
     **{flag: _lars(**{flag: True}) for flag in _FLAGS},
     "joint": _lars(trust_denominator="joint"),
-    "found_inf": lambda p, g, v, lr: _lars(found_inf=torch.zeros_like(lr))(p, g, v, lr),
+    "found_inf": lambda *of: _lars(found_inf=torch.zeros_like(of[-1]))(*of),
     "mixed groups": _mixed,
     "not adapted": _lars(adapt=False),
+    "kahan_sum": _lars(kahan_sum=True),  # of half types
+    "kahan_sum, single": _lars(kahan_sum=True, foreach=False),
+    "kahan_sum, found_inf": lambda *of: _lars(kahan_sum=True, found_inf=torch.zeros_like(of[-1]))(*of),
 }
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -149,7 +159,7 @@ def generated(step: Step, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype)
         raise InterruptedError  # all that is wanted
 
     with FakeTensorMode(allow_non_fake_inputs=True), mock.patch.object(GraphLowering, "compile_to_module", instead):
-        lists = [[torch.empty(shape, device="cuda", dtype=dtype) for shape in shapes] for _ in range(3)]
+        lists = [[torch.empty(shape, device="cuda", dtype=dtype) for shape in shapes] for _ in range(4)]
         try:
             with torch.no_grad():
                 torch.compile(step, fullgraph=True)(*lists, torch.empty((), device="cuda"))  # type: ignore[arg-type]

@@ -37,6 +37,8 @@ FEATURES: dict[str, Options] = {
     "paper": {"lr_in_momentum": True},
     "skip_nonfinite": {"skip_nonfinite": True},
     "maximize": {"maximize": True},
+    "kahan": {"kahan_sum": True},
+    "no_kahan": {"kahan_sum": False},
 }
 
 _EVERYTHING = ("nesterov", "no_decay", "adapt", "clip", "joint", "paper", "maximize", "skip_nonfinite")
@@ -82,7 +84,8 @@ def _named_options() -> dict[str, Options]:
     candidates = [("base", dict(BASE))]
     candidates += [(name, _combine(name)) for name in FEATURES]
     for pair in itertools.combinations(FEATURES, 2):
-        if pair != ("adapt", "unadapted") and "skip_nonfinite" not in pair:
+        # what float32 does not see meets the others in PAIRWISE
+        if pair != ("adapt", "unadapted") and not {"skip_nonfinite", "kahan", "no_kahan"} & set(pair):
             candidates.append(("-".join(pair), _combine(*pair)))
     candidates.append(("everything", _combine(*_EVERYTHING)))
     for left_out in _EVERYTHING:
@@ -123,7 +126,8 @@ def _row(values: Sequence[Sequence[Any]], places: Sequence[int]) -> tuple[Any, .
 # options that mean something only together
 _MOMENTUM = (FEATURES["momentum"], FEATURES["nesterov"], FEATURES["dampening"], {"momentum": 0.0})
 _DECAY = ({}, {**FEATURES["no_decay"], **FEATURES["adapt"]}, FEATURES["unadapted"], FEATURES["no_decay"])
-_TOGETHER = ("momentum", "nesterov", "dampening", "no_decay", "adapt", "unadapted")
+_KAHAN = ({}, FEATURES["kahan"], FEATURES["no_kahan"])
+_TOGETHER = ("momentum", "nesterov", "dampening", "no_decay", "adapt", "unadapted", "kahan", "no_kahan")
 # every other feature, without it and with it
 _ALONE = [({}, options) for name, options in FEATURES.items() if name not in _TOGETHER]
 
@@ -134,7 +138,8 @@ def _together(*chosen: Options) -> Options:
 
 # any two values of any two columns: what most tests go through
 PAIRWISE: dict[str, Options] = {
-    f"pairwise_{i}": _together(*chosen)
+    # kahan_sum in turn, which adds no row: every value meets all of momentum and of decay
+    f"pairwise_{i}": _together(*chosen, _KAHAN[(_MOMENTUM.index(chosen[0]) + _DECAY.index(chosen[1])) % 3])
     for i, chosen in enumerate(pairwise(_MOMENTUM, _DECAY, *_ALONE, valid=lambda *chosen: is_valid(_together(*chosen))))
 }
 OPTIONS |= PAIRWISE
@@ -297,3 +302,13 @@ def tolerance(dtype: torch.dtype, size: float = 1.0) -> dict[str, float]:
     relative = _EPS_UNITS[dtype] * info.eps
     # the last term: the spacing of subnormal numbers, which float16 reaches with tiny gradients
     return {"rtol": relative, "atol": relative * size + info.smallest_normal * info.eps}
+
+
+def kahan_tolerance(dtype: torch.dtype, size: float) -> float:
+    """The same for the sum of a half-precision parameter and its compensation, absolute.
+
+    Rounding takes up to half an eps from the parameter, and of that again half an eps is lost; float32 adds its own.
+    """
+    info = torch.finfo(dtype)
+    of_float32 = _EPS_UNITS[torch.float32] * torch.finfo(torch.float32).eps
+    return (info.eps**2 / 4 + of_float32) * size + info.smallest_normal * info.eps / 2

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import HISTORIES, LR_FACTORS, PAIRWISE, STEPS, Options, pairwise, tolerance
+from cases import HISTORIES, LR_FACTORS, PAIRWISE, STEPS, Options, kahan_tolerance, pairwise, tolerance
 from fastlars import LARS
 from fastlars.backends import fused_cpu
-from reference import ReferenceLARS
+from reference import ReferenceLARS, is_adapted
 
 IMPLEMENTATIONS: dict[str, Options] = {
     "single": {"foreach": False},
@@ -80,9 +80,9 @@ def stacked(up_to: int, at_once: int = fused_cpu.STACK) -> Iterator[None]:
         yield
 
 
-def buffers_of(optimizer: torch.optim.Optimizer) -> list[Tensor | None]:
+def buffers_of(optimizer: torch.optim.Optimizer, key: str = "momentum_buffer") -> list[Tensor | None]:
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    return [optimizer.state[p].get("momentum_buffer") if p in optimizer.state else None for p in params]
+    return [optimizer.state[p].get(key) if p in optimizer.state else None for p in params]
 
 
 def assert_equals(reference: ReferenceLARS, optimizer: LARS, what: str) -> None:
@@ -104,6 +104,25 @@ def assert_equals(reference: ReferenceLARS, optimizer: LARS, what: str) -> None:
                 equal_nan=True,
                 **tolerance(actual.dtype, size),
             )
+    assert_compensated(reference, optimizer, what)
+
+
+def assert_compensated(reference: ReferenceLARS, optimizer: LARS, what: str) -> None:
+    """Half-precision parameters and their compensations add up to what the reference has; the others have none."""
+    kept = iter(buffers_of(optimizer, "compensation"))
+    i = 0
+    for group in optimizer.param_groups:
+        on = is_adapted(group) if group["kahan_sum"] is None else group["kahan_sum"]
+        for param, compensation in zip(group["params"], kept, strict=False):
+            half = param.dtype in (torch.float16, torch.bfloat16)
+            assert (compensation is not None) == bool(on and half and param in optimizer.state), what
+            if compensation is not None:
+                assert compensation.dtype == param.dtype
+                total = param.detach().double() + compensation.double()
+                limit = kahan_tolerance(param.dtype, reference.param_sizes[i])
+                expected = torch.as_tensor(reference.params[i] + reference.compensations[i])
+                torch.testing.assert_close(total, expected, rtol=0, atol=limit, equal_nan=True)
+            i += 1
 
 
 def run(
@@ -130,7 +149,8 @@ def run(
         for param, grad, old in zip(params, grads, before, strict=True):
             if grad is None:
                 assert torch.equal(param, old), "a tensor without a gradient is left alone"
-        reference.realign(params, started(reference, buffers_of(optimizer)))
+        kept = buffers_of(optimizer, "compensation")
+        reference.realign(params, started(reference, buffers_of(optimizer)), kept)
     return optimizer
 
 

@@ -26,7 +26,7 @@ DEFAULTS: dict[str, Any] = {
     "maximize": False,
 }
 # accepted so that an optimizer's param_groups can be passed as they are; they do not change the numbers
-EXECUTION = {"foreach", "differentiable", "fused", "initial_lr", "param_names", "name"}
+EXECUTION = {"foreach", "differentiable", "fused", "kahan_sum", "initial_lr", "param_names", "name"}
 
 
 def to_array(value: Any) -> Array:
@@ -72,21 +72,23 @@ def trust_ratio(w: Array, g: Array, **options: Any) -> float:
     return lam
 
 
-def direction(w: Array, g: Array, **options: Any) -> Array:
-    """d of one tensor."""
+def direction(w: Array, g: Array, compensation: Array | float = 0.0, **options: Any) -> Array:
+    """d of one tensor: norms are of w, which the model sees, and the decay is of w + compensation."""
     o = {**DEFAULTS, **options}
+    decayed = g + o["weight_decay"] * (w + compensation)
     if not is_adapted(o):
-        return g + o["weight_decay"] * w
+        return decayed
     if o["trust_denominator"] == "separate" and (norm(w) == 0 or norm(g) == 0):
         return g
-    return trust_ratio(w, g, **o) * (g + o["weight_decay"] * w)
+    return trust_ratio(w, g, **o) * decayed
 
 
 class ReferenceLARS:
     """A whole optimizer: ``ReferenceLARS([{"params": [...], "lr": 0.1}, ...])``; keywords are options of all groups.
 
     ``params`` and ``momentum_buffers`` are flat, in the order of the groups; a buffer is None before a tensor's first
-    step with momentum. ``groups`` holds the options, read every step. ``param_sizes`` and ``buffer_sizes``: for each
+    step with momentum. Steps round nothing: after one, ``params`` holds the sums of parameters and compensations, which
+    `store` takes apart, and `realign` gives. ``groups`` holds the options, read every step. ``param_sizes`` and ``buffer_sizes``: for each
     tensor the largest number that the last step added up: an implementation rounds relative to it, not to the result.
     """
 
@@ -104,11 +106,30 @@ class ReferenceLARS:
             self.params += params
             self.group_of += [group] * len(params)
         self.momentum_buffers: list[Array | None] = [None] * len(self.params)
+        self.compensations: list[Array | float] = [0.0] * len(self.params)
         self._measure_sizes()
 
-    def realign(self, params: Sequence[Any], momentum_buffers: Sequence[Any] | None = None) -> None:
+    def store(self, dtype: torch.dtype) -> None:
+        """Round parameters and buffers to a dtype, and what that takes from the parameters, which is kept, too."""
+
+        def rounded(x: Array) -> Array:
+            return to_array(torch.as_tensor(x).to(dtype))
+
+        for i, w in enumerate(self.params):
+            self.params[i] = rounded(w + self.compensations[i])
+            self.compensations[i] = rounded(w + self.compensations[i] - self.params[i])
+        self.momentum_buffers = [None if v is None else rounded(v) for v in self.momentum_buffers]
+
+    def realign(
+        self,
+        params: Sequence[Any],
+        momentum_buffers: Sequence[Any] | None = None,
+        compensations: Sequence[Any] | None = None,
+    ) -> None:
         """Goes on from these values, so that the next comparison sees the error of one step. No buffers: all None."""
         buffers = [None] * len(self.params) if momentum_buffers is None else momentum_buffers
+        kept = [None] * len(self.params) if compensations is None else compensations
+        self.compensations = [0.0 if c is None else to_array(c) for c, _ in zip(kept, self.params, strict=True)]
         self.params = [to_array(param) for param, _ in zip(params, self.params, strict=True)]
         self.momentum_buffers = [None if v is None else to_array(v) for v, _ in zip(buffers, self.params, strict=True)]
 
@@ -128,9 +149,10 @@ class ReferenceLARS:
 
     def _step_one(self, i: int, g: Array, o: dict[str, Any]) -> None:
         w, v, lr, momentum = self.params[i], self.momentum_buffers[i], o["lr"], o["momentum"]
-        d = direction(w, g, **o)
+        d = direction(w, g, self.compensations[i], **o)
         d_size = trust_ratio(w, g, **o) * max(size(g), o["weight_decay"] * size(w))
         self.param_sizes[i] = max(size(w), lr * d_size)
+        w, self.compensations[i] = w + self.compensations[i], 0.0
         if momentum == 0:
             self.params[i] = w - lr * d
             return

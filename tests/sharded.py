@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed import checkpoint
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,9 +21,9 @@ from recording import Recorder
 from reference import Array, ReferenceLARS
 
 try:
-    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 except ImportError:  # torch 2.4
-    from torch.distributed._tensor import DTensor, Partial, Replicate, Shard
+    from torch.distributed._tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 
 @dataclass(frozen=True)
@@ -573,3 +574,32 @@ def precision(rank: Rank) -> None:
     (ratio,) = optimizer.trust_ratios().values()
     w, g = whole.double().norm().item(), grad.double().norm().item()
     assert abs(ratio / (0.1 * w / (g + 0.1 * w)) - 1) < 1e-6
+
+
+def keeps_compensations(rank: Rank, folder: str) -> None:
+    """Of a sharded parameter each rank keeps its part, as a DTensor, which checkpoints lay out in another way."""
+    mesh = init_device_mesh(rank.device, (rank.world,))
+    whole = torch.randn(8, 12, generator=torch.Generator().manual_seed(0)).to(rank.device, torch.bfloat16)
+    plain, sharded = torch.nn.Parameter(whole.clone()), torch.nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
+    one, many = (LARS([p], lr=3e-3, momentum=0.9, adapt=True) for p in (plain, sharded))
+    for step in range(3):
+        (plain.grad,) = make_grads("dense", [plain], step)
+        sharded.grad = distribute_tensor(plain.grad, mesh, [Shard(0)])
+        one.step()
+        many.step()
+    kept = many.state[sharded]["compensation"]
+    assert isinstance(kept, DTensor) and kept.placements == sharded.placements and kept._version > 0
+    assert kept.full_tensor().any()
+    total = sharded.detach().full_tensor().double() + kept.full_tensor().double()
+    expected = plain.detach().double() + one.state[plain]["compensation"].double()
+    torch.testing.assert_close(total, expected, rtol=torch.finfo(torch.bfloat16).eps ** 2, atol=1e-7)
+
+    checkpoint.save({"kept": kept}, checkpoint_id=folder)
+    other = distribute_tensor(torch.zeros_like(whole), mesh, [Shard(1)])
+    checkpoint.load({"kept": other}, checkpoint_id=folder)
+    assert torch.equal(other.full_tensor(), kept.full_tensor())
+    many.state[sharded]["compensation"] = other
+    with pytest.raises(
+        RuntimeError, match=r"the compensation of a DTensor parameter .* must be a DTensor of its placements"
+    ):
+        many.step()

@@ -105,18 +105,20 @@ def test_a_round_trip_at_any_step_changes_no_bit(chosen: str, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_state_and_keys_are_the_frozen_format(momentum: float) -> None:
-    optimizer = LARS(make_params(torch.float32), lr=0.1, momentum=momentum, weight_decay=0.1)
+@loop_over("dtype", [torch.float32, torch.bfloat16])
+def test_state_and_keys_are_the_frozen_format(momentum: float, dtype: torch.dtype) -> None:
+    optimizer = LARS(make_params(dtype), lr=0.1, momentum=momentum, weight_decay=0.1)
     go_on(optimizer, range(4), "never")
     assert optimizer.state_dict()["state"] == {}
     go_on(optimizer, range(1), "missing")
     state = optimizer.state_dict()["state"]
-    assert {key for entry in state.values() for key in entry} == ({"momentum_buffer"} if momentum else set())
+    keys = ["momentum_buffer"] * (momentum != 0) + ["compensation"] * (dtype == torch.bfloat16)
+    assert {key for entry in state.values() for key in entry} == set(keys)
     assert 0 not in state  # it has had no gradient
     assert set(optimizer.state_dict()["param_groups"][0]) == {
         "params", "lr", "momentum", "dampening", "weight_decay", "nesterov", "trust_coefficient", "eps", "adapt",
         "trust_clip", "trust_denominator", "lr_in_momentum", "skip_nonfinite", "maximize", "foreach", "differentiable",
-        "fused",
+        "fused", "kahan_sum",
     }  # fmt: skip
 
 

@@ -1,9 +1,12 @@
 """Models that torch shards over ranks train as the whole model on one, in every way that torch shards them."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 import ranks as ranks_module
+import sharded
 import sharded_models
 from cases import OPTIONS
 from harness import IMPLEMENTATIONS, ignore_nothing_adapted
@@ -56,3 +59,8 @@ def test_skip_nonfinite_is_refused_under_zero_redundancy(ranks: Group) -> None:
 
 def test_flat_parameters_are_refused(ranks: Group) -> None:
     ranks.run(sharded_models.refuses_flat_parameters)
+
+
+@pytest.mark.slow
+def test_sharded_parameters_keep_compensations(ranks: Group, tmp_path: Path) -> None:
+    ranks.run(sharded.keeps_compensations, str(tmp_path))

@@ -5,9 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 import sharded_models
 from cases import Options
+from fastlars import LARS
 from harness import ignore_nothing_adapted
 from ranks import FULLY_SHARDS_ON_CPU, Group
 
@@ -62,3 +69,32 @@ def test_the_same_ranks_go_on_without_a_changed_bit(
     saved = process_groups(2).run(run, WAY, str(tmp_path), kind, False, options)
     resumed = process_groups(2).run(run, WAY, str(tmp_path), kind, True, options)
     assert [bits for _, bits in resumed] == [bits for _, bits in saved]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_flattened_checkpoint_from_before_kahan_sum(tmp_path: Path) -> None:
+    """Without the key and without compensations: loaded in part, the group keeps what it says and sums start at zero."""
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+
+    def trained(steps: int) -> tuple[torch.nn.Module, LARS]:
+        model = torch.nn.Linear(4, 3, dtype=torch.bfloat16)
+        optimizer = LARS(model.parameters(), lr=3e-3, momentum=0.9, adapt=True, kahan_sum=True)
+        for step in range(steps):
+            for p in model.parameters():
+                p.grad = torch.full_like(p, 0.5 + step)
+            optimizer.step()
+        return model, optimizer
+
+    saved = get_optimizer_state_dict(*trained(2), options=flat)
+    old = {key: value for key, value in saved.items() if "kahan_sum" not in key and "compensation" not in key}
+    assert len(old) == len(saved) - 4
+    checkpoint.save(old, checkpoint_id=tmp_path, no_dist=True)
+    model, optimizer = trained(0)
+    state = get_optimizer_state_dict(model, optimizer, options=flat)
+    planner = checkpoint.DefaultLoadPlanner(allow_partial_load=True)
+    checkpoint.load(state, checkpoint_id=tmp_path, planner=planner, no_dist=True)
+    set_optimizer_state_dict(model, optimizer, state, options=flat)
+    assert optimizer.param_groups[0]["kahan_sum"] is True
+    for name, p in model.named_parameters():
+        assert torch.equal(optimizer.state[p]["momentum_buffer"], saved[f"state.{name}.momentum_buffer"])
+        assert optimizer.state[p]["momentum_buffer"].any() and not optimizer.state[p]["compensation"].any()

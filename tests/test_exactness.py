@@ -144,11 +144,13 @@ def test_a_gradient_that_is_not_finite_shows_without_skip_nonfinite(implementati
 @loop_over("feature", [name for name in FEATURES if name not in ("adapt", "skip_nonfinite")])
 def test_flipping_an_option_changes_the_result(feature: str, implementation: Options) -> None:
     """adapt=True says what weight decay already does; skip_nonfinite needs a gradient that is not finite."""
-    needs = {"no_decay": {"adapt": True}, "paper": {"momentum": 0.9}, "dampening": {"momentum": 0.9}}
+    needs = {
+        "no_decay": {"adapt": True}, "paper": {"momentum": 0.9}, "dampening": {"momentum": 0.9}, "kahan": {"adapt": False},
+    }  # fmt: skip
     plain = {**BASE, **needs.get(feature, {})}
     results = []
     for options in (plain, {**plain, **FEATURES[feature]}):
-        params = make_params(torch.float64, layouts=["matrix"])
+        params = make_params(torch.bfloat16 if "kahan" in feature else torch.float64, layouts=["matrix"])
         optimizer = LARS(params, **options, **implementation)
         for step in range(3):
             optimizer.param_groups[0]["lr"] = options["lr"] / (step + 1)

@@ -48,13 +48,17 @@ def test_equals_the_class(name: str, implementation: Options) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.complex64):
         params, of_class = tensors(dtype), make_params(dtype)
         buffers: list[Tensor | None] = [None] * len(params)
+        kept: list[Tensor | None] = [None] * len(params)
         optimizer = LARS(of_class, **OPTIONS[name], **implementation)
         for step in range(3):
             grads = make_grads("dense", params, step)
             set_grads(of_class, grads)
             optimizer.step()
-            lars(params, grads, buffers, **OPTIONS[name], **implementation)
+            lars(params, grads, buffers, compensations=kept, **OPTIONS[name], **implementation)
             assert same_bits(params, [p.detach() for p in of_class])
+            of_optimizer = buffers_of(optimizer, "compensation")
+            assert [c is None for c in kept] == [c is None for c in of_optimizer]
+            assert all(torch.equal(a, b) for a, b in zip(kept, of_optimizer, strict=True) if a is not None)
             if OPTIONS[name].get("momentum"):
                 pairs = zip(buffers, buffers_of(optimizer), strict=True)
                 # torch's SGD makes a first buffer as a copy of the gradient, the class as zeros that it adds to: 0 - 0 = 0

@@ -27,11 +27,14 @@ from harness import IMPLEMENTATIONS, ignore_nothing_adapted, set_grads
 pytestmark = ignore_nothing_adapted
 
 QUICK, CASES = 150, 600
+STATE = ("momentum_buffer", "compensation")
 SECONDS = float(os.environ.get("FASTLARS_FUZZ_SECONDS", "0"))
 NAN, INF = float("nan"), float("inf")
 StateDict = dict[str, Any]
 # what a message must name: the place, in the words of the one who saved
-PLACE = re.compile(r"param group|parameter group|state dict|the state of|momentum_buffer|parameter \d|meta")
+PLACE = re.compile(
+    r"param group|parameter group|state dict|the state of|momentum_buffer|compensation|parameter \d|meta"
+)
 
 
 # ---------------------------------------------------------------- an optimizer, and all that is in it
@@ -85,7 +88,7 @@ def everything(optimizer: LARS) -> Any:
 
 
 def bits(optimizer: LARS) -> Any:
-    return frozen([(p, optimizer.state.get(p, {}).get("momentum_buffer")) for p in params_of(optimizer)])
+    return frozen([(p, [optimizer.state.get(p, {}).get(key) for key in STATE]) for p in params_of(optimizer)])
 
 
 # ---------------------------------------------------------------- damage
@@ -164,7 +167,8 @@ DTYPES = [
 
 def damage_buffer(rng: random.Random, saved: StateDict) -> None:
     for state in rng.sample(buffers(saved), min(1, len(buffers(saved)))):
-        state["momentum_buffer"] = rng.choice(RESHAPES)(state["momentum_buffer"].detach())
+        key = "compensation" if "compensation" in state and rng.random() < 0.5 else "momentum_buffer"
+        state[key] = rng.choice(RESHAPES)(state[key].detach())
 
 
 def cast_buffers(rng: random.Random, saved: StateDict) -> None:
@@ -253,27 +257,27 @@ def assert_loaded(optimizer: LARS, before: list[dict[str, Any]], saved: StateDic
         for param, key in zip(group["params"], saved_group["params"], strict=True):
             assert seen.setdefault(key, param) is param, f"two parameters, one key: {key}"
             state = saved["state"].get(key, {})
-            buffer = state.get("momentum_buffer")
+            held = {key: state[key] for key in STATE if state.get(key) is not None}
             assert optimizer.state.get(param, {}).keys() == state.keys()
-            expected.append(None if buffer is None else buffer.to(param.dtype))
-            loaded = optimizer.state.get(param, {}).get("momentum_buffer")
-            assert frozen(loaded) == frozen(expected[-1])
+            expected.append({key: tensor.to(param.dtype) for key, tensor in held.items()})
+            loaded = optimizer.state.get(param, {})
+            assert frozen({key: loaded.get(key) for key in held}) == frozen(expected[-1])
         twin_groups.append(
             {**copy.deepcopy(options), "params": [Parameter(p.detach().clone()) for p in group["params"]]}
         )
     lost = [
         key
         for key, state in saved["state"].items()
-        if key not in seen and isinstance(state, dict) and "momentum_buffer" in state
+        if key not in seen and isinstance(state, dict) and not set(STATE).isdisjoint(state)
     ]
     assert not lost, f"momentum of no parameter: {lost}"
 
     twin = LARS(twin_groups, lr=0.0)
-    for param, buffer in zip(params_of(twin), expected, strict=True):
-        if buffer is not None:
+    for param, held in zip(params_of(twin), expected, strict=True):
+        for key, tensor in held.items():
             # with its strides, which decide who steps it
-            own = torch.empty_strided(buffer.shape, buffer.stride(), dtype=buffer.dtype)
-            twin.state[param]["momentum_buffer"] = own.copy_(buffer.detach())
+            own = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+            twin.state[param][key] = own.copy_(tensor.detach())
     for each in (optimizer, twin):
         give_grads(each, "dense", 4)
         if any(group["differentiable"] for group in each.param_groups):

@@ -95,6 +95,16 @@ def test_half_types_are_not_called_fused() -> None:
     assert "adapted, single" in repr(LARS(make_params(torch.bfloat16), lr=1.0, weight_decay=0.1))
 
 
+def test_kahan_sums_show_where_they_run() -> None:
+    told = {
+        kahan_sum: repr(LARS(make_params(torch.bfloat16), lr=1.0, adapt=False, kahan_sum=kahan_sum)).splitlines()
+        for kahan_sum in (None, True)
+    }
+    assert told[None][1].endswith("not adapted, single (torch's SGD)")
+    assert told[True][1].endswith("not adapted, single, Kahan sums for half precision")
+    assert "kahan_sum=True" in told[True][2]
+
+
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
 def test_lazy_modules() -> None:
     model = torch.nn.LazyLinear(3)

@@ -52,6 +52,7 @@ def step(  # a list given from Python is copied: what is put into it comes back 
         options.foreach,
         options.differentiable,
         options.fused,
+        options.kahan_sum,
         grad_scale,
         found_inf,
     )
@@ -83,7 +84,7 @@ class ScriptedLARS(LARS):
         """As the eager one; ``closure`` is not called."""
         for group in self.param_groups:
             lists: tuple[list[Tensor], list[Tensor], list[Tensor | None]] = ([], [], [])
-            self._init_group(group, *lists)
+            self._init_group(group, *lists, [])
             with torch.no_grad():
                 options = Options(**{name: group[name] for name in NAMES})
                 buffers = self.scripted(*lists, options, None, None)
@@ -100,8 +101,10 @@ def test_equals_reference(name: str, implementation: str, scripted: Any, monkeyp
     dtypes = (*REAL, *COMPLEX)
     # two dtypes at a time, one after the other over the options
     groups = [{"params": make_params(dtypes[i % len(dtypes)], layouts=KINDS, seed=i)} for i in (offset, offset + 1)]
+    # which scripts do not have
+    options = {**OPTIONS[name], "kahan_sum": False}
     harness.run(
-        groups, OPTIONS[name], lambda ps, step: mixed_grads(ps, step, offset), IMPLEMENTATIONS[implementation], steps=3
+        groups, options, lambda ps, step: mixed_grads(ps, step, offset), IMPLEMENTATIONS[implementation], steps=3
     )
 
 
@@ -173,6 +176,10 @@ def test_the_function_itself() -> None:
     lars([], [], [], lr=1.0, skip_nonfinite=True)
     with pytest.raises(torch.jit.Error, match="fused=True cannot be scripted; leave fused=None or use foreach=True"):
         lars([w], [w], [v], lr=1.0, fused=True)
+    with pytest.raises(torch.jit.Error, match="kahan_sum=True cannot be scripted"):
+        lars([w], [w], [v], lr=1.0, kahan_sum=True)
+    with pytest.raises(torch.jit.Error, match="compensations cannot be scripted"):
+        lars([w], [w], [v], lr=1.0, compensations=[None])
     with pytest.raises(torch.jit.Error, match="needs dampening == 0"):
         lars([w], [w], [v], lr=1.0, momentum=0.9, dampening=0.5, skip_nonfinite=True)
     torch.testing.assert_close(w, torch.tensor([3.0, 3.5]))

@@ -25,13 +25,13 @@ def test_names_order_and_defaults_are_the_same_everywhere() -> None:
     names = list(Options._fields)
     assert list(fields) == names
     assert list(of_class) == ["params", *names, "dialect"]  # which stands for some of them
-    assert list(of_function) == [*TENSORS, *names, *OF_A_SCALER]
+    assert list(of_function) == [*TENSORS, *names, *OF_A_SCALER, "compensations"]
     for name in names[1:]:
         default = Options._field_defaults[name]
         for where in (of_class, of_function, fields):
             # `is` for the truth values: 0 == False
             assert where[name].default == default and type(where[name].default) is type(default), name
-    assert all(of_function[name].default is None for name in OF_A_SCALER)
+    assert all(of_function[name].default is None for name in (*OF_A_SCALER, "compensations"))
     # lr has no default: the class has torch's marker, since a group may bring its own
     for where in (of_function, fields):
         assert where["lr"].default is inspect.Parameter.empty
@@ -77,5 +77,5 @@ def test_help_tells_every_option() -> None:
     arguments = described[described.index("Args:") : described.index("Raises:")]
     for name in ("params", *Options._fields):
         assert f"\n    {name}: " in arguments, name
-    for name in (*TENSORS[:1], "lr", *OF_A_SCALER):
+    for name in (*TENSORS[:1], "lr", *OF_A_SCALER, "compensations"):
         assert f"    {name}: " in inspect.getdoc(lars)

@@ -239,13 +239,14 @@ CPU = torch.device("cpu")
 def test_a_table_says_where_everything_is() -> None:
     bucket = bucket_of([torch.ones(2 * triton.CHUNK + 1), torch.ones(0), torch.ones(3)])
     table = triton.Tables().table(bucket, 1)
-    rows = table.rows.view(3, 6).tolist()
-    for i, tensors in enumerate(zip(bucket.params, bucket.grads, bucket.momentum_buffers, strict=True)):
-        assert rows[i][:4] == [*(t.data_ptr() for t in tensors if t is not None), tensors[0].numel()]
-    assert [row[4:] for row in rows] == [[0, 3], [3, 4], [4, 5]]
+    kept = [torch.zeros_like(p) for p in bucket.params]
+    rows = triton.Tables().table(bucket._replace(compensations=kept), 1).rows.view(3, triton.COLUMNS).tolist()
+    for i, tensors in enumerate(zip(bucket.params, bucket.grads, bucket.momentum_buffers, kept, strict=True)):
+        assert rows[i][:5] == [*(t.data_ptr() for t in tensors if t is not None), tensors[0].numel()]
+    assert [row[5:] for row in rows] == [[0, 3, 0], [3, 4, 0], [4, 5, 0]]
     assert table.chunk_tensor.tolist() == [0, 0, 0, 1, 2]
     without = triton.Tables().table(bucket._replace(momentum_buffers=[]), 1)
-    assert without.rows.view(3, 6)[:, 2].tolist() == [0, 0, 0]
+    assert without.rows.view(3, triton.COLUMNS)[:, 2:4].tolist() == [[0, 0]] * 3
 
 
 def test_a_table_is_found_again_by_addresses_and_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,10 +258,14 @@ def test_a_table_is_found_again_by_addresses_and_sizes(monkeypatch: pytest.Monke
     assert tables.table(views, 1) is first, "other objects, the same memory"
     moved = bucket._replace(grads=[g.clone() for g in bucket.grads])
     second = tables.table(moved, 1)
-    assert second is not first and second.rows.view(2, 6)[:, 1].tolist() == [g.data_ptr() for g in moved.grads]
+    assert second is not first and second.rows.view(2, triton.COLUMNS)[:, 1].tolist() == [
+        g.data_ptr() for g in moved.grads
+    ]
     assert tables.table(bucket, 1) is first, "an old table is never rewritten"
     shorter = bucket._replace(params=[p[:2] for p in bucket.params])
-    assert tables.table(shorter, 1).rows.view(2, 6)[:, 3].tolist() == [2, 2], "the same addresses, other sizes"
+    assert tables.table(shorter, 1).rows.view(2, triton.COLUMNS)[:, 4].tolist() == [2, 2], (
+        "the same addresses, other sizes"
+    )
     monkeypatch.setattr(triton, "_stream", lambda _device: 1)
     assert tables.table(bucket, 1) is not first
 
@@ -305,7 +310,7 @@ def test_capture_leaves_eager_tables_alone(monkeypatch: pytest.MonkeyPatch) -> N
     moved = [bucket._replace(grads=[g.clone() for g in bucket.grads]) for _ in range(triton.CAPTURES)]
     captured = [tables.table(each, 2) for each in moved]
     for table, each in zip(captured, moved, strict=True):
-        assert table.rows.view(3, 6)[:, 1].tolist() == [g.data_ptr() for g in each.grads]
+        assert table.rows.view(3, triton.COLUMNS)[:, 1].tolist() == [g.data_ptr() for g in each.grads]
         assert table.chunk_tensor.tolist() == [0, 1, 2]
         assert table not in tables._tables.values(), "its copy has not run before the graph has"
         assert table.sums.data_ptr() != eager.sums.data_ptr()

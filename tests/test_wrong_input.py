@@ -77,7 +77,7 @@ NUMBER = "must be a finite number >= 0, got"
 TENSOR = "Tensor lr must be 1-element and of a floating dtype, got shape"
 PAIR = "needs momentum > 0 and dampening == 0, got"
 BOOLEANS = ("nesterov", "trust_clip", "lr_in_momentum", "skip_nonfinite", "maximize", "differentiable")
-OPTIONAL_BOOLEANS = ("adapt", "foreach", "fused")
+OPTIONAL_BOOLEANS = ("adapt", "foreach", "fused", "kahan_sum")
 # options, error, what the message says
 WRONG: list[tuple[Options, type[Exception], str]] = [
     *[
@@ -118,7 +118,7 @@ WRONG: list[tuple[Options, type[Exception], str]] = [
     ),
     *[
         ({a: True, b: True}, ValueError, f"{a}=True and {b}=True exclude each other; set one of them")
-        for a, b in (("foreach", "differentiable"), ("fused", "differentiable"), ("fused", "foreach"))
+        for a, b in (("foreach", "differentiable"), ("fused", "differentiable"), ("kahan_sum", "differentiable"), ("fused", "foreach"))
     ],
 ]  # fmt: skip
 

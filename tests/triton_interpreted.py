@@ -175,7 +175,7 @@ def test_offsets_are_64_bits() -> None:
     expected_w = w - 0.1 * expected
     kernels = triton._kernels()
     addresses = [x.data_ptr() - chunk * n * x.element_size() for x in (w, g, v)]
-    rows = torch.tensor([*addresses, (chunk + 1) * n, -chunk, 1])
+    rows = torch.tensor([*addresses, 0, (chunk + 1) * n, -chunk, 1, 0])
     row_of_chunk = torch.zeros(1, dtype=torch.int32)
     sums = torch.zeros(1, 3)
     kernels.partial_sums[(1,)](
@@ -186,7 +186,7 @@ def test_offsets_are_64_bits() -> None:
     kernels.update[(1,)](
         rows, row_of_chunk, None, None, None, None, None, w, g, 0.1, 0.9, 0.5, 1.0, 0.0, 0.5,
         CHUNK=n, ADAPTED=False, JOINT=False, CLIP=False, DECAYS=True, MOMENTUM=True, NESTEROV=False, LR_IN_MOMENTUM=False,
-        MAXIMIZE=False,
+        MAXIMIZE=False, KAHAN=False,
     )  # fmt: skip
     torch.testing.assert_close(v, expected)
     torch.testing.assert_close(w, expected_w)

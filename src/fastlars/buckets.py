@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -33,6 +34,7 @@ class Group(NamedTuple):
     options: Options
     where: str = "lars"  # what errors call it: "param group 0"
     memory: Memory | None = None  # None in graphs and in the functional form
+    compensations: Sequence[Tensor | None] = ()  # one a parameter, None for those that keep none; or empty
 
 
 class Bucket(NamedTuple):
@@ -48,6 +50,9 @@ class Bucket(NamedTuple):
     grad_scale: Tensor | None = None  # what the backend has to divide gradients by
     plan: Any = None  # what `Backend.plan` returned for these tensors
     memory: Memory | None = None
+    compensations: Sequence[
+        Tensor
+    ] = ()  # what rounding has taken from the parameters so far; empty if that is not kept
 
 
 class Norms(NamedTuple):

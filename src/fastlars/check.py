@@ -6,12 +6,11 @@ import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from .formula import is_adapted
+from .formula import is_adapted, rounds_away
 from .groups import has_normalisation
 from .options import NAMES, Options
 from .sharding import local
@@ -183,16 +182,15 @@ def _lr_of_sgd(seen: _Seen) -> Iterator[Finding]:
 
 
 def _half_precision(seen: _Seen) -> Iterator[Finding]:
-    def rounds_away(group: dict[str, Any], param: Tensor) -> bool:
-        half = param.dtype in (torch.bfloat16, torch.float16)
-        return half and _relative_step(group, _peak_lr(group)) < torch.finfo(param.dtype).eps
+    def is_stuck(group: dict[str, Any], param: Tensor) -> bool:
+        return rounds_away(param.dtype, _relative_step(group, _peak_lr(group)), _options(group))
 
-    stuck = seen.of(adapted=True, where=rounds_away)
+    stuck = seen.of(adapted=True, where=is_stuck)
     if stuck:
         yield Finding(
             "half-precision weights hardly move",
             f"{_count(stuck)} are stored in half precision, which rounds away most of a step of this size",
-            "Keep parameters in float32 and compute under torch.autocast",
+            "Leave kahan_sum at None, or keep parameters in float32 and compute under torch.autocast",
             stuck,
         )
 
@@ -209,7 +207,11 @@ _CHECKS: tuple[Callable[[_Seen], Iterator[Finding]], ...] = (
 
 
 def _is_adapted(group: dict[str, Any]) -> bool:
-    return is_adapted(Options(*[group[name] for name in NAMES]))
+    return is_adapted(_options(group))
+
+
+def _options(group: dict[str, Any]) -> Options:
+    return Options(*[group[name] for name in NAMES])
 
 
 def _peak_lr(group: dict[str, Any]) -> float:

@@ -89,13 +89,15 @@ def _largest_factor(options: Mapping[str, Any], narrowest: torch.dtype) -> float
     return torch.finfo(torch.float32 if adapted and is_half(narrowest) else narrowest).max
 
 
-def check_fit(param: Tensor, grad: Tensor, buffer: Tensor | None, where: str) -> None:
+def check_fit(
+    param: Tensor, grad: Tensor, buffer: Tensor | None, where: str, compensation: Tensor | None = None
+) -> None:
     """Raise for tensors that cannot be stepped together."""
-    if reason := _misfit(param, grad, buffer):
+    if reason := _misfit(param, grad, buffer, compensation):
         raise RuntimeError(f"{where}: {reason}. Nothing has changed")
 
 
-def _misfit(param: Tensor, grad: Tensor, buffer: Tensor | None) -> str | None:
+def _misfit(param: Tensor, grad: Tensor, buffer: Tensor | None, compensation: Tensor | None) -> str | None:
     """Why these cannot be stepped together; None if they can."""
     if grad.layout is not torch.strided or grad.is_nested:
         return (
@@ -105,9 +107,10 @@ def _misfit(param: Tensor, grad: Tensor, buffer: Tensor | None) -> str | None:
     what = f"a parameter of shape {tuple(param.shape)}"
     if reason := _unwritable(param, what):
         return reason
-    if buffer is not None and (reason := _unwritable(buffer, f"the momentum_buffer of {what}")):
-        return reason
-    for name, tensor in (("gradient", grad), ("momentum buffer", buffer)):
+    for name, tensor in (("momentum_buffer", buffer), ("compensation", compensation)):
+        if tensor is not None and (reason := _unwritable(tensor, f"the {name} of {what}")):
+            return reason
+    for name, tensor in (("gradient", grad), ("momentum buffer", buffer), ("compensation", compensation)):
         if tensor is None:
             continue
         if tensor.shape != param.shape:
@@ -119,6 +122,8 @@ def _misfit(param: Tensor, grad: Tensor, buffer: Tensor | None) -> str | None:
             return f"{what} on {param.device} has a {name} on {tensor.device}; move it there"
         if tensor.is_complex() and not param.is_complex():
             return f"{what} and {param.dtype} has a {name} of {tensor.dtype}; take its real part"
+    if compensation is not None and compensation.dtype != param.dtype:
+        return f"{what} and {param.dtype} has a compensation of {compensation.dtype}; make it torch.zeros_like(param)"
     if buffer is not None and param.is_complex() and not buffer.is_complex():
         return f"{what} and {param.dtype} has a momentum buffer of {buffer.dtype}; make it complex"
     return None

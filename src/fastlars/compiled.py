@@ -70,6 +70,11 @@ def joint_norms(params: list[Tensor], grads: list[Tensor], sign: float, weight_d
     return exact.joint_norms(params, grads, sign, weight_decay, foreach)
 
 
+def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float32 tensor rounded to a half type. Through the bits, because Inductor drops a conversion that is converted back."""
+    return tensor.to(dtype).view(torch.int16).bitwise_or(0).view(dtype).to(tensor.dtype)
+
+
 def unbind(vector: Tensor) -> list[Tensor]:
     """The numbers of a vector as 0-dim tensors.
 

@@ -116,8 +116,12 @@ def convert_state_dict(
             packed["lr"] = torch.full_like(group["lr"], *lrs) if isinstance(group["lr"], Tensor) else lrs.pop()
         for j, (index, p) in enumerate(zip(packed["params"], group["params"], strict=True)):
             buffer = _buffer(saved_of[p], p, packed, keep_lr, f"parameter {j} of param group {i}")
-            if buffer is not None:
-                state[index] = {"momentum_buffer": buffer}
+            entry = {} if buffer is None else {"momentum_buffer": buffer}
+            kept = saved_of[p].state.get("compensation")
+            if isinstance(kept, Tensor):  # in units of the weights, whatever the dialect
+                entry["compensation"] = kept.clone()
+            if entry:
+                state[index] = entry
     return {"state": state, "param_groups": groups}
 
 
@@ -226,7 +230,7 @@ def _buffer(saved: _Saved, param: Tensor, target: Mapping[str, Any], keep_lr: bo
     keys = [key for key in MOMENTUM if state.get(key) is not None and "state2" not in state]
     key = keys[0] if keys else None
     if key is None:
-        if others := [key for key, value in state.items() if _is_like(value, param)]:
+        if others := [key for key, value in state.items() if key != "compensation" and _is_like(value, param)]:
             raise ValueError(
                 f"the state of {where} holds {', '.join(others)}, and none of {', '.join(MOMENTUM)}: no momentum that "
                 "LARS could go on with; do not load it, LARS builds its own within 1 / (1 - momentum) steps"

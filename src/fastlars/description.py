@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from .backends import preferred, wanted
 from .backends.torch_sgd import is_torch_sgd
 from .dialects import dialect_of
-from .formula import is_adapted
+from .formula import is_adapted, is_compensated
 from .options import NAMES, Options
 from .sharding import local
 
@@ -62,7 +62,9 @@ def _kind(group: dict[str, Any], options: Options) -> str:
     # the gradient and the buffer, which may not be there yet, are as a rule laid out like the parameter
     runs = collections.Counter(preferred(backends, param, param, None).name for param in params)
     what_runs = ", ".join(runs if len(runs) == 1 else (f"{name} {count}" for name, count in runs.items()))
-    return f"{kind}, {what_runs}" + (" (torch's SGD)" if is_torch_sgd(options) else "")
+    if any(is_compensated(param.dtype, options) for param in params):
+        what_runs += ", Kahan sums for half precision"
+    return f"{kind}, {what_runs}" + (" (torch's SGD)" if is_torch_sgd(params, options) else "")
 
 
 def _options(group: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .compat import is_scripting
-from .dtypes import norm_dtype
+from .dtypes import is_half, norm_dtype
 from .options import Options
 
 # Norms are tensors of any shape or, where the host knows them, numbers. TorchScript, which reads annotations when it
@@ -30,6 +30,18 @@ def is_adapted(options: Options) -> bool:
     """Whether steps are scaled by the trust ratio: as ``adapt`` says, else exactly where there is weight decay."""
     adapt = options.adapt
     return options.weight_decay != 0 if adapt is None else adapt
+
+
+def is_compensated(dtype: torch.dtype, options: Options) -> bool:
+    """Whether parameters of this dtype keep what rounding takes from them: half types, by default where they are adapted."""
+    kahan_sum = options.kahan_sum
+    wanted = is_adapted(options) if kahan_sum is None else bool(kahan_sum)
+    return wanted and is_half(dtype) and not options.differentiable
+
+
+def rounds_away(dtype: torch.dtype, relative_step: float, options: Options) -> bool:
+    """Whether storing parameters of this dtype takes most of a step that moves them by this part of their norm."""
+    return is_half(dtype) and not is_compensated(dtype, options) and relative_step < torch.finfo(dtype).eps
 
 
 def where(condition: Condition, if_true: Number, if_false: float) -> Number:

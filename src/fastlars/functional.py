@@ -11,6 +11,7 @@ from .backends.triton import check_captured, is_capturing
 from .buckets import Group
 from .checks import check_no_leaves
 from .compat import is_scripting, outside_graphs
+from .formula import is_compensated
 from .options import Options, check_can_be_skipped
 from .script import scripted_step
 from .step import step
@@ -36,8 +37,10 @@ def lars(
     foreach: Optional[bool] = None,
     differentiable: bool = False,
     fused: Optional[bool] = None,
+    kahan_sum: Optional[bool] = None,
     grad_scale: Optional[Tensor] = None,
     found_inf: Optional[Tensor] = None,
+    compensations: Optional[List[Optional[Tensor]]] = None,
 ) -> None:
     """One LARS step, in place, for tensors that share their options.
 
@@ -54,9 +57,13 @@ def lars(
         grad_scale: 1-element tensor that the gradients are divided by first, as of ``torch.amp.GradScaler``: on a copy of
             them, outside the CUDA kernels.
         found_inf: 1-element tensor; where it is not 0, nothing changes. Decided on the device.
+        compensations: what rounding has taken from each half-precision parameter so far, in its dtype, updated in place;
+            None at first, whose place in the list then receives the new tensor. Without this list there are no Kahan
+            sums. Tensors of other dtypes need none, and entries for them are not read.
 
     Raises:
-        ValueError: for ``dampening`` with ``found_inf`` or ``skip_nonfinite`` (see :class:`fastlars.LARS`).
+        ValueError: for ``dampening`` with ``found_inf`` or ``skip_nonfinite`` (see :class:`fastlars.LARS`), and for
+            ``kahan_sum=True`` without ``compensations``.
         RuntimeError: where a CUDA graph captures the step of tensors that lack a momentum buffer.
 
     Example:
@@ -84,13 +91,17 @@ def lars(
         foreach,
         differentiable,
         fused,
+        kahan_sum,
     )
     if skip_nonfinite or found_inf is not None:
         check_can_be_skipped(momentum, dampening, "a step that the device may skip")
     if is_scripting():
+        if compensations is not None:
+            raise RuntimeError("compensations cannot be scripted; leave them out, and kahan_sum=None")
         scripted_step(params, grads, momentum_buffers, options, grad_scale, found_inf)
     else:
-        group = Group(params, grads, momentum_buffers, options)
+        kept = _compensations(params, compensations, options)
+        group = Group(params, grads, momentum_buffers, options, compensations=kept)
         if differentiable:
             check_no_leaves(params if torch.is_grad_enabled() else [])
             _step(group, grad_scale, found_inf)
@@ -99,9 +110,26 @@ def lars(
                 _step(group, grad_scale, found_inf)
 
 
+def _compensations(
+    params: List[Tensor], compensations: Optional[List[Optional[Tensor]]], options: Options
+) -> List[Optional[Tensor]]:
+    """Those that the step reads: new ones are zeros, and None stands for tensors that need none."""
+    needed = [is_compensated(param.dtype, options) for param in params]
+    if compensations is None:
+        if options.kahan_sum and any(needed):
+            raise ValueError("kahan_sum=True needs compensations: a list like params, of None before the first step")
+        return []
+    if not torch.compiler.is_compiling() and is_capturing():
+        check_captured(params, [compensations[i] if needed[i] else param for i, param in enumerate(params)], "lars")
+    for i, param in enumerate(params):
+        if needed[i] and compensations[i] is None:
+            compensations[i] = torch.zeros_like(param)
+    return [compensations[i] if needed[i] else None for i in range(len(params))]
+
+
 def _step(group: Group, grad_scale: Optional[Tensor], found_inf: Optional[Tensor]) -> None:
     if not torch.compiler.is_compiling() and is_capturing():
-        check_captured(group.params, group.momentum_buffers, group.options.momentum, "lars")
+        check_captured(group.params, group.momentum_buffers if group.options.momentum != 0 else [], "lars")
     if sharding.any_sharded(group.params) or leaves_graph(group.params, group.options):
         shards = sharding.sharded([(group.params, group.options)])
         _step_outside_graphs([group], grad_scale, found_inf, shards)

@@ -13,6 +13,9 @@ from . import sharding
 from .backends.layouts import find_shared_memory, own_every_element
 from .convert import foreign_key, groups_and_states
 
+# what a step writes beside a parameter, by the key of its state
+STATE = ("momentum_buffer", "compensation")
+
 
 def check_saved_state(optimizer: Optimizer, state_dict: Any) -> None:
     """Raise for what torch would load in part, or fail at with an error that names no place."""
@@ -40,20 +43,23 @@ def check_saved_state(optimizer: Optimizer, state_dict: Any) -> None:
             _check_state(states.get(key, {}), param, where)
     _check_own_memory(params, states)
     for key, state in states.items():  # of what is no parameter's: hooks keep things of their own there
-        if key not in params and isinstance(state, dict) and "momentum_buffer" in state:
+        found = [name for name in STATE if name in state] if key not in params and isinstance(state, dict) else []
+        if found:
             raise ValueError(
-                f"the state dict has a momentum_buffer under {key!r}, which is not among the keys of its param groups, "
+                f"the state dict has a {found[0]} under {key!r}, which is not among the keys of its param groups, "
                 f"{list(params)[:3]} and so on: it would be lost; rename or remove it"
             )
 
 
 def _check_own_memory(params: dict[int | str, Tensor], states: Mapping[Any, Any]) -> None:
-    """Raise where a step of one parameter would write another parameter or its buffer."""
-    buffers = {key: states[key].get("momentum_buffer") for key in params if key in states}
-    made = {key: sharding.local(buffer) for key, buffer in buffers.items() if buffer is not None}
-    owners = [f"the momentum_buffer under key {key!r}" for key in made] + [
-        f"the parameter of key {key!r}" for key in params
-    ]
+    """Raise where a step of one parameter would write another parameter or its state."""
+    made = {
+        f"the {name} under key {key!r}": sharding.local(states[key][name])
+        for name in STATE
+        for key in params
+        if states.get(key, {}).get(name) is not None
+    }
+    owners = [*made, *(f"the parameter of key {key!r}" for key in params)]
     tensors = [*made.values(), *map(sharding.local, params.values())]
     shared = find_shared_memory(tensors, len(made))
     if shared is not None:
@@ -72,22 +78,25 @@ def _check_state(state: Any, param: Tensor, where: str) -> None:
             "anew unnoticed; convert it with fastlars.convert_state_dict(state_dict, optimizer), or load "
             "{**state_dict, 'state': {}}"
         )
-    buffer = state.get("momentum_buffer")
-    if buffer is None:
-        return
+    for name in STATE:
+        if state.get(name) is not None:
+            _check_tensor(name, state[name], param, where)
+
+
+def _check_tensor(name: str, buffer: Any, param: Tensor, where: str) -> None:
     if not isinstance(buffer, Tensor):
-        raise TypeError(f"momentum_buffer of {where} must be a tensor, got {type(buffer).__name__}")
+        raise TypeError(f"{name} of {where} must be a tensor, got {type(buffer).__name__}")
     fits = buffer.is_complex() if param.is_complex() else buffer.is_floating_point()
     if buffer.shape != param.shape or not fits:
         raise ValueError(
-            f"momentum_buffer of {where} must have shape {tuple(param.shape)} and kind {param.dtype}, got "
+            f"{name} of {where} must have shape {tuple(param.shape)} and kind {param.dtype}, got "
             f"{tuple(buffer.shape)} and {buffer.dtype}; was the state dict saved for other parameters?"
         )
-    sharding.check_saved_buffer(buffer, param, where)
+    sharding.check_saved_buffer(buffer, param, f"{name} of {where}")
     own = sharding.local(buffer)
     # a step would fail in its middle
     if own.layout is not torch.strided or not own_every_element(own):
         raise ValueError(
-            f"momentum_buffer of {where} must have memory of its own for every element, got layout {own.layout} or an "
+            f"{name} of {where} must have memory of its own for every element, got layout {own.layout} or an "
             "expanded or overlapping tensor; save a dense copy"
         )

@@ -7,6 +7,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 import torch
@@ -23,8 +24,8 @@ from .compat import NAMED_PARAMETERS, outside_graphs, required, use_grad_for_dif
 from .convert import groups_and_states
 from .description import describe
 from .dialects import options_of
-from .dtypes import real
-from .formula import is_adapted, is_nonzero, scalar_lr, trust_ratio
+from .dtypes import is_half, real
+from .formula import is_adapted, is_compensated, is_nonzero, rounds_away, scalar_lr, trust_ratio
 from .loading import check_saved_state
 from .names import check_call, check_keys
 from .options import NAMES, Options, check_can_be_skipped, check_grad, check_no_module, check_options
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 _P = ParamSpec("_P")
 _NONE = {type(None)}
 _NO_STATE: dict[str, Any] = {}
+_HALF = {torch.float16, torch.bfloat16}
+_dtype = attrgetter("dtype")
 
 
 def _reading_names(
@@ -100,6 +103,9 @@ class LARS(Optimizer):
         fused: whether norms and update run in fused kernels: torch's own on CPU, Triton's on CUDA. None: on CPU only,
             until GPUs have proven the others. Tensors that a kernel cannot serve (other dtypes, memory that is not
             dense, unequal layouts) take another path within the step.
+        kahan_sum: whether weights in bfloat16 or float16 keep what rounding takes from their steps, in a second tensor of
+            their size (state key ``compensation``), and take it into the next step. None: in groups that are adapted.
+            Without it small steps are lost. Other dtypes need none. See :doc:`precision`.
         dialect: a row of :data:`fastlars.DIALECTS`, such as "simclr" or "mlperf": the options that make this the LARS of
             another paper or package. Options that are given beside it come first. Only the options are kept, and saved.
 
@@ -163,6 +169,7 @@ class LARS(Optimizer):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
+        kahan_sum: bool | None = None,
         dialect: str | None = None,
     ) -> None:
         """See the class."""
@@ -281,6 +288,10 @@ class LARS(Optimizer):
                     entry.pop("momentum_buffer", None)
                 elif param.is_complex():  # torch casts the state of floating parameters only
                     entry["momentum_buffer"] = entry["momentum_buffer"].to(param.dtype)
+                if entry.get("compensation") is None or not is_half(param.dtype):
+                    entry.pop(
+                        "compensation", None
+                    )  # of another dtype: what it held is to be added to the weights first
         super().__setstate__(state)
         self._make_lr_tensors()
 
@@ -300,11 +311,13 @@ class LARS(Optimizer):
         params: list[Tensor],
         grads: list[Tensor],
         momentum_buffers: list[Tensor | None],
+        compensations: list[Tensor | None],
         in_graph: bool = False,
     ) -> None:
         # torch.compile runs this method eagerly when it traces a step: state is made here, and here only
         if not self._looked_for_adapted:
             self._warn_if_nothing_is_adapted()
+            self._warn_if_steps_round_away()
             for i, each in enumerate(self.param_groups):
                 # FSDP keeps the parameters that it finds, and makes flat pieces of them
                 sharding.check_not_flattened(each["params"], f"param group {i}")
@@ -312,12 +325,15 @@ class LARS(Optimizer):
             # The compiler guards the entries of the state that are there after the first call, so all have to be: others
             # make torch 2.4 fail when state is dropped or loaded in part.
             for each in self.param_groups:
-                for p in each["params"] if each["momentum"] != 0 else []:
-                    if p.grad is not None:
+                options = _options(each)
+                for p in each["params"]:
+                    if p.grad is not None and (options.momentum != 0 or is_compensated(p.dtype, options)):
                         self.state[p]
         with_grad = [p for p in group["params"] if p.grad is not None]
         params += with_grad
         grads += [p.grad for p in with_grad]
+        if not _HALF.isdisjoint(map(_dtype, with_grad)):
+            compensations += self._compensations(with_grad, _options(group))
         if group["momentum"] == 0:
             return
         found = [self.state.get(p, _NO_STATE).get("momentum_buffer") for p in with_grad]
@@ -329,6 +345,15 @@ class LARS(Optimizer):
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             found = [self.state[p]["momentum_buffer"] for p in with_grad]
         momentum_buffers += found
+
+    def _compensations(self, params: list[Tensor], options: Options) -> list[Tensor | None]:
+        """What the step keeps beside parameters in half precision; with kahan_sum=False, what was kept is dropped."""
+        for p in params:
+            if not is_compensated(p.dtype, options):
+                self.state.get(p, {}).pop("compensation", None)
+            elif self.state[p].get("compensation") is None:
+                self.state[p]["compensation"] = torch.zeros_like(p)
+        return [self.state.get(p, _NO_STATE).get("compensation") for p in params]
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -350,6 +375,22 @@ class LARS(Optimizer):
             "weight_decay, or build the groups with fastlars.param_groups(model, weight_decay), or pass adapt=True "
             "(adapt=False, if SGD is what you want)."
         )
+
+    def _warn_if_steps_round_away(self) -> None:
+        """As `check` asks, of groups that say kahan_sum=False; an lr on an accelerator would have to be waited for."""
+        for i, group in enumerate(self.param_groups):
+            options, lr = _options(group), group.get("initial_lr", group["lr"])
+            known = not isinstance(lr, Tensor) or lr.device.type == "cpu"
+            if options.kahan_sum is None or options.kahan_sum or not is_adapted(options) or not known:
+                continue
+            step = options.trust_coefficient * (1.0 if options.trust_clip else float(lr))
+            if any(rounds_away(dtype, step, options) for dtype in {p.dtype for p in group["params"]}):
+                advise(
+                    f"param group {i}: steps of {step:.2g} of a weight's norm are mostly lost where weights in half "
+                    "precision are rounded. Leave kahan_sum at None, which keeps what rounding takes, or keep weights in "
+                    "float32 and compute under torch.autocast."
+                )
+                return
 
     @use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -413,8 +454,13 @@ class LARS(Optimizer):
                 self._check_before_step(i, group)
             if capturing:
                 moving = [p for p in group["params"] if p.grad is not None]
-                buffers = [self.state.get(p, {}).get("momentum_buffer") for p in moving]
-                check_captured(moving, buffers, group["momentum"], f"param group {i}")
+                options = params_and_options[i][1]
+                for key, needed in (
+                    ("momentum_buffer", [options.momentum != 0] * len(moving)),
+                    ("compensation", [is_compensated(p.dtype, options) for p in moving]),
+                ):
+                    made = [self.state.get(p, _NO_STATE).get(key) if need else p for p, need in zip(moving, needed)]
+                    check_captured(moving, made, f"param group {i}")
             if found_inf is not None:
                 check_can_be_skipped(group["momentum"], group["dampening"], f"param group {i}: found_inf")
         shards = sharding.sharded(params_and_options)
@@ -427,11 +473,18 @@ class LARS(Optimizer):
             params: list[Tensor] = []
             grads: list[Tensor] = []
             momentum_buffers: list[Tensor | None] = []
-            self._init_group(group, params, grads, momentum_buffers, in_graph)
+            compensations: list[Tensor | None] = []
+            self._init_group(group, params, grads, momentum_buffers, compensations, in_graph)
             if params:
                 groups.append(
                     Group(
-                        params, grads, momentum_buffers, options, f"param group {i}", None if in_graph else self._memory
+                        params,
+                        grads,
+                        momentum_buffers,
+                        options,
+                        f"param group {i}",
+                        None if in_graph else self._memory,
+                        compensations,
                     )
                 )
 

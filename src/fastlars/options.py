@@ -27,13 +27,14 @@ class Options(NamedTuple):
     foreach: Optional[bool] = None
     differentiable: bool = False
     fused: Optional[bool] = None
+    kahan_sum: Optional[bool] = None
 
 
 NAMES = Options._fields
 TRUST_DENOMINATORS = ("separate", "joint")
 _NON_NEGATIVE = ("momentum", "weight_decay", "trust_coefficient", "eps")
 _BOOLEAN = ("nesterov", "trust_clip", "lr_in_momentum", "skip_nonfinite", "maximize", "differentiable")
-_OPTIONAL_BOOLEAN = ("adapt", "foreach", "fused")
+_OPTIONAL_BOOLEAN = ("adapt", "foreach", "fused", "kahan_sum")
 
 
 def check_options(options: Mapping[str, Any], where: str) -> None:
@@ -69,7 +70,13 @@ def _check_together(options: Mapping[str, Any], where: str) -> None:
         )
     if options["skip_nonfinite"]:
         check_can_be_skipped(momentum, dampening, f"{where}: skip_nonfinite=True")
-    for first, second in (("foreach", "differentiable"), ("fused", "differentiable"), ("fused", "foreach")):
+    pairs = (
+        ("foreach", "differentiable"),
+        ("fused", "differentiable"),
+        ("kahan_sum", "differentiable"),
+        ("fused", "foreach"),
+    )
+    for first, second in pairs:
         if options[first] and options[second]:
             raise ValueError(f"{where}: {first}=True and {second}=True exclude each other; set one of them")
 

@@ -24,6 +24,11 @@ def scripted_step(
     fused = options.fused  # TorchScript narrows names only
     if fused is not None and fused:
         raise RuntimeError("fused=True cannot be scripted; leave fused=None or use foreach=True")
+    kahan_sum = options.kahan_sum
+    if kahan_sum is not None and kahan_sum:
+        raise RuntimeError(
+            "kahan_sum=True cannot be scripted; leave kahan_sum=None, which keeps no compensation in scripts"
+        )
     # a real gradient's last dimension could be taken for real and imaginary part
     grads = [g.to(p.dtype) if p.is_complex() and not g.is_complex() else g for p, g in zip(params, grads)]
     if grad_scale is not None:

@@ -112,16 +112,16 @@ def check_not_divided(where: str) -> None:
         frame = frame.f_back
 
 
-def check_saved_buffer(buffer: Tensor, param: Tensor, where: str) -> None:
+def check_saved_buffer(buffer: Tensor, param: Tensor, what: str) -> None:
     """Raise for a saved buffer that is distributed in another way than its parameter: every step would refuse it."""
     if any_sharded([buffer]) != any_sharded([param]):
         raise TypeError(
-            f"momentum_buffer of {where} must be a DTensor exactly if the parameter is one; save and load through "
+            f"{what} must be a DTensor exactly if the parameter is one; save and load through "
             "torch.distributed.checkpoint.state_dict, which distributes what it loads"
         )
     if any_sharded([param]) and not _is_laid_out_as(buffer, param):
         raise ValueError(
-            f"momentum_buffer of {where} must have the mesh and placements of its parameter, {param.placements}, got "  # type: ignore[attr-defined]
+            f"{what} must have the mesh and placements of its parameter, {param.placements}, got "  # type: ignore[attr-defined]
             f"{buffer.placements}; redistribute it, or save and load through torch.distributed.checkpoint.state_dict"  # type: ignore[attr-defined]
         )
 
@@ -193,6 +193,8 @@ class Sharded:
         buffers = group.momentum_buffers if group.options.momentum != 0 else [None] * len(params)
         for param, grad, buffer in zip(params, grads, buffers, strict=True):
             self._check(param, grad, buffer)
+        for param, grad, compensation in zip(params, grads, group.compensations):
+            self._check(param, grad, compensation, "compensation")
         laid_out: list[Any] = [
             grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
             if is_sharded(param) and not _is_laid_out_as(grad, param)
@@ -203,13 +205,14 @@ class Sharded:
             params=[self._part_of[id(param)] if id(param) in self._part_of else local(param) for param in params],
             grads=[local(grad) for grad in laid_out],
             momentum_buffers=[None if buffer is None else local(buffer) for buffer in buffers],
+            compensations=[None if each is None else local(each) for each in group.compensations],
         )
 
-    def _check(self, param: Any, grad: Any, buffer: Any) -> None:
+    def _check(self, param: Any, grad: Any, buffer: Any, name: str = "momentum_buffer") -> None:
         if not is_sharded(param):
             if is_sharded(grad) or is_sharded(buffer):
                 raise TypeError(
-                    f"the gradient or momentum_buffer of a plain parameter of shape {tuple(param.shape)} is a DTensor; "
+                    f"the gradient or {name} of a plain parameter of shape {tuple(param.shape)} is a DTensor; "
                     "make both plain (full_tensor) or distribute the parameter"
                 )
             return
@@ -220,7 +223,7 @@ class Sharded:
             )
         if buffer is not None and not (is_sharded(buffer) and _is_laid_out_as(buffer, param)):
             raise RuntimeError(
-                f"the momentum_buffer of a DTensor parameter of shape {tuple(param.shape)} must be a DTensor of its "
+                f"the {name} of a DTensor parameter of shape {tuple(param.shape)} must be a DTensor of its "
                 f"placements, {param.placements}; load checkpoints through torch.distributed.checkpoint.state_dict"
             )
 
@@ -236,6 +239,7 @@ class Sharded:
                     group.momentum_buffers[i] = self._like(param, buffer) if is_sharded(param) else buffer
                 if is_sharded(param):
                     written.append(param)
+                    written += [each for each in group.compensations[i : i + 1] if each is not None]
                     if has_buffer:
                         written.append(group.momentum_buffers[i])  # type: ignore[arg-type]
         bump_versions(written)

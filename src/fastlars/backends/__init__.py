@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from fastlars.buckets import Backend, Bucket, Group
 from fastlars.checks import check_fit
 from fastlars.compat import metadata_guard, operations_are_seen
 from fastlars.dtypes import is_conjugate
-from fastlars.formula import unscaled
+from fastlars.formula import is_compensated, unscaled
 from fastlars.options import Options
 
 from .eager import FOREACH, SINGLE
@@ -74,6 +74,7 @@ def split(group: Group, grad_scale: Tensor | None = None, found_inf: Tensor | No
         if grad_scale is not None and not backend.takes_scale:
             of_bucket = [unscaled(grad, grad_scale) for grad in of_bucket]
         momentum_buffers = buffers if whole or len(buffers) == 0 else [buffers[i] for i in indices]
+        kept = group.compensations if is_compensated(params[indices[0]].dtype, options) else ()
         buckets.append(
             Bucket(
                 backend,
@@ -86,6 +87,7 @@ def split(group: Group, grad_scale: Tensor | None = None, found_inf: Tensor | No
                 rest,
                 plan,
                 group.memory,
+                cast("list[Tensor]", [kept[i] for i in indices] if len(kept) > 0 else []),
             )
         )
     return buckets
@@ -109,11 +111,12 @@ class _Assignment:
     ) -> tuple[list[_Place], list[Tensor]]:
         """As `_sort`."""
         made = [buffer for buffer in buffers if buffer is not None]
-        tensors = list(chain(group.params, group.grads, made))
-        key = (backends, len(group.params), len(buffers), len(made), torch.is_inference_mode_enabled())
+        kept = [compensation for compensation in group.compensations if compensation is not None]
+        tensors = list(chain(group.params, group.grads, made, kept))
+        key = (backends, len(group.params), len(buffers), len(made), len(kept), torch.is_inference_mode_enabled())
         if self._guard is not None and key == self._key and self._guard(*tensors):
             reads_first = not self._places[0].backend.traceable  # the fused steps
-            if reads_first or not _share_addresses(group.grads, [*group.params, *made]):
+            if reads_first or not _share_addresses(group.grads, [*group.params, *made, *kept]):
                 return self._places, group.grads
         failed, self._guard = self._guard is not None, None
         self._places, grads = _sort(backends, group, buffers)
@@ -129,26 +132,28 @@ def _sort(backends: list[Backend], group: Group, buffers: list[Tensor | None]) -
     """The places, and the gradients; copies of those that the step could not read as they are."""
     params, grads = group.params, group.grads
     made = [buffer for buffer in buffers if buffer is not None]
+    kept = [compensation for compensation in group.compensations if compensation is not None]
     if not torch.compiler.is_compiling() and len(set(map(id, params))) < len(params):
         # one step after the other: in lists each would start from what the tensor was
         backends = [backend for backend in backends if backend.name == SINGLE.name]
     one_step = len(made) in (0, len(buffers))
     fused = not backends[0].traceable
-    if one_step and fused and _is_uniform(params, grads) and backends[0].serves(params, grads, made):
+    if one_step and fused and _is_uniform(params, grads) and _serves(backends[0], params, grads, made + kept):
         return [_Place(backends[0], list(range(len(params))), backends[0].plan(params))], grads
     readable: list[Tensor] = []
     indices_of: dict[Any, list[int]] = {}
     backend_of: dict[Any, Backend] = {}
     for i, param in enumerate(params):
         grad, buffer = grads[i], buffers[i] if len(buffers) > 0 else None
+        compensation = group.compensations[i] if len(group.compensations) > 0 else None
         if not torch.compiler.is_compiling():
-            check_fit(param, grad, buffer, group.where)
+            check_fit(param, grad, buffer, group.where, compensation)
         if param.is_complex() and not grad.is_complex():
             grad = grad.to(param.dtype)  # else its last dimension could be taken for real and imaginary part
-        if _is_written(param, grad, buffer):
+        if _is_written(grad, param, buffer, compensation):
             grad = grad.clone()
         readable.append(grad)
-        backend = preferred(backends, param, grad, buffer)
+        backend = preferred(backends, param, grad, buffer, compensation)
         first_step = buffer is None and not backend.mixes_first_steps
         key = (backend.name, first_step, is_conjugate(param), param.device, param.dtype, grad.dtype)
         if key not in indices_of:
@@ -163,9 +168,9 @@ def _sort(backends: list[Backend], group: Group, buffers: list[Tensor | None]) -
     return places, grads if same else readable
 
 
-def _is_written(param: Tensor, grad: Tensor, buffer: Tensor | None) -> bool:
-    """Whether updating the parameter or its buffer would write the gradient before all of it has been read."""
-    written = [param] if buffer is None else [param, buffer]
+def _is_written(grad: Tensor, *of_step: Tensor | None) -> bool:
+    """Whether updating the parameter or its state would write the gradient before all of it has been read."""
+    written = [tensor for tensor in of_step if tensor is not None]
     if torch.compiler.is_compiling() or not PLAIN.issuperset(map(type, [grad, *written])) or operations_are_seen():
         return False  # there are no addresses
     memory = 0 if grad.is_meta else grad.untyped_storage().data_ptr()
@@ -180,12 +185,19 @@ def _share_addresses(grads: list[Tensor], written: list[Tensor]) -> bool:
     return not set(map(Tensor.data_ptr, grads)).isdisjoint(map(Tensor.data_ptr, written))
 
 
-def preferred(backends: list[Backend], param: Tensor, grad: Tensor, buffer: Tensor | None) -> Backend:
-    """The first of these backends that serves a tensor."""
+def preferred(backends: list[Backend], param: Tensor, grad: Tensor, *state: Tensor | None) -> Backend:
+    """The first of these backends that serves a tensor with this state."""
+    made = [tensor for tensor in state if tensor is not None]
     for backend in backends:
-        if backend.serves([param], [grad], [] if buffer is None else [buffer]):
+        if _serves(backend, [param], [grad], made):
             return backend
     return SINGLE
+
+
+def _serves(backend: Backend, params: list[Tensor], grads: list[Tensor], state: list[Tensor]) -> bool:
+    """Whether a backend serves tensors with this state: compensations lie in memory as buffers do."""
+    times = max(1, len(state) // len(params))
+    return backend.serves(params * times, grads * times, state)
 
 
 def _is_uniform(params: list[Tensor], grads: list[Tensor]) -> bool:

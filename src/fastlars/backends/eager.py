@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastlars.buckets import Bucket, Norms
 from fastlars.compat import default_foreach
-from fastlars.compiled import joint_norms, norms, unbind
+from fastlars.compiled import joint_norms, norms, rounded, unbind
 from fastlars.dtypes import is_conjugate, is_half, norm_dtype, real
 from fastlars.formula import Number, coefficients, is_adapted, on_device, scalar_lr, sign
 from fastlars.norms import chunks
@@ -68,6 +68,23 @@ def write_back(targets: list[Tensor], sources: list[Tensor], skip: Tensor | None
         target.copy_(source if skip is None else torch.where(skip, target, source.to(target.dtype)))
 
 
+def add_halves(tensors: list[Tensor], halves: list[Tensor], sign: int, foreach: bool) -> None:
+    """Add tensors of half types to float32 ones, or subtract them."""
+    if foreach:
+        torch._foreach_add_(tensors, copies(halves, tensors[0].dtype, True), alpha=sign)
+        return
+    for tensor, half in zip(tensors, halves):
+        tensor.add_(half, alpha=sign)
+
+
+def rounding_errors(tensors: list[Tensor], stored: list[Tensor], foreach: bool) -> list[Tensor]:
+    """What float32 tensors lost when they were stored in half types; may be the same tensors, changed."""
+    if torch.compiler.is_compiling():
+        return [tensor - rounded(tensor, half.dtype) for tensor, half in zip(tensors, stored)]
+    add_halves(tensors, stored, -1, foreach)
+    return tensors
+
+
 class Single:
     """Tensor by tensor: serves everything, and every other backend equals it."""
 
@@ -110,13 +127,19 @@ class Single:
         for places in chunks(params) if self.foreach else [[i] for i in range(len(params))]:
             old = [params[i] for i in places]
             old_buffers = [buffers[i] for i in places] if options.momentum != 0 else []
+            compensations = [bucket.compensations[i] for i in places] if len(bucket.compensations) > 0 else []
             new, new_buffers = copies(old, dtype, self.foreach), copies(old_buffers, dtype, self.foreach)
+            if compensations:
+                add_halves(new, compensations, 1, self.foreach)
             directions = [grads[i] for i in places]
             if self.foreach and is_half(directions[0].dtype):
                 directions = copies(directions, dtype, True)  # foreach ops are one launch only among equal dtypes
             self._step(new, directions, new_buffers, [b[i] for i in places], [c[i] for i in places], options)
             write_back(old + old_buffers, new + new_buffers, skip, self.foreach)
-            new, new_buffers, directions = [], [], []  # freed before the next chunk is made
+            new_buffers, directions = [], []  # freed before more is made
+            if compensations:
+                write_back(compensations, rounding_errors(new, old, self.foreach), skip, self.foreach)
+            new = []
 
     def _coefficients(self, bucket: Bucket, norms: Norms) -> tuple[list[Tensor], list[Tensor]]:
         like = real(bucket.params[0])

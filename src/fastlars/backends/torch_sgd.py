@@ -10,14 +10,17 @@ from torch.optim.sgd import sgd
 
 from fastlars.buckets import Backend, Bucket, Norms
 from fastlars.compat import bump_versions
+from fastlars.dtypes import is_half
 from fastlars.formula import is_adapted
 from fastlars.options import Options
 
 from .eager import make_buffers, measure
 
 
-def is_torch_sgd(options: Options) -> bool:
+def is_torch_sgd(params: list[Tensor], options: Options) -> bool:
     """Whether torch's SGD computes this step. What it lacks, or would read lr on the host for, is our own update."""
+    if options.kahan_sum and any([is_half(param.dtype) for param in params]):  # noqa: C419  old compilers trace no generators
+        return False
     lr = options.lr
     reads_lr = isinstance(lr, Tensor) and (lr.requires_grad or lr.device.type != "cpu")
     return not (is_adapted(options) or options.lr_in_momentum or reads_lr)
@@ -39,7 +42,7 @@ class TorchSGD:
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:
         """Groups that are not adapted. torch's SGD knows no gate: the host reads it, on the CPU, where nothing waits."""
         reads_gate = not gated or (all(param.is_cpu for param in params) and not torch.compiler.is_compiling())
-        return is_torch_sgd(options) and reads_gate and self._ours.wants(params, options, gated)
+        return is_torch_sgd(params, options) and reads_gate and self._ours.wants(params, options, gated)
 
     def serves(self, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]) -> bool:
         """As ours, with gradients of the parameter's dtype: torch would make buffers of another, and its kernel read nonsense."""

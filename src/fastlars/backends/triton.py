@@ -12,7 +12,7 @@ import ctypes
 import importlib.util
 import threading
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, repeat
 from typing import Any
@@ -30,6 +30,7 @@ from .layouts import PLAIN, can_be_walked
 
 # Elements a program of `partial_sums` and `update`: 8 a thread, for which these take at most 48 registers on sm_80 and sm_90
 # and 56 on sm_100, so that five and four programs fit on a multiprocessor, and spill none.
+COLUMNS = 8  # of a table; a multiple of two, so that what follows the rows is aligned to 16 bytes
 CHUNK = 2048
 BLOCK = 2048  # partial sums that `norms` adds at a time
 # Of scale * g + weight_decay * w the compiler would fuse one product with the sum, and which one depends on whether there is
@@ -86,7 +87,7 @@ def _refusal(device: torch.device) -> str | None:
 class _Table:
     """What the kernels of one part read and write besides its tensors, in device memory."""
 
-    rows: Tensor  # int64, six a tensor: see `triton_kernels.py`
+    rows: Tensor  # int64, COLUMNS a tensor: see `triton_kernels.py`
     chunk_tensor: Tensor  # int32, the row of every chunk
     sums: Tensor  # (chunks, 3)
     norms: Tensor  # (3, n)
@@ -108,9 +109,12 @@ class Tables:
         """The table of a bucket, for step number ``now``, on the current stream of its device, the current device."""
         self.now = now
         device = bucket.params[0].device
-        tensors = chain(bucket.params, bucket.grads, bucket.momentum_buffers)
-        addresses = tuple(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]  # buffers are made before
         sizes = tuple(map(Tensor.numel, bucket.params))
+        # buffers are made before
+        columns: tuple[Any, ...] = (bucket.params, bucket.grads, bucket.momentum_buffers, bucket.compensations)
+        addresses = tuple(
+            chain.from_iterable(map(Tensor.data_ptr, each) if each else repeat(0, len(sizes)) for each in columns)
+        )
         if is_capturing():
             return self._captured_table(device, addresses, sizes)
 
@@ -152,17 +156,18 @@ def _host_table(
     n = len(sizes)
     chunks = [max(1, -(-size // CHUNK)) for size in sizes]  # an empty tensor has an empty chunk
     ends = list(accumulate(chunks))
-    buffers = addresses[2 * n :] or repeat(0)
     firsts = (end - count for end, count in zip(ends, chunks))
-    rows = list(chain.from_iterable(zip(addresses[:n], addresses[n : 2 * n], buffers, sizes, firsts, ends)))
+    columns = [addresses[i * n : (i + 1) * n] for i in range(4)]
+    rows = list(chain.from_iterable(zip(*columns, sizes, firsts, ends, repeat(0))))
     if host is None:
-        host = _pinned(device, 6 * n + (ends[-1] + 1) // 2)
+        host = _pinned(device, COLUMNS * n + (ends[-1] + 1) // 2)
     chunk_tensor = array("i")
     for i, count in enumerate(chunks):
         chunk_tensor.extend(array("i", [i]) * count)
-    assert 8 * host.numel() >= 48 * n + 4 * ends[-1]
+    after_rows = 8 * len(rows)
+    assert 8 * host.numel() >= after_rows + 4 * ends[-1]
     # not by torch, whose threads wait for each other for milliseconds on a busy machine
-    for start, values in ((host.data_ptr(), array("q", rows)), (host.data_ptr() + 48 * n, chunk_tensor)):
+    for start, values in ((host.data_ptr(), array("q", rows)), (host.data_ptr() + after_rows, chunk_tensor)):
         address, length = values.buffer_info()
         ctypes.memmove(start, address, length * values.itemsize)
     return host
@@ -173,11 +178,11 @@ def _pinned(device: torch.device, *shape: int) -> Tensor:
 
 
 def _new_table(host: Tensor, n: int, device: torch.device) -> _Table:
-    chunks = int(host[6 * n - 1])
+    chunks = int(host[COLUMNS * n - 2])  # the end of the last tensor
     table = torch.empty(host.shape, dtype=host.dtype, device=device).copy_(host, non_blocking=True)
     return _Table(
-        rows=table[: 6 * n],
-        chunk_tensor=table[6 * n :].view(torch.int32)[:chunks],
+        rows=table[: COLUMNS * n],
+        chunk_tensor=table[COLUMNS * n :].view(torch.int32)[:chunks],
         sums=torch.empty(chunks, 3, dtype=torch.float32, device=device),
         norms=torch.empty(3, n, dtype=torch.float32, device=device),
     )
@@ -287,9 +292,10 @@ class Triton:
                 NESTEROV=bool(options.nesterov),
                 LR_IN_MOMENTUM=bool(options.lr_in_momentum),
                 MAXIMIZE=bool(options.maximize),
+                KAHAN=bool(bucket.compensations),
                 **LAUNCH,
             )
-        bump_versions([*bucket.params, *make_buffers(bucket)])
+        bump_versions([*bucket.params, *make_buffers(bucket), *bucket.compensations])
 
     def _table(self, bucket: Bucket) -> _Table:
         """The table of a bucket on the current stream of its device, which is the current device."""
@@ -337,11 +343,11 @@ def is_capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]  # torch's
 
 
-def check_captured(params: list[Tensor], momentum_buffers: list[Tensor | None], momentum: float, where: str) -> None:
-    """Raise where the graph being captured would make a buffer: every replay would fill it with zeros."""
-    for i, (param, buffer) in enumerate(zip(params, momentum_buffers)):
-        if momentum != 0 and buffer is None and param.is_cuda:
+def check_captured(params: list[Tensor], state: Sequence[Tensor | None], where: str) -> None:
+    """Raise where the graph being captured would make state: every replay would fill it with zeros."""
+    for i, (param, made) in enumerate(zip(params, state)):
+        if made is None and param.is_cuda:
             raise RuntimeError(
                 f"{where}: capturing a LARS step needs an eager step of the same tensors before it, which makes their momentum "
-                f"buffers; tensor {i} of those with a gradient has none. Nothing has changed"
+                f"buffers and compensations; tensor {i} of those with a gradient has none. Nothing has changed"
             )

@@ -1,8 +1,8 @@
 """The Triton kernels of the fused CUDA step: partial sums, norms, update. The only file that imports triton.
 
 Every tensor is cut into chunks of CHUNK elements, and a program takes one chunk. A kernel finds its tensors in a table of
-int64, a row a tensor: the addresses of parameter, gradient and momentum buffer, the number of elements, and the first and
-past-the-last of its chunks; chunk_tensor_ptr holds the row of every chunk. Arithmetic is float32; `norms` adds in float64.
+int64, a row a tensor: the addresses of parameter, gradient, momentum buffer and compensation, the number of elements, and
+the first and past-the-last of its chunks, and a 0; chunk_tensor_ptr holds the row of every chunk. Arithmetic is float32; `norms` adds in float64.
 Sums are made in a fixed order, without atomics: the same bits every run.
 
 A chunk whose addresses are multiples of 16 bytes and whose length is a multiple of 8 is loaded and stored 16 bytes at a time.
@@ -19,12 +19,12 @@ from triton.runtime.driver import driver  # noqa: F401  for `triton.check_fused`
 
 @triton.jit
 def _chunk(table_ptr, tensor, chunk, CHUNK: tl.constexpr):
-    """Address of each of the three tensors, offset of the chunk in them, and how many elements it has."""
-    row_ptr = table_ptr + tensor.to(tl.int64) * 6
-    size = tl.load(row_ptr + 3)
-    start = (chunk - tl.load(row_ptr + 4)) * CHUNK
+    """Address of each of the four tensors, offset of the chunk in them, and how many elements it has."""
+    row_ptr = table_ptr + tensor.to(tl.int64) * 8
+    size = tl.load(row_ptr + 4)
+    start = (chunk - tl.load(row_ptr + 5)) * CHUNK
     count = tl.minimum(size - start, CHUNK).to(tl.int32)
-    return tl.load(row_ptr), tl.load(row_ptr + 1), tl.load(row_ptr + 2), start, count
+    return tl.load(row_ptr), tl.load(row_ptr + 1), tl.load(row_ptr + 2), tl.load(row_ptr + 3), start, count
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def partial_sums(
     """
     chunk = tl.program_id(0)
     tensor = tl.load(chunk_tensor_ptr + chunk)
-    param, grad, _, start, count = _chunk(table_ptr, tensor, chunk, CHUNK)
+    param, grad, _, _, start, count = _chunk(table_ptr, tensor, chunk, CHUNK)
     scale = _scale(grad_scale_ptr, MAXIMIZE)
     sums_ptr += chunk.to(tl.int64) * 3
     is_aligned = ((param | grad) % 16 == 0) & (count % 8 == 0)
@@ -113,8 +113,8 @@ def norms(
     norms_ptr gets rows of n: |w|, |s g + weight_decay w| (JOINT) and |s g| (GRAD_NORM).
     """
     tensor = tl.program_id(0)
-    first = tl.load(table_ptr + tensor * 6 + 4)
-    last = tl.load(table_ptr + tensor * 6 + 5)
+    first = tl.load(table_ptr + tensor * 8 + 5)
+    last = tl.load(table_ptr + tensor * 8 + 6)
     norm_ptr = norms_ptr + tensor
     if ADAPTED:
         tl.store(norm_ptr, _norm(sums_ptr, first, last, BLOCK).to(tl.float32))
@@ -169,17 +169,19 @@ def update(
     lr, momentum, weight_decay, trust_coefficient, eps, keep,
     CHUNK: tl.constexpr, ADAPTED: tl.constexpr, JOINT: tl.constexpr, CLIP: tl.constexpr, DECAYS: tl.constexpr,
     MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, LR_IN_MOMENTUM: tl.constexpr, MAXIMIZE: tl.constexpr,
+    KAHAN: tl.constexpr,
 ):  # fmt: skip
     """v = momentum v + b g + c w and w -= q v, with q = 1 if LR_IN_MOMENTUM else lr, and b and c of `_coefficients`.
 
     NESTEROV: w -= q (b g + c w + momentum v). Without MOMENTUM: w -= q (b g + c w), and there is no v.
+    KAHAN: w is parameter + compensation, and what rounding takes from the new parameter becomes the compensation.
     Nothing is read or written where the gate is not 0. Moves 20 bytes a float32 parameter. It walks the chunks backwards:
     what `partial_sums` read last is what the L2 cache still holds. All that is read here is read for the last time, so
     evict_first: it need not push what the programs to come still read out of that cache.
     """
     chunk = tl.num_programs(0) - 1 - tl.program_id(0)
     tensor = tl.load(chunk_tensor_ptr + chunk)
-    param, grad, buffer, start, count = _chunk(table_ptr, tensor, chunk, CHUNK)
+    param, grad, buffer, compensation, start, count = _chunk(table_ptr, tensor, chunk, CHUNK)
     if gate_ptr is not None:
         count = tl.where(tl.load(gate_ptr) != 0, 0, count)
     one = tl.full([], 1.0, tl.float32)
@@ -192,10 +194,12 @@ def update(
     )  # fmt: skip
     if LR_IN_MOMENTUM:
         rate = one
-    is_aligned = ((param | grad | buffer) % 16 == 0) & (count % 8 == 0)
+    is_aligned = ((param | grad | buffer | compensation) % 16 == 0) & (count % 8 == 0)
     for VECTOR in tl.static_range(2):
         if is_aligned == (VECTOR == 1):
             w = _load(param, start, count, param_ptr, CHUNK, VECTOR, "evict_first")
+            if KAHAN:
+                w += _load(compensation, start, count, param_ptr, CHUNK, VECTOR, "evict_first")
             step = b * _load(grad, start, count, grad_ptr, CHUNK, VECTOR, "evict_first")
             if DECAYS:
                 step += c * w
@@ -203,4 +207,8 @@ def update(
                 v = momentum * _load(buffer, start, count, param_ptr, CHUNK, VECTOR, "evict_first") + step
                 _store(buffer, start, count, param_ptr, v, CHUNK, VECTOR)
                 step = step + momentum * v if NESTEROV else v
-            _store(param, start, count, param_ptr, w - rate * step, CHUNK, VECTOR)
+            w -= rate * step
+            stored = w.to(param_ptr.dtype.element_ty)
+            _store(param, start, count, param_ptr, stored, CHUNK, VECTOR)
+            if KAHAN:
+                _store(compensation, start, count, param_ptr, w - stored.to(tl.float32), CHUNK, VECTOR)
