@@ -132,7 +132,7 @@ def trained(
                 saved["momentum_buffer"].mul_(0.5)
             optimizer.load_state_dict(state)
         scheduler.step()
-    buffers = [state["momentum_buffer"] for state in optimizer.state.values()]
+    buffers = [optimizer.state[p]["momentum_buffer"] for p in net.parameters() if p in optimizer.state]
     return [tensor.detach().clone() for tensor in [*net.parameters(), *buffers]]
 
 

@@ -410,5 +410,6 @@ def test_the_table_and_the_page_name_tests_that_are_there_and_the_page_one_for_e
 
 def test_inputs_use_every_option() -> None:
     used = {name for options in INPUTS.values() for name in options}
-    assert used | {"eps", *INFO.supported_impls} == {*NAMES}  # differentiable: test_differentiable.py
+    # test_differentiable.py and test_kahan_sum.py have the others
+    assert used | {"eps", "kahan_sum", *INFO.supported_impls} == {*NAMES}
     assert {name.removeprefix("test_") for name in CANNOT} <= {*TORCH}

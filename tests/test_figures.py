@@ -163,7 +163,7 @@ def test_no_other_figure_is_typed_by_hand() -> None:
 
 def written_by_hand(page: Path) -> str:
     """Without what programs write or run. (CONTRIBUTING, which is not searched, shows what commands have printed.)"""
-    if page.name in ("performance.md", "table.md", "study.md") or page.parent.name == "study":
+    if page.name in ("performance.md", "precision.md", "table.md", "study.md") or page.parent.name == "study":
         return ""  # compared as a whole, those of the study by its own tests
     text = page.read_text("utf-8")
     for begin, end in ((render.BEGIN, render.END), ("```{}", "```")):

@@ -333,7 +333,7 @@ class LARS(Optimizer):
         params += with_grad
         grads += [p.grad for p in with_grad]
         if not _HALF.isdisjoint(map(_dtype, with_grad)):
-            compensations += self._compensations(with_grad, _options(group))
+            compensations += self._compensations(with_grad, _options(group), in_graph)
         if group["momentum"] == 0:
             return
         found = [self.state.get(p, _NO_STATE).get("momentum_buffer") for p in with_grad]
@@ -346,14 +346,16 @@ class LARS(Optimizer):
             found = [self.state[p]["momentum_buffer"] for p in with_grad]
         momentum_buffers += found
 
-    def _compensations(self, params: list[Tensor], options: Options) -> list[Tensor | None]:
-        """What the step keeps beside parameters in half precision; with kahan_sum=False, what was kept is dropped."""
+    def _compensations(self, params: list[Tensor], options: Options, in_graph: bool) -> list[Tensor | None]:
+        """What the step keeps beside parameters in half precision, zeros at first; outside graphs it is stored after the step."""
+        kept: dict[Tensor, Tensor] = {}  # a parameter may come twice
         for p in params:
-            if not is_compensated(p.dtype, options):
-                self.state.get(p, {}).pop("compensation", None)
-            elif self.state[p].get("compensation") is None:
-                self.state[p]["compensation"] = torch.zeros_like(p)
-        return [self.state.get(p, _NO_STATE).get("compensation") for p in params]
+            if is_compensated(p.dtype, options) and p not in kept:
+                known = self.state.get(p, _NO_STATE).get("compensation")
+                kept[p] = torch.zeros_like(p) if known is None else known
+                if in_graph:
+                    self.state[p]["compensation"] = kept[p]
+        return [kept.get(p) for p in params]
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -381,10 +383,12 @@ class LARS(Optimizer):
         for i, group in enumerate(self.param_groups):
             options, lr = _options(group), group.get("initial_lr", group["lr"])
             known = not isinstance(lr, Tensor) or lr.device.type == "cpu"
+            dtypes = set(map(_dtype, group["params"]))
             if options.kahan_sum is None or options.kahan_sum or not is_adapted(options) or not known:
                 continue
-            step = options.trust_coefficient * (1.0 if options.trust_clip else float(lr))
-            if any(rounds_away(dtype, step, options) for dtype in {p.dtype for p in group["params"]}):
+            rate = float(lr.detach() if isinstance(lr, Tensor) else lr)
+            step = options.trust_coefficient * (1.0 if options.trust_clip else rate)
+            if step > 0 and any(rounds_away(dtype, step, options) for dtype in dtypes):
                 advise(
                     f"param group {i}: steps of {step:.2g} of a weight's norm are mostly lost where weights in half "
                     "precision are rounded. Leave kahan_sum at None, which keeps what rounding takes, or keep weights in "
@@ -496,6 +500,11 @@ class LARS(Optimizer):
             for param, buffer in zip(stepped.params, stepped.momentum_buffers, strict=True) if is_new else ():
                 if buffer is not None:  # else the step was skipped
                     self.state[param]["momentum_buffer"] = buffer
+            for param, kept in () if in_graph else zip(stepped.params, stepped.compensations):
+                if kept is not None:
+                    self.state[param]["compensation"] = kept
+                else:  # kahan_sum=False drops it
+                    self.state.get(param, {}).pop("compensation", None)
 
     def _check_whole(self, options: dict[str, Any], where: str) -> None:
         """Raise for options that one group cannot set by itself."""
