@@ -47,7 +47,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-INTERPRETED = "fused_cuda_interpreted.py"  # runs in Triton's interpreter
+INTERPRETED = "triton_interpreted.py"  # runs in Triton's interpreter
 TRACED = """import os
 if os.environ.get("EXECUTED_LINES_OF", "main") != "main":
     import executed_lines
@@ -69,7 +69,7 @@ DATA_TYPES = {name for name, value in vars(builtins).items() if isinstance(value
 
 @dataclass(frozen=True)
 class Mutant:
-    file: str
+    file: str  # in the package
     line: int
     start: int  # of what is replaced, in bytes of the file
     end: int
@@ -87,9 +87,9 @@ class Mutant:
 
 
 # ---------------------------------------------------------------- what can be changed
-def mutants_of(path: Path) -> list[Mutant]:
+def mutants_of(package: Path, file: str) -> list[Mutant]:
     """All candidates, in the order of the file; a few do not compile."""
-    source = path.read_bytes()
+    source = (package / file).read_bytes()
     starts = [0, *(match.end() for match in re.finditer(b"\n", source))]
     module = ast.parse(source)
     of_functions = frozenset(
@@ -106,7 +106,7 @@ def mutants_of(path: Path) -> list[Mutant]:
         for new in changes(node, inside):
             start = starts[node.lineno - 1] + node.col_offset  # type: ignore[attr-defined]
             end = starts[node.end_lineno - 1] + node.end_col_offset  # type: ignore[attr-defined]
-            mutant = Mutant(path.name, node.lineno, start, end, new, lines, not inside)  # type: ignore[attr-defined]
+            mutant = Mutant(file, node.lineno, start, end, new, lines, not inside)  # type: ignore[attr-defined]
             found.setdefault((start, end, new), mutant)
         for field, child in _children(node):
             if isinstance(node, ast.FunctionDef):
@@ -208,7 +208,8 @@ def _is_mutant(mutant: Mutant, path: Path) -> bool:
 
 def sample(package: Path, number: int, seed: int) -> list[Mutant]:
     """`number` mutants, of each file in proportion to its candidates (largest remainders)."""
-    candidates = {path.name: mutants_of(path) for path in sorted(package.glob("*.py"))}
+    files = sorted(path.relative_to(package).as_posix() for path in package.rglob("*.py"))
+    candidates = {file: mutants_of(package, file) for file in files}
     total = sum(map(len, candidates.values()))
     shares = {name: number * len(found) / total for name, found in candidates.items()}
     counts = {name: int(share) for name, share in shares.items()}
@@ -263,7 +264,7 @@ def recorded(folder: Path) -> list[Case]:
 def killers(mutant: Mutant, tests: list[Case]) -> list[Case]:
     """The tests that execute a mutant, in the order to run them in."""
     able = [test for test in tests if not mutant.lines or mutant.lines & test.lines.get(mutant.file, set())]
-    own = f"test_{mutant.file}::"
+    own = f"test_{Path(mutant.file).name}::"
     able.sort(key=lambda test: test.seconds)
     seen: dict[str, int] = {}
     keys = {}
@@ -397,11 +398,7 @@ def run(arguments: argparse.Namespace) -> None:
     }  # fmt: skip
     drawn = sample(package, arguments.number, arguments.seed)
     chosen = {mutant.name(package / mutant.file): mutant for mutant in drawn}
-    survived = [read(path) for path in arguments.survivors_of]
-    todo = [
-        mutant for name, mutant in chosen.items()
-        if name not in done and all(results[name]["state"] != "killed" for results in survived)
-    ]  # fmt: skip
+    todo = [mutant for name, mutant in chosen.items() if name not in done]
     runners = [Runner(root, interpreted) for interpreted in (False, True)]
     with arguments.results.open("a") as file:
         for i, mutant in enumerate(todo):
@@ -448,7 +445,6 @@ def main() -> None:
     running.add_argument("--number", type=int, default=200)
     running.add_argument("--seed", type=int, default=18)
     running.add_argument("--seconds", type=float, default=60, help="of CPU, a mutant")
-    running.add_argument("--survivors-of", type=Path, action="append", default=[], help="only what these did not kill")
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     given = parser.parse_args(sys.argv[1:split])
     given.options = sys.argv[split + 1 :]  # pytest's
