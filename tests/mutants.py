@@ -12,8 +12,8 @@ A mutant runs the tests that execute its statement, fastest first, until one fai
 the CPU limit is reached (undecided). What runs at import, a module's or class's statements, decorators and defaults, counts
 as executed by the tests of what it stands for: those that execute a line of that function, or of a function of that file,
 or all tests where there is none; of these the tests of the file named after the module come first. Triton's kernels are
-executed where its interpreter runs them. TorchScript's functions are not seen to be executed: what nobody executes runs
-the tests of test_script.py, and is uncovered if they do not kill it.
+executed where its interpreter runs them. What TorchScript and torch.compile read and run in their own way is not seen to
+be executed: what nobody executes runs the tests of both, and is uncovered if they do not kill it.
 """
 
 # ruff: noqa: T201  a program: it prints
@@ -54,6 +54,7 @@ if os.environ.get("EXECUTED_LINES_OF", "main") != "main":
     executed_lines.trace_what_a_test_started()
 """
 IMPORTED = ("numpy", "pytest", "hypothesis", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor")
+READ_BY_COMPILERS = ("test_script.py", "test_compile.py")
 FIRST = 15  # tests that a mutant meets at first: most are killed there, and to collect all takes longer
 
 SWAPS: dict[type[ast.AST], type[ast.AST]] = {}
@@ -356,7 +357,9 @@ def judge(mutant: Mutant, cases: list[Case], root: Path, seconds: float, runners
     """What becomes of a mutant: killed, survived, undecided or uncovered."""
     package = root / "src" / "fastlars"
     executed = killers(mutant, cases)
-    order = executed or [case for case in cases if "test_script.py" in case.name]
+    order = executed or sorted(
+        (case for case in cases if any(file in case.name for file in READ_BY_COMPILERS)), key=lambda case: case.seconds
+    )
     batches = [
         (interpreted, [case for case in batch if (INTERPRETED in case.name) == interpreted])
         for batch in (order[:FIRST], order[FIRST:]) for interpreted in (False, True)
