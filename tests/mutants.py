@@ -217,7 +217,7 @@ def sample(package: Path, number: int, seed: int) -> list[Mutant]:
     for name in sorted(shares, key=lambda name: counts[name] - shares[name])[: number - sum(counts.values())]:
         counts[name] += 1
     rng = random.Random(seed)
-    drawn = []
+    drawn: list[Mutant] = []
     for name, found in candidates.items():
         shuffled = (mutant for mutant in rng.sample(found, len(found)) if _is_mutant(mutant, package / name))
         drawn += itertools.islice(shuffled, counts[name])
