@@ -152,7 +152,7 @@ def mutants(session: nox.Session) -> None:
         # which runs the kernels' tests in one process, recorded one by one below
         whole = ("--deselect", "tests/test_triton.py::test_kernels_under_the_interpreter")
         session.run(*program, "record", lines, "--", "-m", ON_CPU, "-n", "auto", *whole, env=cases)
-        kernels = ("tests/fused_cuda_interpreted.py", "-W", "ignore:Conversion of an array:DeprecationWarning")
+        kernels = ("tests/triton_interpreted.py", "-W", "ignore:Conversion of an array:DeprecationWarning")
         session.run(*program, "record", lines, "--", *kernels, env={**cases, "TRITON_INTERPRET": "1"})
     session.run(*program, "run", lines, str(folder / "mutants.jsonl"), *session.posargs)
 

@@ -25,7 +25,7 @@ class Lines:
     """The lines that this process executes, by label."""
 
     def __init__(self) -> None:
-        self._coverage = coverage.Coverage(data_file=None, config_file=False, include=["*/fastlars/*.py"])
+        self._coverage = coverage.Coverage(data_file=None, config_file=False, include=["*/src/fastlars/**"])
         self._coverage.set_option("run:disable_warnings", ["no-data-collected"])  # warnings are errors here
         self._coverage.start()
 
@@ -38,7 +38,7 @@ class Lines:
         for path in data.measured_files():
             for line, labels in data.contexts_by_lineno(path).items():
                 for label in labels:
-                    found[label][Path(path).name].append(line)
+                    found[label][Path(path).as_posix().rpartition("/src/fastlars/")[2]].append(line)
         return found
 
 

@@ -12,8 +12,8 @@ A mutant runs the tests that execute its statement, fastest first, until one fai
 the CPU limit is reached (undecided). What runs at import, a module's or class's statements, decorators and defaults, counts
 as executed by the tests of what it stands for: those that execute a line of that function, or of a function of that file,
 or all tests where there is none; of these the tests of the file named after the module come first. Triton's kernels are
-executed where its interpreter runs them. TorchScript's functions are not seen to be executed: what nobody executes runs
-the tests of test_script.py, and is uncovered if they do not kill it.
+executed where its interpreter runs them. What TorchScript and torch.compile read and run in their own way is not seen to
+be executed: what nobody executes runs the tests of both, and is uncovered if they do not kill it.
 """
 
 # ruff: noqa: T201  a program: it prints
@@ -47,13 +47,14 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-INTERPRETED = "fused_cuda_interpreted.py"  # runs in Triton's interpreter
+INTERPRETED = "triton_interpreted.py"  # runs in Triton's interpreter
 TRACED = """import os
 if os.environ.get("EXECUTED_LINES_OF", "main") != "main":
     import executed_lines
     executed_lines.trace_what_a_test_started()
 """
 IMPORTED = ("numpy", "pytest", "hypothesis", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor")
+READ_BY_COMPILERS = ("test_script.py", "test_compile.py")
 FIRST = 15  # tests that a mutant meets at first: most are killed there, and to collect all takes longer
 
 SWAPS: dict[type[ast.AST], type[ast.AST]] = {}
@@ -69,7 +70,7 @@ DATA_TYPES = {name for name, value in vars(builtins).items() if isinstance(value
 
 @dataclass(frozen=True)
 class Mutant:
-    file: str
+    file: str  # in the package
     line: int
     start: int  # of what is replaced, in bytes of the file
     end: int
@@ -87,9 +88,9 @@ class Mutant:
 
 
 # ---------------------------------------------------------------- what can be changed
-def mutants_of(path: Path) -> list[Mutant]:
+def mutants_of(package: Path, file: str) -> list[Mutant]:
     """All candidates, in the order of the file; a few do not compile."""
-    source = path.read_bytes()
+    source = (package / file).read_bytes()
     starts = [0, *(match.end() for match in re.finditer(b"\n", source))]
     module = ast.parse(source)
     of_functions = frozenset(
@@ -106,7 +107,7 @@ def mutants_of(path: Path) -> list[Mutant]:
         for new in changes(node, inside):
             start = starts[node.lineno - 1] + node.col_offset  # type: ignore[attr-defined]
             end = starts[node.end_lineno - 1] + node.end_col_offset  # type: ignore[attr-defined]
-            mutant = Mutant(path.name, node.lineno, start, end, new, lines, not inside)  # type: ignore[attr-defined]
+            mutant = Mutant(file, node.lineno, start, end, new, lines, not inside)  # type: ignore[attr-defined]
             found.setdefault((start, end, new), mutant)
         for field, child in _children(node):
             if isinstance(node, ast.FunctionDef):
@@ -208,14 +209,15 @@ def _is_mutant(mutant: Mutant, path: Path) -> bool:
 
 def sample(package: Path, number: int, seed: int) -> list[Mutant]:
     """`number` mutants, of each file in proportion to its candidates (largest remainders)."""
-    candidates = {path.name: mutants_of(path) for path in sorted(package.glob("*.py"))}
+    files = sorted(path.relative_to(package).as_posix() for path in package.rglob("*.py"))
+    candidates = {file: mutants_of(package, file) for file in files}
     total = sum(map(len, candidates.values()))
     shares = {name: number * len(found) / total for name, found in candidates.items()}
     counts = {name: int(share) for name, share in shares.items()}
     for name in sorted(shares, key=lambda name: counts[name] - shares[name])[: number - sum(counts.values())]:
         counts[name] += 1
     rng = random.Random(seed)
-    drawn = []
+    drawn: list[Mutant] = []
     for name, found in candidates.items():
         shuffled = (mutant for mutant in rng.sample(found, len(found)) if _is_mutant(mutant, package / name))
         drawn += itertools.islice(shuffled, counts[name])
@@ -263,7 +265,7 @@ def recorded(folder: Path) -> list[Case]:
 def killers(mutant: Mutant, tests: list[Case]) -> list[Case]:
     """The tests that execute a mutant, in the order to run them in."""
     able = [test for test in tests if not mutant.lines or mutant.lines & test.lines.get(mutant.file, set())]
-    own = f"test_{mutant.file}::"
+    own = f"test_{Path(mutant.file).name}::"
     able.sort(key=lambda test: test.seconds)
     seen: dict[str, int] = {}
     keys = {}
@@ -355,7 +357,9 @@ def judge(mutant: Mutant, cases: list[Case], root: Path, seconds: float, runners
     """What becomes of a mutant: killed, survived, undecided or uncovered."""
     package = root / "src" / "fastlars"
     executed = killers(mutant, cases)
-    order = executed or [case for case in cases if "test_script.py" in case.name]
+    order = executed or sorted(
+        (case for case in cases if any(file in case.name for file in READ_BY_COMPILERS)), key=lambda case: case.seconds
+    )
     batches = [
         (interpreted, [case for case in batch if (INTERPRETED in case.name) == interpreted])
         for batch in (order[:FIRST], order[FIRST:]) for interpreted in (False, True)
@@ -397,11 +401,7 @@ def run(arguments: argparse.Namespace) -> None:
     }  # fmt: skip
     drawn = sample(package, arguments.number, arguments.seed)
     chosen = {mutant.name(package / mutant.file): mutant for mutant in drawn}
-    survived = [read(path) for path in arguments.survivors_of]
-    todo = [
-        mutant for name, mutant in chosen.items()
-        if name not in done and all(results[name]["state"] != "killed" for results in survived)
-    ]  # fmt: skip
+    todo = [mutant for name, mutant in chosen.items() if name not in done]
     runners = [Runner(root, interpreted) for interpreted in (False, True)]
     with arguments.results.open("a") as file:
         for i, mutant in enumerate(todo):
@@ -448,7 +448,6 @@ def main() -> None:
     running.add_argument("--number", type=int, default=200)
     running.add_argument("--seed", type=int, default=18)
     running.add_argument("--seconds", type=float, default=60, help="of CPU, a mutant")
-    running.add_argument("--survivors-of", type=Path, action="append", default=[], help="only what these did not kill")
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     given = parser.parse_args(sys.argv[1:split])
     given.options = sys.argv[split + 1 :]  # pytest's

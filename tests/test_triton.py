@@ -396,6 +396,12 @@ NOT_SERVED: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {
     "expanded": (torch.ones(1).expand(3), torch.ones(1).expand(3), None),
     "gradient of other strides": (torch.ones(3, 4), torch.ones(4, 3).t(), None),
     "buffer of other strides": (torch.ones(3, 4).t(), torch.ones(3, 4).t(), torch.ones(4, 3)),
+    # dense, and in another order than both others
+    "parameter of other strides": (
+        torch.ones(2, 3, 4, 4).contiguous(memory_format=torch.channels_last),
+        torch.ones(2, 3, 4, 4),
+        torch.ones(2, 3, 4, 4),
+    ),
     "float64": (torch.ones(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64), None),
     "complex": (torch.ones(3, dtype=torch.complex64), torch.ones(3, dtype=torch.complex64), None),
     "float64 gradient": (torch.ones(3), torch.ones(3, dtype=torch.float64), None),
