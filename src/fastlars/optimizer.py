@@ -106,7 +106,7 @@ class LARS(Optimizer):
         kahan_sum: whether weights in bfloat16 or float16 keep what rounding takes from their steps, in a second tensor of
             their size (state key ``compensation``), and take it into the next step. None: in groups that are adapted.
             Without it small steps are lost. Other dtypes need none. See :doc:`precision`.
-        dialect: a row of :data:`fastlars.DIALECTS`, such as "simclr" or "mlperf": the options that make this the LARS of
+        dialect: a row of :data:`fastlars.dialects.DIALECTS`, such as "simclr" or "mlperf": the options that make this the LARS of
             another paper or package. Options that are given beside it come first. Only the options are kept, and saved.
 
     Raises:
@@ -633,9 +633,9 @@ class LARS(Optimizer):
         nothing outside. Of a sharded tensor it looks at this process's part, and exchanges nothing.
 
         Returns:
-            A context that gives a dict, filled at its end: name to the norm of the change over the norm before; the names
-            are those of :meth:`trust_ratios`. After a skipped step all are 0. A tensor that was zero has inf or, if it did
-            not move, 0.
+            A context that gives a dict, which is filled when the context ends. It maps each name, as in
+            :meth:`trust_ratios`, to the norm of the change divided by the norm before. After a skipped step all values are
+            0. A tensor that was zero has inf, or 0 if it did not move.
 
         Raises:
             RuntimeError: what the steps inside raise; the dict is empty then.
