@@ -242,7 +242,9 @@ def test_a_run_moves_to_the_device_and_back(name: str, dtype: torch.dtype, devic
             reference.step(grads)
             optimizer.step()
             harness.assert_equals(reference, optimizer, f"{name}, step {step}")
-            reference.realign(params, harness.started(reference, buffers_of(optimizer)))
+            reference.realign(
+                params, harness.started(reference, buffers_of(optimizer)), buffers_of(optimizer, "compensation")
+            )
 
 
 # ---------------------------------------------------------------- host reads
@@ -298,4 +300,6 @@ def test_gradient_scaler(name: str, device: torch.device) -> None:
         scaler.step(optimizer)
         scaler.update()
         harness.assert_equals(reference, optimizer, f"{name}, step {step}")
-        reference.realign(params, harness.started(reference, buffers_of(optimizer)))
+        reference.realign(
+            params, harness.started(reference, buffers_of(optimizer)), buffers_of(optimizer, "compensation")
+        )
