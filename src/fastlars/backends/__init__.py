@@ -50,7 +50,10 @@ def wanted(params: list[Tensor], options: Options, gated: bool = False) -> list[
 
 def leaves_graph(params: list[Tensor], options: Options) -> bool:
     """Whether torch.compile cannot trace what is preferred for a group."""
-    return not wanted(params, options)[0].traceable
+    for backend in BACKENDS:  # only as far as it takes: what a compiled frame looks at, it keeps alive
+        if backend.wants(params, options, False):
+            return not backend.traceable
+    return False
 
 
 def split(group: Group, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> list[Bucket]:

@@ -17,6 +17,8 @@ from fastlars.formula import Number, coefficients, is_adapted, on_device, scalar
 from fastlars.norms import chunks
 from fastlars.options import Options
 
+from .layouts import on_cpu
+
 
 def measure(bucket: Bucket, foreach: bool) -> Norms:
     """The norms that the options of a bucket ask for."""
@@ -173,7 +175,7 @@ class Foreach(Single):
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:  # noqa: ARG002
         """Where it is asked for, by torch's rule for the default, and off the CPU for what fused kernels leave."""
         if options.fused:
-            return not all(param.is_cpu for param in params)
+            return not all(on_cpu(params))
         if options.foreach is None and options.fused is None and not options.differentiable:
             return default_foreach(params)
         return bool(options.foreach)

@@ -26,7 +26,7 @@ from fastlars.norms import ROW, norms
 from fastlars.options import Options
 
 from .eager import make_buffers, measure
-from .layouts import can_be_walked
+from .layouts import can_be_walked, on_cpu
 
 # Tensors up to this size are stacked with others of their shape: calls for each would cost more than the work.
 SMALL = 12 * 1024
@@ -56,9 +56,8 @@ class FusedCPU:
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:  # noqa: ARG002
         """On the CPU where it is asked for, and by default for adapted groups: torch's SGD is fused only where one asks."""
         if options.fused is None and options.foreach is None and not options.differentiable:
-            # a list, which takes half the time of a generator
-            return bool(is_adapted(options)) and all([param.is_cpu for param in params])  # noqa: C419
-        return bool(options.fused) and any(param.is_cpu for param in params)
+            return bool(is_adapted(options)) and all(on_cpu(params))
+        return bool(options.fused) and any(on_cpu(params))
 
     def serves(self, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]) -> bool:
         """Whether the kernel, which walks over memory, computes these right."""

@@ -8,6 +8,14 @@ from torch import Tensor
 PLAIN = {Tensor, torch.nn.Parameter}  # a subclass may mean anything
 
 
+def on_cpu(params: list[Tensor]) -> list[bool]:
+    """Whether each tensor is on the CPU."""
+    if torch.compiler.is_compiling():
+        # is_cpu would be an operation of the graph, which keeps the tensor alive
+        return [param.device.type == "cpu" for param in params]
+    return [param.is_cpu for param in params]
+
+
 def can_be_walked(params: list[Tensor], *others: list[Tensor]) -> bool:
     """Whether plain tensors, their gradients and their buffers are dense and have their elements in the same order."""
     tensors = [tensor for each in (params, *others) for tensor in each]

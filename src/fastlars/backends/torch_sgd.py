@@ -15,6 +15,7 @@ from fastlars.formula import is_adapted
 from fastlars.options import Options
 
 from .eager import make_buffers, measure
+from .layouts import on_cpu
 
 
 def is_torch_sgd(params: list[Tensor], options: Options) -> bool:
@@ -41,7 +42,7 @@ class TorchSGD:
 
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:
         """Groups that are not adapted. torch's SGD knows no gate: the host reads it, on the CPU, where nothing waits."""
-        reads_gate = not gated or (all(param.is_cpu for param in params) and not torch.compiler.is_compiling())
+        reads_gate = not gated or (not torch.compiler.is_compiling() and all(on_cpu(params)))
         return is_torch_sgd(params, options) and reads_gate and self._ours.wants(params, options, gated)
 
     def serves(self, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]) -> bool:

@@ -208,7 +208,7 @@ class Triton:
 
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:  # noqa: ARG002
         """Where it is asked for."""
-        return bool(options.fused) and any(param.device.type == self._device for param in params)
+        return bool(options.fused) and any([param.device.type == self._device for param in params])  # noqa: C419
 
     def serves(self, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]) -> bool:
         """Whether the kernels, which walk over memory, compute these right.
