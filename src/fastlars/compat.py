@@ -16,6 +16,7 @@ from torch.optim.optimizer import (
 )
 
 __all__ = [
+    "COMPILES_BITS",
     "NAMED_PARAMETERS",
     "bump_versions",
     "default_foreach",
@@ -35,6 +36,8 @@ _TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 # Optimizers take (name, parameter) pairs and keep group["param_names"] from 2.6 on.
 NAMED_PARAMETERS = _TORCH >= (2, 6)
+# Inductor compiles operations on the bits of half types on CPU; 2.4 writes C++ that does not compile, 2.13 is tested.
+COMPILES_BITS = _TORCH >= (2, 13)
 
 
 def bump_versions(tensors: list[Tensor]) -> None:

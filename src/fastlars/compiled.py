@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import norms as exact
+from .compat import COMPILES_BITS
 from .dtypes import norm_dtype
 
 # Where Inductor generates code. Graphs of other backends (openxla) stay whole without operators that they do not know.
@@ -72,6 +73,9 @@ def joint_norms(params: list[Tensor], grads: list[Tensor], sign: float, weight_d
 
 def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A float32 tensor rounded to a half type. Through the bits, because Inductor drops a conversion that is converted back."""
+    if tensor.is_cpu and not COMPILES_BITS:
+        half: Tensor = torch.ops.fastlars.realized.default(tensor.to(dtype))
+        return half.to(tensor.dtype)
     return tensor.to(dtype).view(torch.int16).bitwise_or(0).view(dtype).to(tensor.dtype)
 
 
