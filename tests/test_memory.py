@@ -314,3 +314,23 @@ def test_a_step_that_fails_leaves_no_workspace_behind(monkeypatch: pytest.Monkey
         with pytest.raises(KeyboardInterrupt):
             optimizer.step()
     assert optimizer._memory.workspace is None
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_a_shifted_gradient_is_found_in_a_known_group(foreach: bool) -> None:
+    """Its metadata is that of the gradients before; single and foreach would write it before they have read it."""
+    memory = torch.arange(1.0, 10.0)
+    results = []
+    for shares in (True, False):
+        param = torch.nn.Parameter(torch.zeros(0))
+        param.data = memory.clone()[:8]
+        optimizer = LARS([param], **OPTION, nesterov=True, foreach=foreach)
+        for _ in range(4):
+            param.grad = torch.ones(8)
+            optimizer.step()
+        whole = torch.cat([param.detach(), torch.ones(1)])
+        param.data = whole[:8]
+        param.grad = whole[1:] if shares else whole[1:].clone()
+        optimizer.step()
+        results.append(param.detach().clone())
+    assert torch.equal(*results)

@@ -119,7 +119,7 @@ class _Assignment:
         key = (backends, len(group.params), len(buffers), len(made), len(kept), torch.is_inference_mode_enabled())
         if self._guard is not None and key == self._key and self._guard(*tensors):
             reads_first = not self._places[0].backend.traceable  # the fused steps
-            if reads_first or not _share_addresses(group.grads, [*group.params, *made, *kept]):
+            if reads_first or not _share_storage(group.grads, [*group.params, *made, *kept]):
                 return self._places, group.grads
         failed, self._guard = self._guard is not None, None
         self._places, grads = _sort(backends, group, buffers)
@@ -181,11 +181,12 @@ def _is_written(grad: Tensor, *of_step: Tensor | None) -> bool:
     return bool(near) and find_shared_memory([grad, *near], 1) is not None
 
 
-def _share_addresses(grads: list[Tensor], written: list[Tensor]) -> bool:
-    """Whether a gradient begins where a written tensor does, as after ``p.grad = p.detach()``; on no device, never."""
-    if grads[0].is_meta or operations_are_seen():
-        return False
-    return not set(map(Tensor.data_ptr, grads)).isdisjoint(map(Tensor.data_ptr, written))
+def _share_storage(grads: list[Tensor], written: list[Tensor]) -> bool:
+    """Whether a gradient lies in the storage of a written tensor, as after ``p.grad = p.detach()``; `_sort` looks closer."""
+    if grads[0].is_meta or not PLAIN.issuperset(map(type, [*grads, *written])) or operations_are_seen():
+        return False  # there are no addresses
+    storages = {grad.untyped_storage().data_ptr() for grad in grads}
+    return any(tensor.untyped_storage().data_ptr() in storages for tensor in written)
 
 
 def preferred(backends: list[Backend], param: Tensor, grad: Tensor, *state: Tensor | None) -> Backend:
