@@ -106,7 +106,7 @@ def test_a_first_step_is_known_tensor_by_tensor(adapt: bool, implementation: Opt
 def test_no_norm_is_taken_that_no_update_needs(options: Options, rows: int) -> None:
     for name, implementation in IMPLEMENTATIONS.items():
         known = fields.Options(**{**BASE, **options, **implementation})
-        (bucket,) = split(Group([torch.ones(3)], [torch.ones(3)], [], known))
+        (bucket,) = split(Group([torch.ones(3)], [torch.ones(3)], [], [], known))
         assert bucket.backend.name == name
         measured = {id(each) for each in bucket.backend.measure(bucket, False) if each is not None}
         # the fused step takes those of an adapted tensor itself, while it is in cache

@@ -151,7 +151,7 @@ def test_parts_of_a_tensor_step_by_the_norms_of_the_whole(size: int, name: str) 
     buffers: list[Tensor | None] = [None, None] if options.get("momentum") else []
     norms = Norms(*(torch.tensor([length] * 2) for length in lengths))
     plan = FUSED_CPU.plan(parts)
-    bucket = Bucket(FUSED_CPU, [0, 1], parts, grads, buffers, AllOptions(**options), bool(buffers), plan=plan)
+    bucket = Bucket(FUSED_CPU, [0, 1], parts, grads, buffers, [], AllOptions(**options), bool(buffers), plan=plan)
     FUSED_CPU.update(bucket, norms, None)
     expected = torch.as_tensor(reference.params[0]).float()
     torch.testing.assert_close(torch.cat(parts), expected, **tolerance(torch.float32, reference.param_sizes[0]))
@@ -307,10 +307,10 @@ def test_a_list_that_is_one_part_is_not_sorted() -> None:
         (0.0, [others[1], None]),
     ):
         options = AllOptions(1.0, momentum, weight_decay=0.1)
-        (bucket,) = split(Group(params, params, list(buffers), options))
+        (bucket,) = split(Group(params, params, list(buffers), [], options))
         assert bucket.backend is FUSED_CPU and bucket.params is params and bucket.indices == [0, 1]
         assert bucket.momentum_buffers == (list(buffers) if momentum else [])
-    late = split(Group(params, params, [others[0], None], AllOptions(1.0, 0.9, weight_decay=0.1)))
+    late = split(Group(params, params, [others[0], None], [], AllOptions(1.0, 0.9, weight_decay=0.1)))
     assert [(bucket.backend.name, bucket.indices) for bucket in late] == [("fused", [0]), ("fused", [1])]
 
 

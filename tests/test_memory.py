@@ -1,4 +1,4 @@
-"""What an optimizer keeps between steps saves time and changes nothing: dispatch results, a workspace, its views."""
+"""What an optimizer keeps between steps saves time and changes nothing: how groups are sorted, workspaces, their views."""
 
 import gc
 import weakref
@@ -9,12 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import MEMORY, OPTIONS, Subclass
 from fastlars import LARS, backends
-from fastlars.backends import FUSED_CPU, fused_cpu
+from fastlars.backends import FUSED_CPU
 from harness import buffers_of, set_grads
 
 SHAPES: list[tuple[int, ...]] = [(3, 5), (64,), (3, 5), (20_000,), (7, 9), (64,)]
@@ -151,7 +150,7 @@ def test_no_temporary_above_4_mib() -> None:
         optimizer = LARS(params, **OPTIONS[name])
         set_grads(params, [torch.randn_like(p) for p in params])
         optimizer.step()
-        optimizer._memory.workspace = None  # it counts
+        optimizer._memory.assignments.clear()  # the workspace counts
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             optimizer.step()
         allocated = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -164,46 +163,37 @@ def test_no_temporary_above_4_mib() -> None:
         assert allocated and 2 * 2**20 <= peak <= limit * 2**20, f"{name}: {peak / 2**20:.2f} MiB"
 
 
-def test_groups_share_one_workspace_whose_views_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[int] = []
-    workspace = fused_cpu._Workspace
-    monkeypatch.setattr(fused_cpu, "_Workspace", lambda: made.append(1) or workspace())
-    optimizer = make(SHAPES)
-    params = [torch.nn.Parameter(torch.ones(shape)) for shape in SHAPES[::-1]]
-    set_grads(params, [torch.ones_like(p) for p in params])
-    optimizer.add_param_group({"params": params})
-    optimizer.step()
-    stacks = dict(optimizer._memory.workspace.stacks)
+def plans_of(optimizer: LARS) -> list[Any]:
+    return [place.plan for each in optimizer._memory.assignments.values() for place in each._places]
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": True, "skip_nonfinite": True}], ids=["fused", "foreach"])
+def test_the_plan_of_a_known_group_is_made_twice_and_then_kept(options: dict[str, Any]) -> None:
+    optimizer = make(SHAPES, **options)
+    for _ in range(2):
+        optimizer.step()
+    plans, views = plans_of(optimizer), [dict(vars(plan)) for plan in plans_of(optimizer)]
     for _ in range(3):
         optimizer.step()
-    assert made == [1] and optimizer._memory.workspace.stacks == stacks
-
-
-def test_views_are_few() -> None:
-    held: list[int] = []
-    memory = make([(1,)])._memory
-    for size in range(1, 60):
-        optimizer = make([(size,)] * 200)
-        optimizer._memory = memory  # as of one optimizer whose tensors change
-        memory.assignments.clear()
-        optimizer.step()
-        held.append(sum(len(stack.directions) for stack in memory.workspace.stacks.values()))
-        assert_as_without_memory(optimizer, [(size,)] * 200, steps=1)
-    assert fused_cpu.VIEWS / 2 < max(held) <= fused_cpu.VIEWS
-    assert held[-1] == 59 * 200 - max(held)  # all since they were dropped
+    for plan, after, held in zip(plans, plans_of(optimizer), views, strict=True):
+        assert after is plan and all(vars(plan)[name] is each for name, each in held.items())
 
 
 def test_memory_goes_with_its_optimizer_without_the_garbage_collector() -> None:
     optimizer = make(SHAPES)
     for _ in range(3):
         optimizer.step()
-    workspace = weakref.ref(optimizer._memory.workspace)
+    plan = weakref.ref(plans_of(optimizer)[0])
     param = weakref.ref(params_of(optimizer)[0])
     gc.collect()
     gc.disable()
     try:
+        params_of(optimizer)[1].grad = None  # another list
+        optimizer.step()
+        assert plan() is None
+        plan = weakref.ref(plans_of(optimizer)[0])
         optimizer._memory = type(optimizer._memory)()
-        assert workspace() is None
+        assert plan() is None
     finally:
         gc.enable()
     del optimizer
@@ -216,47 +206,22 @@ class Sees(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class MakesCounted(TorchFunctionMode):
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = func(*args, **(kwargs or {}))
-        return result.as_subclass(Counted) if func is torch.empty else result
-
-
-class Counted(Tensor):
-    calls = 0
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        cls.calls += 1
-        return super().__torch_function__(func, types, args, kwargs)
-
-
 @pytest.mark.parametrize("kept", [False, True], ids=["first", "later"])
 def test_memory_under_a_mode_is_made_and_not_kept(kept: bool) -> None:
     """It may be no real memory, and memory from before would be a constant in a graph that the mode traces."""
     optimizer = make(SHAPES)
-    if kept:
+    for _ in range(3 * kept):
         optimizer.step()
-    before = optimizer._memory.workspace
+    before = plans_of(optimizer)
     with Sees():
         optimizer.step()
-    assert optimizer._memory.workspace is before
+    assert all(plan is old for plan, old in zip(plans_of(optimizer), before, strict=True))
     fake = make(SHAPES)
     with FakeTensorMode(), pytest.raises(Exception, match=r"(?i)fake"):
         fake.step()
-    assert fake._memory.workspace is None
+    assert not plans_of(fake)
     optimizer.step()
-    assert_as_without_memory(optimizer, SHAPES, steps=2 + kept)
-
-
-def test_what_a_function_mode_makes_is_not_kept() -> None:
-    optimizer = make(SHAPES)
-    with MakesCounted():
-        optimizer.step()
-    calls = Counted.calls
-    optimizer.step()
-    assert Counted.calls == calls > 0
-    assert_as_without_memory(optimizer, SHAPES, steps=2)
+    assert_as_without_memory(optimizer, SHAPES, steps=2 + 3 * kept)
 
 
 TRANSFORMS: dict[str, Callable[[Any], Any]] = {
@@ -270,8 +235,9 @@ TRANSFORMS: dict[str, Callable[[Any], Any]] = {
 def test_a_step_within_a_transform(transform: str) -> None:
     """To which a tensor from outside is one not to be written."""
     optimizer = make(SHAPES)
-    optimizer.step()
-    before = optimizer._memory.workspace
+    for _ in range(3):
+        optimizer.step()
+    before = plans_of(optimizer)
 
     def function(x: Tensor) -> Tensor:
         optimizer.step()
@@ -279,15 +245,15 @@ def test_a_step_within_a_transform(transform: str) -> None:
 
     for _ in range(2):
         TRANSFORMS[transform](function)
-        assert optimizer._memory.workspace is before
-    assert_as_without_memory(optimizer, SHAPES, steps=3)
+        assert all(plan is old for plan, old in zip(plans_of(optimizer), before, strict=True))
+    assert_as_without_memory(optimizer, SHAPES, steps=5)
 
 
-def test_where_torch_cannot_tell_of_modes_no_workspace_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_torch_cannot_tell_of_modes_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch._C, "_len_torch_dispatch_stack")
     optimizer = make(SHAPES)
     optimizer.step()
-    assert optimizer._memory.workspace is None
+    assert not plans_of(optimizer)
     assert_as_without_memory(optimizer, SHAPES, steps=1)
 
 
@@ -302,9 +268,10 @@ def test_a_first_step_in_inference_mode_leaves_memory_that_can_be_written() -> N
     assert_as_without_memory(optimizer, SHAPES, steps=2)
 
 
-def test_a_step_that_fails_leaves_no_workspace_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_step_that_fails_leaves_in_its_memory_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = make(SHAPES)
-    optimizer.step()
+    for _ in range(3):
+        optimizer.step()
 
     def fails(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -313,7 +280,8 @@ def test_a_step_that_fails_leaves_no_workspace_behind(monkeypatch: pytest.Monkey
         patch.setattr(torch, "_fused_sgd_", fails)
         with pytest.raises(KeyboardInterrupt):
             optimizer.step()
-    assert optimizer._memory.workspace is None
+    optimizer.step()
+    assert_as_without_memory(optimizer, SHAPES, steps=4)
 
 
 @pytest.mark.parametrize("foreach", [False, True])

@@ -49,7 +49,7 @@ def bucket_of(params: list[Tensor], options: Options = MOMENTUM, grad_scale: Ten
     """Past its first step."""
     buffers: list[Tensor | None] = [torch.zeros_like(p) for p in params] if options.momentum != 0 else []
     grads = [torch.ones_like(p) for p in params]
-    return Bucket(ON_CPU, list(range(len(params))), params, grads, buffers, options, grad_scale=grad_scale)
+    return Bucket(ON_CPU, list(range(len(params))), params, grads, buffers, [], options, grad_scale=grad_scale)
 
 
 # ---------------------------------------------------------------- kernels
@@ -360,7 +360,7 @@ def test_torch_sgd_is_fused_where_the_step_is_and_leaves_versions_to_us(monkeypa
         backend = TorchSGD(ours, fused=fused, foreach=ours is FOREACH)
         param, buffer = torch.ones(3), torch.zeros(3)
         for buffers in ([buffer], [None]):
-            bucket = Bucket(backend, [0], [param], [torch.ones(3)], buffers, Options(0.1, 0.9, adapt=False))
+            bucket = Bucket(backend, [0], [param], [torch.ones(3)], buffers, [], Options(0.1, 0.9, adapt=False))
             backend.update(bucket, Norms(), None)
         assert asked == [fused] * 2
         asked.clear()
@@ -368,7 +368,7 @@ def test_torch_sgd_is_fused_where_the_step_is_and_leaves_versions_to_us(monkeypa
     # on the CPU a gate is looked at before
     backend = TorchSGD(FUSED_CPU, fused=True)
     for gate in (0.0, 1.0):
-        bucket = Bucket(backend, [0], [torch.ones(3)], [torch.ones(3)], [], Options(0.1, adapt=False))
+        bucket = Bucket(backend, [0], [torch.ones(3)], [torch.ones(3)], [], [], Options(0.1, adapt=False))
         backend.update(bucket, Norms(), torch.tensor(gate))
         assert asked == [True]
 
@@ -507,7 +507,7 @@ Lists = tuple[list[Tensor], list[Tensor], list[Tensor | None]]
 def sorted_by_name(lists: Lists, options: Options, found_inf: Tensor | None = None, memory: Any = None) -> list[Any]:
     return [
         (bucket.backend.name, bucket.indices)
-        for bucket in backends.split(Group(*lists, options, memory=memory), None, found_inf)
+        for bucket in backends.split(Group(*lists, [], options, memory=memory), None, found_inf)
     ]
 
 
@@ -578,7 +578,7 @@ def test_a_list_on_cuda_is_one_bucket_and_is_sorted_until_it_is_known(
         params, grads, made = ([torch.ones(n, device="cuda") for n in (8, 3)] for _ in range(3))
         buffers: list[Tensor | None] = [None, None]
         for step in range(5):
-            (bucket,) = backends.split(Group(params, grads, buffers, options, memory=memory))
+            (bucket,) = backends.split(Group(params, grads, buffers, [], options, memory=memory))
             assert bucket.backend is triton.TRITON and bucket.indices == [0, 1] and bucket.memory is memory
             expected = [params, grads, buffers if momentum else []]
             for given, taken in zip(expected, [bucket.params, bucket.grads, bucket.momentum_buffers], strict=True):

@@ -148,7 +148,7 @@ def test_norms_are_those_of_the_whole_tensors() -> None:
     params = make_params(torch.float32, layouts=["vector_4097", "offset", "zeros"])
     grads = [g for g in make_grads("dense", params, 0) if g is not None]
     options = Options(lr=0.5, weight_decay=0.05, trust_denominator="joint", skip_nonfinite=True)
-    bucket = Bucket(INTERPRETED, [0, 1, 2], list(params), grads, [], options, grad_scale=torch.tensor(4.0))
+    bucket = Bucket(INTERPRETED, [0, 1, 2], list(params), grads, [], [], options, grad_scale=torch.tensor(4.0))
     norms = INTERPRETED.measure(bucket, True)
     vectors = [(p.detach(), g / 4 + 0.05 * p.detach(), g / 4) for p, g in zip(params, grads, strict=True)]
     for norm, of in zip((norms.param, norms.direction, norms.grad), zip(*vectors, strict=True), strict=True):
@@ -237,7 +237,7 @@ def test_parts_of_sharded_tensors_take_the_norms_of_the_whole(name: str, scale: 
     mine, others = zip(*(w.chunk(2) for w in wholes), strict=True)
     params = [w.clone() for w in mine[:2]]
     grads = [g * (scale or 1.0) for g in mine[2:]]
-    group = Group(params, grads, [None, None], options)
+    group = Group(params, grads, [None, None], [], options)
     INTERPRETED.served = 0
     for reason in ("none", "none", "there", "here") if options.skip_nonfinite else ("none", "none"):
         others_now = [torch.as_tensor(whole, dtype=torch.float32)[1050:] for whole in reference.params]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 from torch import Tensor
 
@@ -17,7 +16,6 @@ class Memory:
         """Empty."""
         self.steps = 0  # so far, for caches that age
         self.assignments: dict[str, Any] = {}  # backends/__init__.py: one per group
-        self.workspace: Any = None  # backends/fused_cpu.py
         self.tables: Any = None  # backends/triton.py
 
     def __reduce__(self) -> tuple[type[Memory], tuple[()]]:
@@ -31,10 +29,11 @@ class Group(NamedTuple):
     params: list[Tensor]
     grads: list[Tensor]
     momentum_buffers: list[Tensor | None]  # None before the first step; not read without momentum
+    # what rounding has taken from parameters in half precision, None before the first step; empty where none keeps it
+    compensations: list[Tensor | None]
     options: Options
     where: str = "lars"  # what errors call it: "param group 0"
     memory: Memory | None = None  # None in graphs and in the functional form
-    compensations: Sequence[Tensor | None] = ()  # one a parameter, None for those that keep none; or empty
 
 
 class Bucket(NamedTuple):
@@ -45,14 +44,18 @@ class Bucket(NamedTuple):
     params: list[Tensor]
     grads: list[Tensor]
     momentum_buffers: list[Tensor | None]  # empty without momentum
+    compensations: list[Tensor | None]  # empty where they are not kept
     options: Options
     is_first_step: bool = False  # with momentum, whose buffers are then None
     grad_scale: Tensor | None = None  # what the backend has to divide gradients by
     plan: Any = None  # what `Backend.plan` returned for these tensors
     memory: Memory | None = None
-    compensations: Sequence[
-        Tensor
-    ] = ()  # what rounding has taken from the parameters so far; empty if that is not kept
+
+    def at(self, places: list[int]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+        """Parameters, gradients, momentum buffers and compensations at these places; all are made."""
+        lists = cast("list[list[Tensor]]", [self.params, self.grads, self.momentum_buffers, self.compensations])
+        params, grads, buffers, compensations = [[each[i] for i in places] if each else [] for each in lists]
+        return params, grads, buffers, compensations
 
 
 class Norms(NamedTuple):

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .backends.layouts import own_every_element
+from .buckets import Group
 from .dtypes import is_half
-from .formula import is_adapted
+from .formula import is_adapted, is_compensated
 from .options import NAMES, Options, check_options, check_params, check_tensor_lr
 
 
@@ -89,6 +90,21 @@ def _largest_factor(options: Mapping[str, Any], narrowest: torch.dtype) -> float
     return torch.finfo(torch.float32 if adapted and is_half(narrowest) else narrowest).max
 
 
+def check_grad(grad: Tensor) -> None:
+    """Raise for a gradient that LARS cannot read."""
+    if reason := _sparse(grad):
+        raise RuntimeError(reason)
+
+
+def _sparse(grad: Tensor) -> str | None:
+    if grad.layout is torch.strided and not grad.is_nested:
+        return None
+    return (
+        f"LARS needs dense gradients, got one of layout {grad.layout} and shape {tuple(grad.shape)}; use "
+        "nn.Embedding(sparse=False), or another optimizer for that parameter"
+    )
+
+
 def check_fit(
     param: Tensor, grad: Tensor, buffer: Tensor | None, where: str, compensation: Tensor | None = None
 ) -> None:
@@ -99,11 +115,8 @@ def check_fit(
 
 def _misfit(param: Tensor, grad: Tensor, buffer: Tensor | None, compensation: Tensor | None) -> str | None:
     """Why these cannot be stepped together; None if they can."""
-    if grad.layout is not torch.strided or grad.is_nested:
-        return (
-            f"LARS needs dense gradients, got one of layout {grad.layout} and shape {tuple(grad.shape)}; use "
-            "nn.Embedding(sparse=False), or another optimizer for that parameter"
-        )
+    if reason := _sparse(grad):
+        return reason
     what = f"a parameter of shape {tuple(param.shape)}"
     if reason := _unwritable(param, what):
         return reason
@@ -141,3 +154,22 @@ def _unwritable(tensor: Tensor, what: str) -> str | None:
             "its contiguous()"
         )
     return None
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph captures what runs on the current stream."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]  # torch's
+
+
+def check_captured(group: Group) -> None:
+    """Raise where a CUDA graph that captures this step would make state: every replay would fill it with zeros."""
+    if torch.compiler.is_compiling() or not is_capturing():
+        return
+    buffers = group.momentum_buffers if group.options.momentum != 0 else group.params
+    for i, (param, buffer) in enumerate(zip(group.params, buffers)):
+        kept = is_compensated(param.dtype, group.options) and bool(group.compensations)
+        if param.is_cuda and (buffer is None or (kept and group.compensations[i] is None)):
+            raise RuntimeError(
+                f"{group.where}: capturing a LARS step needs an eager step of the same tensors before it, which makes their momentum "
+                f"buffers and compensations; tensor {i} of those with a gradient has none. Nothing has changed"
+            )

@@ -72,7 +72,9 @@ def joint_norms(params: list[Tensor], grads: list[Tensor], sign: float, weight_d
 
 
 def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A float32 tensor rounded to a half type. Through the bits, because Inductor drops a conversion that is converted back."""
+    """A float32 tensor rounded to a half type. In a graph through the bits: Inductor drops a conversion that is converted back."""
+    if not torch.compiler.is_compiling():
+        return tensor.to(dtype).to(tensor.dtype)
     if tensor.is_cpu and not COMPILES_BITS:
         half: Tensor = torch.ops.fastlars.realized.default(tensor.to(dtype))
         return half.to(tensor.dtype)

@@ -65,8 +65,10 @@ def trust_ratio(nonzero: Condition, param_norm: Number, direction_norm: Number, 
     denominator = direction_norm + options.eps
     if options.trust_denominator == "separate":
         denominator = denominator + options.weight_decay * param_norm
-    # the inner `where` avoids a division by 0 in the branch not taken, whose gradient would be NaN
-    ratio = options.trust_coefficient * param_norm / where(nonzero, denominator, 1.0)
+    if options.differentiable or options.eps == 0:
+        # no division by 0 in the branch not taken: its gradient would be NaN, and Python's numbers raise
+        denominator = where(nonzero, denominator, 1.0)
+    ratio = options.trust_coefficient * param_norm / denominator
     if options.trust_clip:
         # min(ratio / lr, 1), and 1 at lr = 0; a NaN stays one
         is_smaller = (ratio < lr) | (ratio != ratio)  # noqa: PLR0124  isnan, of a number or a tensor

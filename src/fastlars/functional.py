@@ -7,7 +7,6 @@ from torch import Tensor
 
 from . import sharding
 from .backends import leaves_graph
-from .backends.triton import check_captured, is_capturing
 from .buckets import Group
 from .checks import check_no_leaves
 from .compat import is_scripting, outside_graphs
@@ -100,42 +99,41 @@ def lars(
             raise RuntimeError("compensations cannot be scripted; leave them out, and kahan_sum=None")
         scripted_step(params, grads, momentum_buffers, options, grad_scale, found_inf)
     else:
-        kept = _compensations(params, compensations, options)
-        group = Group(params, grads, momentum_buffers, options, compensations=kept)
-        if differentiable:
-            check_no_leaves(params if torch.is_grad_enabled() else [])
-            _step(group, grad_scale, found_inf)
-        else:
-            with torch.no_grad():
-                _step(group, grad_scale, found_inf)
+        _step(params, grads, momentum_buffers, compensations, options, grad_scale, found_inf)
 
 
-def _compensations(
-    params: List[Tensor], compensations: Optional[List[Optional[Tensor]]], options: Options
-) -> List[Optional[Tensor]]:
-    """Those that the step reads: new ones are zeros, and None stands for tensors that need none."""
-    needed = [is_compensated(param.dtype, options) for param in params]
-    if compensations is None:
-        if options.kahan_sum and any(needed):
-            raise ValueError("kahan_sum=True needs compensations: a list like params, of None before the first step")
-        return []
-    if not torch.compiler.is_compiling() and is_capturing():
-        check_captured(params, [compensations[i] if needed[i] else param for i, param in enumerate(params)], "lars")
-    for i, param in enumerate(params):
-        if needed[i] and compensations[i] is None:
-            compensations[i] = torch.zeros_like(param)
-    return [compensations[i] if needed[i] else None for i in range(len(params))]
+def _step(
+    params: List[Tensor],
+    grads: List[Tensor],
+    momentum_buffers: List[Optional[Tensor]],
+    compensations: Optional[List[Optional[Tensor]]],
+    options: Options,
+    grad_scale: Optional[Tensor],
+    found_inf: Optional[Tensor],
+) -> None:
+    """The step of tensors that TorchScript does not see."""
+    # entries for parameters that keep none are not read
+    kept = [i for i, param in enumerate(params) if is_compensated(param.dtype, options)]
+    if compensations is None and options.kahan_sum and kept:
+        raise ValueError("kahan_sum=True needs compensations: a list like params, of None before the first step")
+    read: List[Optional[Tensor]] = []
+    if compensations is not None and kept:
+        read = [compensations[i] if i in kept else None for i in range(len(params))]
+    group = Group(params, grads, momentum_buffers, read, options)
+    recorded = options.differentiable and torch.is_grad_enabled()
+    if recorded:
+        check_no_leaves(params)
+    leaves = torch.compiler.is_compiling() and (sharding.any_sharded(params) or leaves_graph(params, options))
+    with torch.set_grad_enabled(recorded):
+        (_step_group_outside_graphs if leaves else _step_group)(group, grad_scale, found_inf)
+    if compensations is not None and read:
+        for i in kept:
+            compensations[i] = read[i]
 
 
-def _step(group: Group, grad_scale: Optional[Tensor], found_inf: Optional[Tensor]) -> None:
-    if not torch.compiler.is_compiling() and is_capturing():
-        check_captured(group.params, group.momentum_buffers if group.options.momentum != 0 else [], "lars")
-    if sharding.any_sharded(group.params) or leaves_graph(group.params, group.options):
-        shards = sharding.sharded([(group.params, group.options)])
-        _step_outside_graphs([group], grad_scale, found_inf, shards)
-    else:
-        step([group], grad_scale, found_inf)
+def _step_group(group: Group, grad_scale: Optional[Tensor], found_inf: Optional[Tensor]) -> None:
+    step([group], grad_scale, found_inf, sharding.sharded([(group.params, group.options)]))
 
 
 # A fused step leaves the graph as a whole, as torch's own: once, and nothing of it is traced.
-_step_outside_graphs = outside_graphs(step)
+_step_group_outside_graphs = outside_graphs(_step_group)

@@ -17,9 +17,9 @@ from torch.optim.optimizer import Optimizer
 from . import sharding
 from .advice import advise
 from .backends import leaves_graph, split
-from .backends.triton import check_captured, check_fused, is_capturing
+from .backends.triton import check_fused
 from .buckets import Group, Memory
-from .checks import check_group, check_lr, check_no_leaves, check_numbers, largest_lr, narrowest_dtype
+from .checks import check_grad, check_group, check_lr, check_no_leaves, check_numbers, largest_lr, narrowest_dtype
 from .compat import NAMED_PARAMETERS, outside_graphs, required, use_grad_for_differentiable
 from .convert import groups_and_states
 from .description import describe
@@ -28,7 +28,7 @@ from .dtypes import is_half, real
 from .formula import is_adapted, is_compensated, is_nonzero, rounds_away, scalar_lr, trust_ratio
 from .loading import check_saved_state
 from .names import check_call, check_keys
-from .options import NAMES, Options, check_can_be_skipped, check_grad, check_no_module, check_options
+from .options import NAMES, Options, check_can_be_skipped, check_no_module, check_options
 from .step import step
 
 if TYPE_CHECKING:
@@ -288,10 +288,9 @@ class LARS(Optimizer):
                     entry.pop("momentum_buffer", None)
                 elif param.is_complex():  # torch casts the state of floating parameters only
                     entry["momentum_buffer"] = entry["momentum_buffer"].to(param.dtype)
+                # of a parameter of another dtype: what it held is to be added to the weights first
                 if entry.get("compensation") is None or not is_half(param.dtype):
-                    entry.pop(
-                        "compensation", None
-                    )  # of another dtype: what it held is to be added to the weights first
+                    entry.pop("compensation", None)
         super().__setstate__(state)
         self._make_lr_tensors()
 
@@ -332,30 +331,23 @@ class LARS(Optimizer):
         with_grad = [p for p in group["params"] if p.grad is not None]
         params += with_grad
         grads += [p.grad for p in with_grad]
+        if group["momentum"] != 0:
+            momentum_buffers += self._state_of(with_grad, "momentum_buffer", [True] * len(with_grad), in_graph)
         if not _HALF.isdisjoint(map(_dtype, with_grad)):
-            compensations += self._compensations(with_grad, _options(group), in_graph)
-        if group["momentum"] == 0:
-            return
-        found = [self.state.get(p, _NO_STATE).get("momentum_buffer") for p in with_grad]
-        missing = not _NONE.isdisjoint(map(type, found))
-        # A graph is to serve all steps, and a parameter that comes twice has one buffer. Else the step makes buffers.
-        if missing and (in_graph or len(set(map(id, with_grad))) < len(with_grad)):
-            for p in with_grad:
-                if self.state[p].get("momentum_buffer") is None:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            found = [self.state[p]["momentum_buffer"] for p in with_grad]
-        momentum_buffers += found
+            options = _options(group)
+            needed = [is_compensated(p.dtype, options) for p in with_grad]
+            compensations += self._state_of(with_grad, "compensation", needed, in_graph)
 
-    def _compensations(self, params: list[Tensor], options: Options, in_graph: bool) -> list[Tensor | None]:
-        """What the step keeps beside parameters in half precision, zeros at first; outside graphs it is stored after the step."""
-        kept: dict[Tensor, Tensor] = {}  # a parameter may come twice
-        for p in params:
-            if is_compensated(p.dtype, options) and p not in kept:
-                known = self.state.get(p, _NO_STATE).get("compensation")
-                kept[p] = torch.zeros_like(p) if known is None else known
-                if in_graph:
-                    self.state[p]["compensation"] = kept[p]
-        return [kept.get(p) for p in params]
+    def _state_of(self, params: list[Tensor], key: str, needed: list[bool], in_graph: bool) -> list[Tensor | None]:
+        """The state of each parameter that needs it under this key; None for others, and for what the step is to make."""
+        found = [self.state.get(p, _NO_STATE).get(key) if need else None for p, need in zip(params, needed)]
+        # a graph is to serve all steps, and a parameter that comes twice has one state
+        if not _NONE.isdisjoint(map(type, found)) and (in_graph or len(set(map(id, params))) < len(params)):
+            for p, need in zip(params, needed):
+                if need and self.state[p].get(key) is None:
+                    self.state[p][key] = torch.zeros_like(p)
+            found = [self.state[p][key] if need else None for p, need in zip(params, needed)]
+        return found
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -433,7 +425,7 @@ class LARS(Optimizer):
             isinstance(group["lr"], (int, float)) for group in self.param_groups
         ):
             self._make_lr_tensors_outside_graphs()  # written into a group since the last step
-        if any(
+        if torch.compiler.is_compiling() and any(
             # with dampening the first step of a tensor differs, and one graph is to serve all steps
             sharding.any_sharded(params) or leaves_graph(params, options) or (options.momentum and options.dampening)
             for params, options in self._params_and_options()
@@ -448,7 +440,6 @@ class LARS(Optimizer):
         params_and_options = self._params_and_options()
         # GradScaler's, which is told to set them by _step_supports_amp_scaling
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        capturing = not torch.compiler.is_compiling() and is_capturing()
         for i, group in enumerate(self.param_groups):  # all before the first state is made
             if torch.compiler.is_compiling():
                 for grad in [p.grad for p in group["params"]]:
@@ -456,15 +447,6 @@ class LARS(Optimizer):
                         check_grad(grad)
             else:
                 self._check_before_step(i, group)
-            if capturing:
-                moving = [p for p in group["params"] if p.grad is not None]
-                options = params_and_options[i][1]
-                for key, needed in (
-                    ("momentum_buffer", [options.momentum != 0] * len(moving)),
-                    ("compensation", [is_compensated(p.dtype, options) for p in moving]),
-                ):
-                    made = [self.state.get(p, _NO_STATE).get(key) if need else p for p, need in zip(moving, needed)]
-                    check_captured(moving, made, f"param group {i}")
             if found_inf is not None:
                 check_can_be_skipped(group["momentum"], group["dampening"], f"param group {i}: found_inf")
         shards = sharding.sharded(params_and_options)
@@ -480,31 +462,21 @@ class LARS(Optimizer):
             compensations: list[Tensor | None] = []
             self._init_group(group, params, grads, momentum_buffers, compensations, in_graph)
             if params:
-                groups.append(
-                    Group(
-                        params,
-                        grads,
-                        momentum_buffers,
-                        options,
-                        f"param group {i}",
-                        None if in_graph else self._memory,
-                        compensations,
-                    )
-                )
+                where, memory = f"param group {i}", None if in_graph else self._memory
+                groups.append(Group(params, grads, momentum_buffers, compensations, options, where, memory))
 
-        unmade = [not in_graph and not _NONE.isdisjoint(map(type, group.momentum_buffers)) for group in groups]
+        state = [(group, group.momentum_buffers, "momentum_buffer") for group in groups]
+        state += [(group, group.compensations, "compensation") for group in groups]
+        unmade = [] if in_graph else [each for each in state if not _NONE.isdisjoint(map(type, each[1]))]
         step(groups, grad_scale, found_inf, shards)
         if shards is not None:
             self._shards_of_last_step = shards
-        for stepped, is_new in zip(groups, unmade, strict=True):
-            for param, buffer in zip(stepped.params, stepped.momentum_buffers, strict=True) if is_new else ():
-                if buffer is not None:  # else the step was skipped
-                    self.state[param]["momentum_buffer"] = buffer
-            for param, kept in () if in_graph else zip(stepped.params, stepped.compensations):
-                if kept is not None:
-                    self.state[param]["compensation"] = kept
-                else:  # kahan_sum=False drops it
-                    self.state.get(param, {}).pop("compensation", None)
+        for stepped, made, key in unmade:
+            for param, tensor in zip(stepped.params, made, strict=True):
+                if tensor is not None:  # else the step was skipped
+                    self.state[param][key] = tensor
+                elif key == "compensation":  # kahan_sum=False drops it
+                    self.state.get(param, {}).pop(key, None)
 
     def _check_whole(self, options: dict[str, Any], where: str) -> None:
         """Raise for options that one group cannot set by itself."""
@@ -585,7 +557,9 @@ class LARS(Optimizer):
             measured = [([j], *norms.unsqueeze(1)) for j, norms in exchanged.items()]
             here, its_grads = [sharding.local(params[j]) for j in present], [sharding.local(grad) for grad in grads]
             options = of_step._replace(momentum=0.0, skip_nonfinite=False)
-            for bucket in split(Group(here, its_grads, [], options, f"param group {group_index}")) if present else []:
+            for bucket in (
+                split(Group(here, its_grads, [], [], options, f"param group {group_index}")) if present else []
+            ):
                 known = bucket.backend.measure(bucket, True)
                 assert known.param is not None  # the group is adapted
                 assert known.direction is not None

@@ -142,11 +142,3 @@ def check_params(params: Iterable[Any], where: str) -> None:
                 f"{where}: parameters must be floating or complex tensors, got {param.dtype} at position {i}; "
                 "leave it out of the optimizer or convert it"
             )
-
-
-def check_grad(grad: Tensor) -> None:
-    """Raise for a gradient that LARS cannot read."""
-    if grad.layout != torch.strided:
-        raise RuntimeError(
-            f"LARS needs dense gradients, got one of layout {grad.layout} and shape {tuple(grad.shape)}; use nn.Embedding(sparse=False), or another optimizer for that parameter"
-        )

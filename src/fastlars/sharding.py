@@ -190,11 +190,10 @@ class Sharded:
     def local(self, group: Group) -> Group:
         """A group with local parts in place of sharded tensors; gradients are laid out as their parameters first."""
         params, grads = group.params, group.grads
-        buffers = group.momentum_buffers if group.options.momentum != 0 else [None] * len(params)
-        for param, grad, buffer in zip(params, grads, buffers, strict=True):
-            self._check(param, grad, buffer)
-        for param, grad, compensation in zip(params, grads, group.compensations):
-            self._check(param, grad, compensation, "compensation")
+        buffers = group.momentum_buffers if group.options.momentum != 0 else []
+        for name, state in (("momentum_buffer", buffers), ("compensation", group.compensations)):
+            for param, grad, made in zip(params, grads, state or [None] * len(params), strict=True):
+                self._check(param, grad, made, name)
         laid_out: list[Any] = [
             grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
             if is_sharded(param) and not _is_laid_out_as(grad, param)
@@ -208,7 +207,7 @@ class Sharded:
             compensations=[None if each is None else local(each) for each in group.compensations],
         )
 
-    def _check(self, param: Any, grad: Any, buffer: Any, name: str = "momentum_buffer") -> None:
+    def _check(self, param: Any, grad: Any, buffer: Any, name: str) -> None:
         if not is_sharded(param):
             if is_sharded(grad) or is_sharded(buffer):
                 raise TypeError(
@@ -231,17 +230,17 @@ class Sharded:
         """After the step: new buffers become DTensors like their parameters; what was written is marked as written."""
         written: list[Tensor] = []
         for group, local_group in zip(groups, stepped, strict=True):
-            for i, param in enumerate(group.params):
-                buffer = local_group.momentum_buffers[i]
-                # a first step that was skipped may have made none
-                has_buffer = group.options.momentum != 0 and buffer is not None
-                if has_buffer and group.momentum_buffers[i] is None:
-                    group.momentum_buffers[i] = self._like(param, buffer) if is_sharded(param) else buffer
-                if is_sharded(param):
-                    written.append(param)
-                    written += [each for each in group.compensations[i : i + 1] if each is not None]
-                    if has_buffer:
-                        written.append(group.momentum_buffers[i])  # type: ignore[arg-type]
+            written += filter(is_sharded, group.params)
+            for whole, parts in (
+                (group.momentum_buffers, local_group.momentum_buffers),
+                (group.compensations, local_group.compensations),
+            ):
+                for i, (param, part) in enumerate(zip(group.params, parts)):
+                    if part is not None:  # a first step that was skipped may have made none
+                        made = whole[i]
+                        if made is None:
+                            made = whole[i] = self._like(param, part) if is_sharded(param) else part
+                        written += filter(is_sharded, [made])
         bump_versions(written)
 
     def _like(self, param: Any, buffer: Any) -> Any:

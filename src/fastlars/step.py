@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .backends import split
 from .buckets import Group, Norms
+from .checks import check_captured
 from .formula import on_device
 from .sharding import Sharded
 
@@ -17,11 +18,13 @@ def step(
     found_inf: Tensor | None = None,
     shards: Sharded | None = None,
 ) -> None:
-    """Step all groups; new momentum buffers are put into their lists.
+    """Step all groups; new momentum buffers and compensations are put into their lists.
 
     All buckets are measured before any is updated, because one gradient may stop all that ask for it, and because
     sharded tensors exchange their norms at once.
     """
+    for group in groups:
+        check_captured(group)
     local = groups if shards is None else [shards.local(group) for group in groups]
     buckets_of = [split(group, grad_scale, found_inf) for group in local]
     buckets = [bucket for each in buckets_of for bucket in each]
@@ -44,6 +47,8 @@ def step(
             if len(bucket.indices) < len(group.params):  # else its list is the group's
                 for i, buffer in zip(bucket.indices, bucket.momentum_buffers):
                     group.momentum_buffers[i] = buffer
+                for i, compensation in zip(bucket.indices, bucket.compensations):
+                    group.compensations[i] = compensation
     if shards is not None:
         shards.finish(groups, local)
 

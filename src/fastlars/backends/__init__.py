@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import chain
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ def split(group: Group, grad_scale: Tensor | None = None, found_inf: Tensor | No
         if grad_scale is not None and not backend.takes_scale:
             of_bucket = [unscaled(grad, grad_scale) for grad in of_bucket]
         momentum_buffers = buffers if whole or len(buffers) == 0 else [buffers[i] for i in indices]
-        kept = group.compensations if is_compensated(params[indices[0]].dtype, options) else ()
+        kept = group.compensations if is_compensated(params[indices[0]].dtype, options) else []
         buckets.append(
             Bucket(
                 backend,
@@ -85,12 +85,12 @@ def split(group: Group, grad_scale: Tensor | None = None, found_inf: Tensor | No
                 params if whole else [params[i] for i in indices],
                 of_bucket,
                 momentum_buffers,
+                kept if whole or len(kept) == 0 else [kept[i] for i in indices],
                 options,
                 len(momentum_buffers) > 0 and momentum_buffers[0] is None,
                 rest,
                 plan,
                 group.memory,
-                cast("list[Tensor]", [kept[i] for i in indices] if len(kept) > 0 else []),
             )
         )
     return buckets
@@ -113,6 +113,10 @@ class _Assignment:
         self, backends: list[Backend], group: Group, buffers: list[Tensor | None]
     ) -> tuple[list[_Place], list[Tensor]]:
         """As `_sort`."""
+        if (
+            operations_are_seen()
+        ):  # what a mode makes may be no real tensor, and what was made before is a constant to it
+            return _sort(backends, group, buffers)
         made = [buffer for buffer in buffers if buffer is not None]
         kept = [compensation for compensation in group.compensations if compensation is not None]
         tensors = list(chain(group.params, group.grads, made, kept))
@@ -183,7 +187,7 @@ def _is_written(grad: Tensor, *of_step: Tensor | None) -> bool:
 
 def _share_storage(grads: list[Tensor], written: list[Tensor]) -> bool:
     """Whether a gradient lies in the storage of a written tensor, as after ``p.grad = p.detach()``; `_sort` looks closer."""
-    if grads[0].is_meta or not PLAIN.issuperset(map(type, [*grads, *written])) or operations_are_seen():
+    if grads[0].is_meta or not PLAIN.issuperset(map(type, [*grads, *written])):
         return False  # there are no addresses
     storages = {grad.untyped_storage().data_ptr() for grad in grads}
     return any(tensor.untyped_storage().data_ptr() in storages for tensor in written)

@@ -4,7 +4,9 @@
 views. q, the step size, is lr, or 1 where lr is in the momentum buffer. Bytes a float32 parameter: 44, as torch's SGD.
 """
 
-from typing import cast
+from __future__ import annotations
+
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,10 +16,10 @@ from fastlars.compat import default_foreach
 from fastlars.compiled import joint_norms, norms, rounded, unbind
 from fastlars.dtypes import is_conjugate, is_half, norm_dtype, real
 from fastlars.formula import Number, coefficients, is_adapted, on_device, scalar_lr, sign
-from fastlars.norms import chunks
 from fastlars.options import Options
 
 from .layouts import on_cpu
+from .staging import Staging, Step
 
 
 def measure(bucket: Bucket, foreach: bool) -> Norms:
@@ -36,55 +38,20 @@ def measure(bucket: Bucket, foreach: bool) -> Norms:
     if not adapted:
         return Norms(grad=grad_norm)
     direction_norm = grad_norm
-    if joint:
+    if joint and foreach and bucket.plan is not None and is_half(params[0].dtype) and not params[0].is_cpu:
+        direction_norm = bucket.plan.joint_norms(bucket)
+    elif joint:
         direction_norm = joint_norms(params, grads, sign(options), options.weight_decay, foreach)
     return Norms(norms(params, foreach), direction_norm, grad_norm)
 
 
-def make_buffers(bucket: Bucket) -> list[Tensor]:
-    """The momentum buffers of a bucket, zeros at its first step; empty without momentum."""
-    if len(bucket.momentum_buffers) > 0 and bucket.momentum_buffers[0] is None:
-        bucket.momentum_buffers[:] = [torch.zeros_like(param) for param in bucket.params]
-    return cast("list[Tensor]", bucket.momentum_buffers)
-
-
-def copies(tensors: list[Tensor], dtype: torch.dtype, foreach: bool) -> list[Tensor]:
-    """Copies in ``dtype``."""
-    if torch.compiler.is_compiling():
-        # no memory in a graph: conversions become part of the loops that read them
-        return [tensor.clone() if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors]
-    new = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
-    if len(new) > 0:  # foreach ops refuse empty lists
-        write_back(new, tensors, None, foreach)
-    return new
-
-
-def write_back(targets: list[Tensor], sources: list[Tensor], skip: Tensor | None, foreach: bool) -> None:
-    """Write the sources into the targets, unless the 0-dim bool tensor ``skip`` is true."""
-    # not in a graph, where it would be a kernel a tensor, and a copy of each is part of the list kernel
-    if foreach and skip is None and not torch.compiler.is_compiling():
-        torch._foreach_copy_(targets, sources)
-        return
-    for target, source in zip(targets, sources):
-        # chosen in the target's dtype: a NaN that went through float32 and back has other bits
-        target.copy_(source if skip is None else torch.where(skip, target, source.to(target.dtype)))
-
-
-def add_halves(tensors: list[Tensor], halves: list[Tensor], sign: int, foreach: bool) -> None:
-    """Add tensors of half types to float32 ones, or subtract them."""
-    if foreach:
-        torch._foreach_add_(tensors, copies(halves, tensors[0].dtype, True), alpha=sign)
-        return
-    for tensor, half in zip(tensors, halves):
-        tensor.add_(half, alpha=sign)
-
-
-def rounding_errors(tensors: list[Tensor], stored: list[Tensor], foreach: bool) -> list[Tensor]:
-    """What float32 tensors lost when they were stored in half types; may be the same tensors, changed."""
-    if torch.compiler.is_compiling():
-        return [tensor - rounded(tensor, half.dtype) for tensor, half in zip(tensors, stored)]
-    add_halves(tensors, stored, -1, foreach)
-    return tensors
+def make_state(bucket: Bucket) -> tuple[list[Tensor], list[Tensor]]:
+    """The momentum buffers and compensations of a bucket; zeros at its first step."""
+    for made in (bucket.momentum_buffers, bucket.compensations):
+        for i, tensor in enumerate(made):
+            if tensor is None:
+                made[i] = torch.zeros_like(bucket.params[i])
+    return cast("tuple[list[Tensor], list[Tensor]]", (bucket.momentum_buffers, bucket.compensations))
 
 
 class Single:
@@ -109,7 +76,7 @@ class Single:
 
     def measure(self, bucket: Bucket, now: bool) -> Norms:  # noqa: ARG002
         """All norms, at once."""
-        make_buffers(bucket)  # memory may run out, so before anything moves
+        make_state(bucket)  # memory may run out, so before anything moves
         return measure(bucket, self.foreach)
 
     def update(self, bucket: Bucket, norms: Norms, gate: Tensor | None) -> None:
@@ -117,53 +84,30 @@ class Single:
 
         A factor of 0 in place of a gate would not do, because 0 * NaN is NaN.
         """
-        params, grads, options = bucket.params, bucket.grads, bucket.options
-        b, c = self._coefficients(bucket, norms)
-        buffers = make_buffers(bucket)
-        dtype = torch.float32 if is_half(params[0].dtype) else params[0].dtype
+        params, buffers, options = bucket.params, make_state(bucket)[0], bucket.options
+        like = real(params[0])
+        pair = None if norms.param is None or norms.direction is None else (norms.param, norms.direction)
+        lr = scalar_lr(options.lr, like)
+        factor_b, factor_c = coefficients(pair, lr, bucket.is_first_step, options)
+        b, c = _unbind(factor_b, len(params), like), _unbind(factor_c, len(params), like)
+        step_size = 1.0 if options.lr_in_momentum else lr
+        tensor_update = _multi_tensor_update if self.foreach else single_tensor_update
+
+        def step(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], places: list[int]) -> None:
+            w, g, v = [real(x) for x in params], [real(x) for x in grads], [real(x) for x in buffers]
+            tensor_update(w, g, v, [b[i] for i in places], [c[i] for i in places], step_size, options)
+
+        every = list(range(len(params)))
         # a conjugate view cannot be written through its real view, which is a copy
-        if gate is None and dtype == params[0].dtype and not is_conjugate(params[0]):
-            self._step(params, grads, buffers, b, c, options)
+        if gate is None and not is_half(params[0].dtype) and not is_conjugate(params[0]):
+            step(params, bucket.grads, buffers, every)
             return
         skip = None if gate is None else on_device(gate, params[0]) != 0
-        for places in chunks(params) if self.foreach else [[i] for i in range(len(params))]:
-            old = [params[i] for i in places]
-            old_buffers = [buffers[i] for i in places] if options.momentum != 0 else []
-            compensations = [bucket.compensations[i] for i in places] if len(bucket.compensations) > 0 else []
-            new, new_buffers = copies(old, dtype, self.foreach), copies(old_buffers, dtype, self.foreach)
-            if compensations:
-                add_halves(new, compensations, 1, self.foreach)
-            directions = [grads[i] for i in places]
-            if self.foreach and is_half(directions[0].dtype):
-                directions = copies(directions, dtype, True)  # foreach ops are one launch only among equal dtypes
-            self._step(new, directions, new_buffers, [b[i] for i in places], [c[i] for i in places], options)
-            write_back(old + old_buffers, new + new_buffers, skip, self.foreach)
-            new_buffers, directions = [], []  # freed before more is made
-            if compensations:
-                write_back(compensations, rounding_errors(new, old, self.foreach), skip, self.foreach)
-            new = []
-
-    def _coefficients(self, bucket: Bucket, norms: Norms) -> tuple[list[Tensor], list[Tensor]]:
-        like = real(bucket.params[0])
-        pair = None if norms.param is None or norms.direction is None else (norms.param, norms.direction)
-        lr = scalar_lr(bucket.options.lr, like)
-        b, c = coefficients(pair, lr, bucket.is_first_step, bucket.options)
-        return _unbind(b, len(bucket.params), like), _unbind(c, len(bucket.params), like)
-
-    def _step(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor],
-        buffers: list[Tensor],
-        b: list[Tensor],
-        c: list[Tensor],
-        options: Options,
-    ) -> None:
-        params, grads = [real(param) for param in params], [real(grad) for grad in grads]
-        buffers = [real(buffer) for buffer in buffers]
-        step_size = 1.0 if options.lr_in_momentum else scalar_lr(options.lr, params[0])
-        update = _multi_tensor_update if self.foreach else single_tensor_update
-        update(params, grads, buffers, b, c, step_size, options)
+        if bucket.plan is not None:
+            bucket.plan.step(bucket, skip, step)
+        else:  # a graph sees the whole list
+            for places in [every] if self.foreach else [[i] for i in every]:
+                _step_new(bucket, places, skip, step, self.foreach)
 
 
 class Foreach(Single):
@@ -186,6 +130,28 @@ class Foreach(Single):
             return False
         # they do not come in graphs
         return torch.compiler.is_compiling() or not any(map(Tensor.is_neg, params + momentum_buffers))
+
+    def plan(self, params: list[Tensor]) -> Any:  # noqa: ARG002
+        """Room for copies, which a graph does not need."""
+        return None if torch.compiler.is_compiling() else Staging()
+
+
+def _step_new(bucket: Bucket, places: list[int], skip: Tensor | None, step: Step, foreach: bool) -> None:
+    """On new tensors, through which autograd and compilers see; in a graph they take no memory."""
+    params, grads, buffers, compensations = bucket.at(places)
+    dtype = torch.float32 if is_half(params[0].dtype) else params[0].dtype
+    old = params + buffers
+    new = [(tensor.resolve_conj() if tensor.is_complex() else tensor).to(dtype, copy=True) for tensor in old]
+    weights = new[: len(params)]
+    for weight, compensation in zip(weights, compensations):
+        weight.add_(compensation)
+    if foreach and is_half(grads[0].dtype):
+        grads = [grad.to(dtype) for grad in grads]
+    step(weights, grads, new[len(params) :], places)
+    errors = [weight - rounded(weight, param.dtype) for weight, param in zip(weights, params)] if compensations else []
+    for target, source in zip(old + compensations, new + errors):
+        # chosen in the target's dtype: a NaN that went through float32 and back has other bits
+        target.copy_(source if skip is None else torch.where(skip, target, source.to(target.dtype)))
 
 
 def single_tensor_update(

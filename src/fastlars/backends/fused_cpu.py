@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterator
 from functools import cache
 from operator import attrgetter
 from typing import Any, NamedTuple, cast
@@ -19,13 +18,13 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from fastlars.buckets import Bucket, Memory, Norms
+from fastlars.buckets import Bucket, Norms
 from fastlars.compat import bump_versions, operations_are_seen
 from fastlars.formula import Number, coefficients, is_adapted, sign
 from fastlars.norms import ROW, norms
 from fastlars.options import Options
 
-from .eager import make_buffers, measure
+from .eager import make_state, measure
 from .layouts import can_be_walked, on_cpu
 
 # Tensors up to this size are stacked with others of their shape: calls for each would cost more than the work.
@@ -36,8 +35,6 @@ AT_ONCE = 4096
 STACK = 1 << 18
 # Row norms that one dot product may add in float32: relative error up to 5e-7.
 ROWS = 4096
-# Tensors of which a workspace keeps views, of some 400 bytes each.
-VIEWS = 8192
 # 1 - b is passed in double precision, and b is taken back from it: exactly for a float32 b of this size and above.
 SMALLEST_B = 2.0**-29
 
@@ -71,11 +68,11 @@ class FusedCPU:
 
     def plan(self, params: list[Tensor]) -> Plan:
         """Which tensors are stacked and which are stepped alone."""
-        return _plan(params)
+        return Plan(params)
 
     def measure(self, bucket: Bucket, now: bool) -> Norms:
         """Gradient norms for ``skip_nonfinite``; the others are taken by `update`, while the tensor is in cache."""
-        make_buffers(bucket)  # memory may run out, so before anything moves
+        make_state(bucket)  # memory may run out, so before anything moves
         if now:
             return measure(bucket, foreach=False)
         return Norms(grad=norms(bucket.grads, foreach=False) if bucket.options.skip_nonfinite else None)
@@ -86,50 +83,26 @@ class FusedCPU:
         if gate is not None and gate.any():  # on the CPU: reading it waits for nothing
             return
         first_step = bucket.is_first_step
-        params, grads, buffers = bucket.params, bucket.grads, make_buffers(bucket)
+        params, grads, buffers = bucket.params, bucket.grads, make_state(bucket)[0]
         known = None if norms.param is None or norms.direction is None else torch.stack([norms.param, norms.direction])
-        workspace = _take_workspace(bucket.memory)
-        fused = _Fused(bucket.options, first_step, workspace, has_addresses=not operations_are_seen())
-        for stacks in _workspaces_full(bucket.plan.small):
-            places = [i for _, stack in stacks for i in stack]
-            fused.stacked(
-                [(shape, [params[i] for i in stack], [grads[i] for i in stack]) for shape, stack in stacks],
-                [buffers[i] for i in places] if buffers else [],
-                None if known is None else (known[0, places], known[1, places]),
-            )
+        plan: Plan = bucket.plan
+        fused = _Fused(bucket.options, first_step, plan.grads)
+        for stacks in plan.stacks:
+            places = [i for stack in stacks for i in stack.places]
+            pair = None if known is None else (known[0, places], known[1, places])
+            fused.stacked(stacks, params, grads, [buffers[i] for i in places] if buffers else [], pair)
         numbers = None if known is None else known.tolist()
-        for i in bucket.plan.alone:
-            pair = None if numbers is None else (numbers[0][i], numbers[1][i])
-            fused.alone(params[i], grads[i], buffers[i : i + 1], pair)
-        _keep_workspace(bucket.memory, workspace)
+        for i in plan.alone:
+            fused.alone(
+                params[i], grads[i], buffers[i : i + 1], None if numbers is None else (numbers[0][i], numbers[1][i])
+            )
         bump_versions(params + buffers)
 
 
-class Plan(NamedTuple):
-    """The places in a list of tensors that are stacked with others of their shape, and of those that are stepped alone."""
-
-    small: dict[torch.Size, list[int]]
-    alone: list[int]
-
-
-def _plan(params: list[Tensor]) -> Plan:
-    small: dict[torch.Size, list[int]] = {}
-    alone: list[int] = []
-    shape: torch.Size | None = None
-    for i, param in enumerate(params):
-        # what depends on the shape is asked when it changes: most neighbours are alike
-        if param.shape != shape:
-            shape = param.shape
-            numel = shape.numel()
-            is_small = 0 < numel <= SMALL and (numel <= AT_ONCE or _row(numel) > 0)
-            places = small.setdefault(shape, []) if is_small else alone
-        (places if param.is_contiguous() else alone).append(i)
-    return Plan(small, alone)
-
-
 class _Stack(NamedTuple):
-    """Room in a workspace for weights of one shape on top of each other, and for their gradients."""
+    """Small tensors of one shape, and room in a workspace for them and their gradients, on top of each other."""
 
+    places: list[int]
     weights: Tensor
     grads: Tensor
     weight_rows: Tensor
@@ -137,102 +110,67 @@ class _Stack(NamedTuple):
     directions: list[Tensor]  # the gradients one by one
 
 
-class _Workspace:
-    """Memory for one step at a time, and views of it: making a view takes as long as copying a small tensor."""
+class Plan:
+    """Which tensors of a list are stacked with others of their shape, where, and which are stepped alone.
 
-    def __init__(self) -> None:
+    It keeps its memory and the views of it: making a view takes as long as copying a small tensor.
+    """
+
+    def __init__(self, params: list[Tensor]) -> None:
+        """For tensors of one list, of which it keeps none."""
+        places: dict[torch.Size, list[int]] = {}
+        self.alone: list[int] = []
+        for i, param in enumerate(params):
+            numel = param.numel()
+            is_small = 0 < numel <= SMALL and (numel <= AT_ONCE or _row(numel) > 0) and param.is_contiguous()
+            (places.setdefault(param.shape, []) if is_small else self.alone).append(i)
         with torch.inference_mode(False):  # whatever makes it first
-            self.weights, self.grads = (torch.empty(STACK, **_WORK) for _ in range(2))
-        self.stacks: dict[tuple[int, torch.Size], _Stack] = {}
-        self.views = 0
+            self.weights, self.grads = torch.empty(STACK, **_WORK), torch.empty(STACK, **_WORK)
+        self.stacks: list[list[_Stack]] = []  # each as many as fit at a time
+        start = STACK
+        for shape, of_shape in places.items():
+            rest = of_shape
+            while rest:
+                if start + shape.numel() > STACK:
+                    self.stacks.append([])
+                    start = 0
+                here = rest[: (STACK - start) // shape.numel()]
+                self.stacks[-1].append(self._stack(here, shape, start))
+                rest, start = rest[len(here) :], start + len(here) * shape.numel()
 
-    def stack(self, start: int, shape: torch.Size, n: int) -> _Stack:
-        """Room for n weights and n gradients of a shape, from element ``start`` on."""
-        stack = self.stacks.get((start, shape))
-        if stack is None or len(stack.directions) < n:
-            stack = self._make(start, shape, n)
-        return stack if len(stack.directions) == n else _Stack(*[views[:n] for views in stack])  # type: ignore[arg-type]
-
-    def _make(self, start: int, shape: torch.Size, n: int) -> _Stack:
-        numel = shape.numel()
-        weight_rows, grad_rows = (x[start : start + n * numel].view(n, numel) for x in (self.weights, self.grads))
+    def _stack(self, places: list[int], shape: torch.Size, start: int) -> _Stack:
+        n, end = len(places), start + len(places) * shape.numel()
+        weight_rows, grad_rows = self.weights[start:end].view(n, -1), self.grads[start:end].view(n, -1)
         grads = grad_rows.view(n, *shape)
-        stack = _Stack(weight_rows.view(n, *shape), grads, weight_rows, grad_rows, list(grads.unbind()))
-        if n <= VIEWS:
-            if self.views + n > VIEWS:
-                self.stacks.clear()
-                self.views = 0
-            self.stacks[start, shape] = stack
-            self.views += n
-        return stack
-
-
-def _take_workspace(memory: Memory | None) -> _Workspace:
-    # To a mode that traces the step, memory from before is a constant.
-    if memory is None or memory.workspace is None or operations_are_seen():
-        return _Workspace()
-    workspace: _Workspace = memory.workspace
-    memory.workspace = None  # a step that fails leaves nothing behind
-    return workspace
-
-
-def _keep_workspace(memory: Memory | None, workspace: _Workspace) -> None:
-    # memory made while a mode is active may be no real tensor
-    if memory is not None and type(workspace.weights) is Tensor and not operations_are_seen():
-        memory.workspace = workspace
-
-
-def _workspaces_full(places: dict[torch.Size, list[int]]) -> Iterator[list[tuple[torch.Size, list[int]]]]:
-    """The places of tensors by shape, at most STACK elements at a time."""
-    full: list[tuple[torch.Size, list[int]]] = []
-    room = STACK
-    for shape, stack in places.items():
-        start = 0
-        while start < len(stack):
-            fit = room // shape.numel()
-            if fit == 0:
-                yield full
-                full, room = [], STACK
-                continue
-            full.append((shape, stack[start : start + fit]))
-            room -= len(full[-1][1]) * shape.numel()
-            start += fit
-    if full:
-        yield full
+        return _Stack(places, weight_rows.view(n, *shape), grads, weight_rows, grad_rows, list(grads.unbind()))
 
 
 class _Fused:
     """The step of tensors that share options and that `serves` let in."""
 
-    def __init__(self, options: Options, first_step: bool, workspace: _Workspace, has_addresses: bool) -> None:
+    def __init__(self, options: Options, first_step: bool, workspace: Tensor) -> None:
         self.options = options
         self.adapted = is_adapted(options)
         self.first_step = first_step
         self.lr = float(options.lr)
         self.step_size = 1.0 if options.lr_in_momentum else self.lr
         self.workspace = workspace
-        self.has_addresses = has_addresses
+        self.has_addresses = not operations_are_seen()
 
     def stacked(
         self,
-        stacks: list[tuple[torch.Size, list[Tensor], list[Tensor]]],
+        stacks: list[_Stack],
+        params: list[Tensor],
+        grads: list[Tensor],
         buffers: list[Tensor],
         norms: tuple[Tensor, Tensor] | None,
     ) -> None:
         """Small tensors: copied to a workspace, those of one shape as rows of a matrix; one call of the kernel."""
-        weights: list[Tensor] = []
-        directions: list[Tensor] = []
-        updates: list[Tensor] = []
-        start = 0
-        for shape, params, grads in stacks:
-            stack = self.workspace.stack(start, shape, len(params))
-            torch.stack(params, out=stack.weights)
-            torch.stack(grads, out=stack.grads)
-            weights.append(stack.weight_rows)
-            directions.append(stack.grad_rows)
-            updates += stack.directions
-            start += shape.numel() * len(params)
-
+        for stack in stacks:
+            torch.stack([params[i] for i in stack.places], out=stack.weights)
+            torch.stack([grads[i] for i in stack.places], out=stack.grads)
+        weights, directions = [stack.weight_rows for stack in stacks], [stack.grad_rows for stack in stacks]
+        updates = [direction for stack in stacks for direction in stack.directions]
         if norms is None and self.adapted:
             norms = (self._row_norms(weights), self._row_direction_norms(weights, directions))
         counts = [len(w) for w in weights]
@@ -244,7 +182,7 @@ class _Fused:
             direction.mul_(b[i])
             if self.options.weight_decay != 0:
                 direction.addcmul_(weights[i], c[i])
-        self._sgd([param for _, params, _ in stacks for param in params], updates, buffers)
+        self._sgd([params[i] for stack in stacks for i in stack.places], updates, buffers)
 
     def alone(self, param: Tensor, grad: Tensor, buffer: list[Tensor], norms: tuple[float, float] | None) -> None:
         """A tensor by itself: norms, then one call of the kernel, which reads again what is still in cache."""
@@ -263,10 +201,9 @@ class _Fused:
 
     def _block_by_block(self, param: Tensor, grad: Tensor, buffer: list[Tensor], b: float, c: float) -> None:
         """What one call cannot do, through a workspace that holds the direction of a block."""
-        workspace = self.workspace.grads
         blocks = [torch.split(_flat(tensor), STACK) for tensor in (param, grad, *buffer)]
         for w, g, *v in zip(*blocks):
-            direction = torch.mul(g, b, out=workspace[: g.numel()])
+            direction = torch.mul(g, b, out=self.workspace[: g.numel()])
             if self.options.weight_decay != 0:
                 direction.add_(w, alpha=c)
             self._sgd([w], [direction], v)

@@ -14,7 +14,7 @@ from fastlars.dtypes import is_half
 from fastlars.formula import is_adapted
 from fastlars.options import Options
 
-from .eager import make_buffers, measure
+from .eager import make_state, measure
 from .layouts import on_cpu
 
 
@@ -68,7 +68,7 @@ class TorchSGD:
         dampening = options.dampening
         if options.differentiable and bucket.is_first_step:
             # torch's first buffer is no part of autograd's graph
-            make_buffers(bucket)
+            make_state(bucket)
             dampening = 0.0
         lr = options.lr
         if isinstance(lr, Tensor):

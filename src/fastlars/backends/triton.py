@@ -12,7 +12,7 @@ import ctypes
 import importlib.util
 import threading
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate, chain, repeat
 from typing import Any
@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from fastlars.buckets import Bucket, Norms
+from fastlars.checks import is_capturing
 from fastlars.compat import bump_versions
 from fastlars.formula import is_adapted
 from fastlars.options import Options
 
-from .eager import make_buffers
+from .eager import make_state
 from .layouts import PLAIN, can_be_walked
 
 # Elements a program of `partial_sums` and `update`: 8 a thread, for which these take at most 48 registers on sm_80 and sm_90
@@ -228,7 +229,7 @@ class Triton:
 
     def measure(self, bucket: Bucket, now: bool) -> Norms:  # noqa: ARG002
         """All norms in two launches."""
-        make_buffers(bucket)  # the table holds their addresses
+        make_state(bucket)  # the table holds their addresses
         options, device = bucket.options, bucket.params[0].device
         adapted = bool(is_adapted(options))  # numpy's scalars make numpy's bools, which are no constants to Triton
         joint = adapted and options.trust_denominator == "joint"
@@ -295,7 +296,7 @@ class Triton:
                 KAHAN=bool(bucket.compensations),
                 **LAUNCH,
             )
-        bump_versions([*bucket.params, *make_buffers(bucket), *bucket.compensations])
+        bump_versions(list(chain(bucket.params, *make_state(bucket))))
 
     def _table(self, bucket: Bucket) -> _Table:
         """The table of a bucket on the current stream of its device, which is the current device."""
@@ -336,18 +337,3 @@ def _scalar(value: Tensor | None, device: torch.device) -> Tensor | None:
 
 def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
-def is_capturing() -> bool:
-    """Whether a CUDA graph captures what runs on the current stream."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]  # torch's
-
-
-def check_captured(params: list[Tensor], state: Sequence[Tensor | None], where: str) -> None:
-    """Raise where the graph being captured would make state: every replay would fill it with zeros."""
-    for i, (param, made) in enumerate(zip(params, state)):
-        if made is None and param.is_cuda:
-            raise RuntimeError(
-                f"{where}: capturing a LARS step needs an eager step of the same tensors before it, which makes their momentum "
-                f"buffers and compensations; tensor {i} of those with a gradient has none. Nothing has changed"
-            )

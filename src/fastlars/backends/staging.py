@@ -1,0 +1,112 @@
+"""Copies on which foreach steps what it cannot step in place: half types, which are rounded once, and gated steps.
+
+All copies of a kind lie in one flat tensor, so that copying, rounding and choosing are a few operations, however many tensors
+there are. What is made for a list stays with its plan, at most 32 MiB of float32 a kind: larger lists go chunk by chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlars.buckets import Bucket
+from fastlars.dtypes import is_half
+from fastlars.formula import sign
+from fastlars.norms import chunks, norms
+
+LIMIT = 1 << 23  # elements of a chunk
+
+# the update, in place, of parameters by gradients and momentum buffers, at these places of a bucket
+Step = Callable[[list[Tensor], list[Tensor], list[Tensor], list[int]], None]
+
+
+class Copies(NamedTuple):
+    """Room for some copies of each tensor of a chunk."""
+
+    rows: Tensor  # a row a kind: the first copies of all tensors, then the second ones
+    of_kind: list[Tensor]  # the rows one by one
+    views: list[Tensor]  # every copy in the shape of its tensor, row after row
+
+
+class Staging:
+    """Room for copies of one list of tensors. It keeps their shapes and none of them."""
+
+    def __init__(self) -> None:
+        """Without any: most lists need none."""
+        self._chunks: list[list[int]] = []
+        self._layouts: list[tuple[torch.Size, tuple[int, ...], int]] = []
+        self._made: dict[tuple[Any, ...], Copies] = {}
+        self._flat: dict[tuple[Any, ...], Tensor] = {}
+
+    def step(self, bucket: Bucket, skip: Tensor | None, step: Step) -> None:
+        """Step copies and write them back; nothing changes where the 0-dim bool tensor ``skip`` is true."""
+        self._prepare(bucket.params)
+        for i, places in enumerate(self._chunks):
+            params, grads, buffers, compensations = bucket.at(places)
+            written, dtype = params + compensations + buffers, params[0].dtype
+            kinds, wide_dtype = len(written) // len(params), torch.float32 if is_half(dtype) else dtype
+            wide = self._copies("step", i, kinds, params[0], wide_dtype)
+            # foreach ops are few launches only among equal dtypes
+            read = self._copies("grads", i, 1, params[0], wide_dtype).views if is_half(grads[0].dtype) else []
+            torch._foreach_copy_(wide.views + read, written + grads[: len(read)])
+            if compensations:
+                wide.of_kind[0].add_(wide.of_kind[1])
+            step(wide.views[: len(params)], read or grads, wide.views[-len(buffers) :] if buffers else [], places)
+            new = wide
+            if is_half(dtype):
+                new = self._copies("result", i, kinds, params[0], dtype)
+                new.rows.copy_(wide.rows)
+                if compensations:
+                    new.of_kind[1].copy_(wide.of_kind[0].sub_(new.of_kind[0]))
+            if skip is not None:
+                # chosen in this dtype: a NaN that went through float32 and back has other bits
+                old = self._copies("old", i, kinds, params[0], dtype)
+                torch._foreach_copy_(old.views, written)
+                torch.where(skip, old.rows, new.rows, out=new.rows)
+            torch._foreach_copy_(written, new.views)
+
+    def joint_norms(self, bucket: Bucket) -> Tensor:
+        """As `norms.joint_norms`, of half types."""
+        self._prepare(bucket.params)
+        options, result = bucket.options, []
+        for i, places in enumerate(self._chunks):
+            params, grads, _, _ = bucket.at(places)
+            weights, directions = (
+                self._copies(purpose, i, 1, params[0], torch.float32) for purpose in ("step", "grads")
+            )
+            torch._foreach_copy_(weights.views + directions.views, params + grads)
+            # |s g + decay w| is |g + s decay w|, where s is 1 or -1
+            directions.rows.add_(weights.rows, alpha=sign(options) * options.weight_decay)
+            result.append(norms(directions.views, foreach=True))
+        return torch.cat(result)
+
+    def _prepare(self, params: list[Tensor]) -> None:
+        if not self._chunks:
+            self._chunks = chunks(params, LIMIT)
+            # dense, in the order of a dense tensor's own elements: else foreach ops are a launch a tensor
+            strides = [torch.empty_like(param, device="meta").stride() for param in params]
+            self._layouts = [(param.shape, stride, param.numel()) for param, stride in zip(params, strides)]
+
+    def _copies(self, purpose: str, chunk: int, kinds: int, like: Tensor, dtype: torch.dtype) -> Copies:
+        """Room for so many copies of each tensor of a chunk; chunks share it, and what is asked for another purpose lies apart."""
+        key = (purpose, chunk, kinds, dtype)
+        if key in self._made:
+            return self._made[key]
+        layouts = [self._layouts[i] for i in self._chunks[chunk]]
+        sizes = [numel for _, _, numel in layouts]
+        flat = self._flat.get((purpose, kinds, dtype))
+        if flat is None:
+            largest = max(sum(self._layouts[i][2] for i in places) for places in self._chunks)
+            flat = self._flat[purpose, kinds, dtype] = torch.empty(kinds * largest, dtype=dtype, device=like.device)
+        rows = flat[: kinds * sum(sizes)].view(kinds, -1)
+        of_kind = list(rows.unbind())
+        views = [
+            piece.as_strided(shape, stride)
+            for row in of_kind
+            for piece, (shape, stride, _) in zip(row.split_with_sizes(sizes), layouts)
+        ]
+        self._made[key] = Copies(rows, of_kind, views)
+        return self._made[key]
