@@ -368,8 +368,12 @@ def test_blocks_and_stacks_of_huge_tensors() -> None:
         assert layouts.are_laid_out_alike(huge.view(1, -1))
         assert not layouts.are_laid_out_alike(torch.empty(2, HUGE)[:, ::2])
         assert norms.chunks([huge, torch.empty(3), huge]) == [[0], [1], [2]]
-    part = {torch.Size([1 << 11, 1]): list(range(5)), torch.Size([3]): [5]}
-    assert sum(len(stack) for full in fused_cpu._workspaces_full(part) for _, stack in full) == 6
+    plan = fused_cpu.Plan([torch.empty(1 << 12, 1)] * 130 + [torch.empty(3)])
+    stacks = [stack for full in plan.stacks for stack in full]
+    assert len(plan.stacks) == 3 and not plan.alone and sorted(i for s in stacks for i in s.places) == list(range(131))
+    assert all(
+        full[-1].grad_rows.storage_offset() + full[-1].grad_rows.numel() <= fused_cpu.STACK for full in plan.stacks
+    )
 
 
 def test_the_norm_of_more_than_2_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:

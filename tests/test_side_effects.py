@@ -162,7 +162,9 @@ def test_the_operators_of_a_foreach_step_do_not_grow_with_the_number_of_tensors(
             optimizer.step()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             optimizer.step()
-        outer = [each.name for each in profile.events() if each.cpu_parent is None or "aten" not in each.cpu_parent.name]
+        outer = [
+            each.name for each in profile.events() if each.cpu_parent is None or "aten" not in each.cpu_parent.name
+        ]
         counts.append(len([each for each in outer if each.startswith("aten::") and "::empty" not in each]))
     assert counts[0] == counts[1] <= limit
 

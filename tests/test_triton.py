@@ -573,6 +573,7 @@ def test_a_list_on_cuda_is_one_bucket_and_is_sorted_until_it_is_known(
     sort = backends._sort
     monkeypatch.setattr(backends, "_sort", lambda *args: sorts.append(1) or sort(*args))
     monkeypatch.setattr(backends, "preferred", lambda *_: pytest.fail("sorted one by one"))
+    monkeypatch.setattr(backends, "operations_are_seen", lambda: False)  # the fakes stand for real memory
     options, memory = Options(1.0, momentum=momentum, weight_decay=0.1, fused=True), Memory()
     with fake_cuda():
         params, grads, made = ([torch.ones(n, device="cuda") for n in (8, 3)] for _ in range(3))
