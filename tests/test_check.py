@@ -140,9 +140,9 @@ def test_through_wrappers() -> None:
 @pytest.mark.parametrize(
     ("model", "optimizer", "message"),
     [
-        (mlp(), torch.optim.SGD(mlp().parameters(), lr=0.1), "check needs a fastlars.LARS, got SGD"),
-        (mlp(), "LARS", "check needs a fastlars.LARS, got str"),
-        (list(mlp().parameters()), None, "check needs the module that trains, got list"),
+        (mlp(), torch.optim.SGD(mlp().parameters(), lr=0.1), "optimizer must be a fastlars.LARS, got SGD"),
+        (mlp(), "LARS", "optimizer must be a fastlars.LARS, got str"),
+        (list(mlp().parameters()), None, "model must be the module that trains, got list"),
     ],
 )
 def test_what_it_cannot_check(model: Any, optimizer: Any, message: str) -> None:
