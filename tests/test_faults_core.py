@@ -139,7 +139,7 @@ def test_a_differentiable_step_of_leaves_is_refused_whole(call: str, momentum: O
     optimizer = LARS(params, **options)
     for param, grad, buffer in zip(params, tensors(seed=2), buffers, strict=True):
         param.grad, optimizer.state[param]["momentum_buffer"] = grad, buffer
-    with pytest.raises(RuntimeError, match="cannot step a leaf that requires gradients"):
+    with pytest.raises(RuntimeError, match="cannot update a leaf that requires gradients"):
         optimizer.step() if call == "LARS" else fastlars.lars([*params], tensors(seed=2), [*buffers], **options)
     assert all(map(torch.equal, before, [*params, *buffers]))
 

@@ -126,7 +126,7 @@ def test_what_is_given_comes_before_the_dialect() -> None:
     ("misspelt", "nearest"), [("simlcr", "simclr"), ("SimCLR", "simclr"), ("LARC", "larc"), (3, "")]
 )
 def test_a_misspelt_dialect_is_answered_with_the_nearest(misspelt: Any, nearest: str) -> None:
-    message = f"there is no dialect {misspelt!r}; did you mean '{nearest}.* There are bolts, "
+    message = f"there is no dialect {misspelt!r}; did you mean '{nearest}.* The dialects are bolts, "
     with pytest.raises(ValueError, match=f"^LARS: {message}"):
         LARS([param()], lr=0.5, dialect=misspelt)
     with pytest.raises(ValueError, match=f"^param group 0: {message}"):

@@ -78,7 +78,7 @@ def put_data(value: Tensor) -> Callable[[LARS], object]:
 
 
 ONE_ELEMENT = "Tensor lr must be 1-element and of a floating dtype, got shape"
-OWN = "must have memory of its own for every element"
+OWN = "must have its own memory for every element"
 EDITS: dict[str, tuple[Callable[[LARS], object], str]] = {
     "two elements": (write(lr=torch.tensor([0.5, 0.5])), f"{ONE_ELEMENT} \\(2,\\)"),
     "empty": (write(lr=torch.tensor([])), f"{ONE_ELEMENT} \\(0,\\)"),
@@ -95,8 +95,8 @@ EDITS: dict[str, tuple[Callable[[LARS], object], str]] = {
     "expanded": (put_data(torch.ones(4).expand(3, 4)), f"a parameter of shape \\(3, 4\\) {OWN}"),
     "overlapping": (put_data(torch.ones(9).as_strided((3, 4), (2, 1))), f"a parameter of shape \\(3, 4\\) {OWN}"),
     "expanded buffer": (put_buffer(lambda p: p[:1].expand(3, 4)), f"the momentum_buffer of a parameter .* {OWN}"),
-    "inference buffer": (put_buffer(in_inference_mode), "was made in inference mode and cannot be written outside of it"),
-    "buffer elsewhere": (put_buffer(lambda p: p.to("meta")), "on cpu has a momentum buffer on meta; move it there"),
+    "inference buffer": (put_buffer(in_inference_mode), "was created in inference mode and cannot be written outside it"),
+    "buffer elsewhere": (put_buffer(lambda p: p.to("meta")), "on cpu has a momentum buffer on meta; move it to cpu"),
     "sparse buffer": (put_buffer(lambda p: p.to_sparse()), "must be dense, got one of layout torch.sparse_coo"),
     "complex buffer": (put_buffer(lambda p: p.to(torch.complex64)), "has a momentum buffer of torch.complex64"),
     "shape of a buffer": (put_buffer(lambda p: p[:2].clone()), "has a momentum buffer of shape \\(2, 4\\)"),
@@ -146,7 +146,7 @@ HALF = torch.ones(2, dtype=torch.float16)
 GIVEN: dict[str, tuple[Callable[[], Tensor], Options, str]] = {
     "expanded": (lambda: leaf(torch.ones(1).expand(3)), {}, f"the parameter at position 0 {OWN}"),
     "overlapping": (lambda: leaf(torch.ones(9).as_strided((4, 2), (1, 1))), {}, f"the parameter at position 0 {OWN}"),
-    "inference": (lambda: in_inference_mode(torch.ones(3)), {}, "the parameter at position 0 was made in inference mode"),
+    "inference": (lambda: in_inference_mode(torch.ones(3)), {}, "the parameter at position 0 was created in inference mode"),
     "sparse": (lambda: torch.eye(3).to_sparse(), {}, "must be dense, got one of layout torch.sparse_coo"),
     "lr": (lambda: torch.ones(2), {"lr": 1e39}, "lr must be at most 3.40282e\\+38 for parameters of torch.float32"),
     "half lr": (lambda: HALF, {"lr": 1e5, "adapt": False}, "lr must be at most 65504 for parameters of torch.float16"),
@@ -205,7 +205,7 @@ def test_parameters_made_in_inference_mode_can_be_stepped_there() -> None:
         param.grad = torch.ones(3)
         optimizer.step()
         assert param.tolist() == [0.5] * 3
-    with pytest.raises(RuntimeError, match="was made in inference mode"):
+    with pytest.raises(RuntimeError, match="was created in inference mode"):
         optimizer.step()
 
 

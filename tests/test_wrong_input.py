@@ -84,7 +84,7 @@ WRONG: list[tuple[Options, type[Exception], str]] = [
         ({name: value}, ValueError if isinstance(value, float) else TypeError, f"{name} {NUMBER} {value!r}")
         for name in NON_NEGATIVE for value in (-0.1, NAN, INF, "0.1", None, True)
     ],
-    *[({"momentum": value}, ValueError, f"momentum must be < 1, got {value}: it would add") for value in (1, 1.0, 9.0)],
+    *[({"momentum": value}, ValueError, f"momentum must be < 1, got {value}, with which") for value in (1, 1.0, 9.0)],
     ({"dampening": NAN}, ValueError, "dampening must be a finite number, got nan"),
     ({"dampening": -INF}, ValueError, "dampening must be a finite number, got -inf"),
     ({"dampening": 1j}, TypeError, "dampening must be a finite number, got 1j"),
@@ -117,7 +117,7 @@ WRONG: list[tuple[Options, type[Exception], str]] = [
         "skip_nonfinite=True with momentum needs dampening == 0, got dampening=0.5",
     ),
     *[
-        ({a: True, b: True}, ValueError, f"{a}=True and {b}=True exclude each other; set one of them")
+        ({a: True, b: True}, ValueError, f"{a}=True and {b}=True exclude each other; set only one of them")
         for a, b in (("foreach", "differentiable"), ("fused", "differentiable"), ("kahan_sum", "differentiable"), ("fused", "foreach"))
     ],
 ]  # fmt: skip
@@ -366,7 +366,7 @@ def buffer(value: Any) -> Callable[[dict[str, Any]], object]:
 
 
 PLACE = "parameter 1 of param group 1"
-FITTING = "must have shape (7,) and kind torch.float32, got "
+FITTING = "must be a floating tensor of shape (7,), got "
 STATE_DICTS: list[tuple[Callable[[dict[str, Any]], object], type[Exception], str]] = [
     (buffer(torch.ones(8)), ValueError, f"momentum_buffer of {PLACE} {FITTING}(8,) and torch.float32"),
     (buffer(torch.ones(7, 1)), ValueError, f"{FITTING}(7, 1) and torch.float32; was the state dict saved for other"),
@@ -376,17 +376,17 @@ STATE_DICTS: list[tuple[Callable[[dict[str, Any]], object], type[Exception], str
     (lambda s: s["state"].update({3: torch.ones(7)}), TypeError, f"the state of {PLACE} must be a dict, got Tensor"),
     # these rows were faults that fuzzing found (test_fuzz_state_dicts.py): loaded in part, or no place was named
     (buffer(torch.ones(7, dtype=torch.uint8)), ValueError, f"{FITTING}(7,) and torch.uint8"),
-    (buffer(torch.ones(1).expand(7)), ValueError, f"momentum_buffer of {PLACE} must have memory of its own"),
-    (buffer(torch.ones(7).to_sparse()), ValueError, "must have memory of its own for every element, got layout torch.sparse"),
+    (buffer(torch.ones(1).expand(7)), ValueError, f"momentum_buffer of {PLACE} must have its own memory"),
+    (buffer(torch.ones(7).to_sparse()), ValueError, "must have its own memory for every element, got layout torch.sparse"),
     (lambda s: s.update(state={str(k): v for k, v in s["state"].items()}), ValueError, "has a momentum_buffer under '0'"),
     (lambda s: s["state"].update({77: s["state"].pop(3)}), ValueError, "under 77, which is not among the keys of its param"),
     (lambda s: s["param_groups"][1].update(params=[2, 2]), ValueError, f"{PLACE} has the key 2 of an earlier parameter"),
     (lambda s: s["param_groups"][1].update(params=[2, [3]]), TypeError, "param group 1 of the state dict must be a dict"),
     (lambda s: s["param_groups"][1].update(params=None), TypeError, "group 1 of the state dict must be a dict with a list"),
     (lambda s: s["param_groups"].insert(0, 5), TypeError, "param group 0 of the state dict must be a dict with a list"),
-    (lambda s: s["param_groups"][1].update(param_names=["a"]), ValueError, "group 1: param_names must be a list of 2 texts"),
-    (lambda s: s["param_groups"][1].update(param_names=["a", []]), ValueError, "param_names must be a list of 2 texts"),
-    (lambda s: s["param_groups"][1].update(param_names=5), ValueError, "param_names must be a list of 2 texts, got 5"),
+    (lambda s: s["param_groups"][1].update(param_names=["a"]), ValueError, "group 1: param_names must be a list of 2 strings"),
+    (lambda s: s["param_groups"][1].update(param_names=["a", []]), ValueError, "param_names must be a list of 2 strings"),
+    (lambda s: s["param_groups"][1].update(param_names=5), ValueError, "param_names must be a list of 2 strings, got 5"),
     (lambda s: s.update(state=[]), TypeError, "a dict under 'state' and a list under 'param_groups', got list and list"),
     (lambda s: s.update(param_groups={}), TypeError, "a list under 'param_groups', got dict and dict"),
     (lambda s: s.pop("state"), ValueError, "must have the keys 'state' and 'param_groups', got ['param_groups']"),
@@ -443,7 +443,7 @@ def test_a_buffer_shares_no_memory_between_elements() -> None:
     saved = optimizer.state_dict()
     shared, own = torch.ones(1, 1).expand(2, 1), torch.ones(2).as_strided((2, 1), (1, 0))
     for bad in (shared, torch.ones(2, 1).to_sparse_csr()):  # which has no strides
-        with pytest.raises(ValueError, match="must have memory of its own for every element"):
+        with pytest.raises(ValueError, match="must have its own memory for every element"):
             optimizer.load_state_dict({**saved, "state": {0: {"momentum_buffer": bad}}})
     optimizer.load_state_dict({**saved, "state": {0: {"momentum_buffer": own}}})
     assert torch.equal(optimizer.state[optimizer.param_groups[0]["params"][0]]["momentum_buffer"], own)
@@ -459,7 +459,7 @@ def test_state_of_no_parameter_is_kept() -> None:
 
 def test_real_buffers_of_complex_parameters() -> None:
     saved = make().state_dict()
-    message = "must have shape (3, 5) and kind torch.complex64, got (3, 5) and torch.float32"
+    message = "must be a complex tensor of shape (3, 5), got (3, 5) and torch.float32"
     refuses(make(torch.complex64), ValueError, message, lambda o: o.load_state_dict(saved))
 
 
