@@ -86,7 +86,7 @@ def test_who_has_chosen_is_not_warned(chosen: Any) -> None:
         ({"bias_lr": -0.1}, ValueError, "param_groups: bias_lr must be a finite number >= 0, got -0.1"),
         ({"bias_lr": True}, TypeError, "bias_lr must be a finite number >= 0, got True"),
         ({"bias_lr": torch.ones(2)}, ValueError, r"Tensor bias_lr must be 1-element .* got shape \(2,\)"),
-        ({"bias_lr": "same", "unadapted": {"lr": 1.0}}, ValueError, "both give an lr; leave one out"),
+        ({"bias_lr": "same", "unadapted": {"lr": 1.0}}, ValueError, "both set an lr; leave one out"),
     ],
 )
 def test_what_is_no_lr(options: Any, error: type[Exception], message: str) -> None:

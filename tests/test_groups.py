@@ -13,7 +13,7 @@ from fastlars import DIALECTS, LARS, param_groups
 from fastlars.schedules import warmup_cosine
 
 # most of these models have no normalisation layers: test_bias_lr.py has the warning
-pytestmark = pytest.mark.filterwarnings("ignore:param_groups. biases and other tensors that are not adapted")
+pytestmark = pytest.mark.filterwarnings("ignore:param_groups. this model has no normalisation layers")
 
 
 class Scaling(nn.Module):
@@ -302,15 +302,15 @@ def test_patterns_reach_through_wrappers(wrap: Any) -> None:
         (
             nn.Linear(2, 2),
             TypeError,
-            "object is not iterable|exclude_from_adaptation must hold patterns of names and module classes",
+            "object is not iterable|exclude_from_adaptation must hold name patterns and module classes",
         ),
         (
             [nn.Linear(2, 2)],
             TypeError,
-            "exclude_from_adaptation must hold patterns of names and module classes, got Linear",
+            "exclude_from_adaptation must hold name patterns and module classes, got Linear",
         ),
-        (int, TypeError, "exclude_from_adaptation must hold patterns of names and module classes, got <class 'int'>"),
-        ([None], TypeError, "exclude_from_adaptation must hold patterns of names and module classes, got None"),
+        (int, TypeError, "exclude_from_adaptation must hold name patterns and module classes, got <class 'int'>"),
+        ([None], TypeError, "exclude_from_adaptation must hold name patterns and module classes, got None"),
     ],
 )
 def test_an_exclude_that_excludes_nothing_is_an_error(exclude: Any, error: type[Exception], message: str) -> None:
