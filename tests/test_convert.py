@@ -329,21 +329,21 @@ GOOD = [{"mu": t} for t in TWO]
 LR_0 = {"state": {0: {"trace": TWO[0]}, 1: {"trace": TWO[1]}}, "param_groups": [{"lr": 0.0, "params": [0, 1]}]}
 # the state dict, how many of the parameters are given (None: none are), message
 ERRORS: dict[str, tuple[dict[str, Any], list[int] | None, str]] = {
-    "adam": (state_of(adam((2,)), adam((2, 2))), None, "holds exp_avg, exp_avg_sq, and none of momentum_buffer, mu"),
-    "unknown": (state_of(*({"velocity": t} for t in TWO)), None, "parameter 0 of param group 0 holds velocity, and none"),
+    "adam": (state_of(adam((2,)), adam((2, 2))), None, "must hold one of momentum_buffer, mu, .*, got exp_avg, exp_avg_sq, with"),
+    "unknown": (state_of(*({"velocity": t} for t in TWO)), None, "parameter 0 of param group 0 must hold one of .*, got velocity, with"),
     "shape": (state_of(GOOD[1], GOOD[0]), None, r"mu of parameter 0 .* shape \(2,\), got \(2, 2\) and torch.float32"),
     "scalar": (state_of({"mu": 1.0}, GOOD[1]), None, r"mu of parameter 0 of param group 0 must be .*, got float"),
-    "8 bits": (by_bitsandbytes(*({"state1": t.byte()} for t in TWO)), None, "torch.uint8; .* not one of 8 bits"),
-    "lamb": (by_bitsandbytes(*({"state1": t, "state2": t} for t in TWO)), None, "holds state1, state2, and none"),
+    "8 bits": (by_bitsandbytes(*({"state1": t.byte()} for t in TWO)), None, "torch.uint8; .*8-bit state cannot"),
+    "lamb": (by_bitsandbytes(*({"state1": t, "state2": t} for t in TWO)), None, "must hold one of .*, got state1, state2, with"),
     "sizes": (state_of(*GOOD, GOOD[0]), None, r"have \[3\] parameters, those of the optimizer \[2\]; pass params"),
-    "too many": (state_of(*GOOD), [0, 1, 2], "params has 3 parameters, the state dict 2"),
-    "another": (state_of(*GOOD), [0, 2], "params lacks 1 of the optimizer's 2 parameters, the first at 1"),
-    "left over": (state_of(*GOOD, GOOD[0]), [0, 1, 2], "optimizer lacks 1 parameters that have saved state, .* at 2"),
-    "lr 0": (LR_0, None, "lr is 0, by which the trace of parameter 0 of param group 0 must be divided"),
+    "too many": (state_of(*GOOD), [0, 1, 2], "params must have the 2 parameters of the state dict, got 3"),
+    "another": (state_of(*GOOD), [0, 2], "params must have all 2 parameters of the optimizer, 1 are missing, the first at position 1"),
+    "left over": (state_of(*GOOD, GOOD[0]), [0, 1, 2], "optimizer must have every parameter with saved state, 1 are missing, .* at position 2 of"),
+    "lr 0": (LR_0, None, "lr must not be 0, because the trace of parameter 0 of param group 0 is divided by it"),
     "two lr": (
         {"state": {}, "param_groups": [{"lr": 0.1, "params": [0]}, {"lr": 0.2, "params": [1]}]},
         [0, 1],
-        r"param group 0 has parameters whose saved lr are \[0.1, 0.2\]; split it, or pass keep_lr",
+        r"param group 0 can have one lr, but its parameters were saved with \[0.1, 0.2\]; split it, or pass keep_lr",
     ),
 }  # fmt: skip
 
