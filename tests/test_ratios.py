@@ -206,7 +206,7 @@ def test_names_are_readable_whatever_their_number(plots: Any) -> None:
     [
         ({}, None, "no ratio to draw in 0 steps and 0 rows; record optimizer.trust_ratios"),
         ({0: {}, 1: {}}, None, "no ratio to draw in 2 steps and 0 rows"),
-        ({0: {"a": 1.0}}, ["A"], "no ratio to draw in 1 steps and 1 rows; .* give names as it has them"),
+        ({0: {"a": 1.0}}, ["A"], "no ratio to draw in 1 steps and 1 rows; .* take names from its keys"),
         ({0: {"a": math.nan}}, None, "no ratio to draw"),
         ({5: {"a": 1.0}, 3: {"a": 1.0}}, None, r"the steps of history must increase, got \[5, 3\]"),
     ],

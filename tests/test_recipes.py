@@ -131,10 +131,10 @@ def test_groups_and_dialect_can_be_given() -> None:
 @pytest.mark.parametrize(
     ("name", "values", "error", "message"),
     [
-        ("simclr", {"weight_deacy": 0.1}, TypeError, "simclr: 'weight_deacy' is no value .* did you mean 'weight_decay'"),
-        ("simclr", {"warmup": 5}, TypeError, "'warmup' is no value of a recipe; did you mean 'warmup_epochs'"),
+        ("simclr", {"weight_deacy": 0.1}, TypeError, "simclr: 'weight_deacy' is not a value .* did you mean 'weight_decay'"),
+        ("simclr", {"warmup": 5}, TypeError, "'warmup' is not a value of a recipe; did you mean 'warmup_epochs'"),
         ("simclr", {"eta": 0.1}, TypeError, "'eta' is called trust_coefficient here"),
-        ("simclr", {"power": 2.0}, TypeError, "'power' is no value of a recipe"),  # of a cosine
+        ("simclr", {"power": 2.0}, TypeError, "'power' is not a value of a recipe"),  # of a cosine
         ("byol", {"momentum": -1.0}, ValueError, "momentum must be a finite number >= 0, got -1.0"),
         ("byol", {"epochs": 10}, ValueError, "byol: the warm-up of 10 epochs, 3120 steps, must be shorter .* warmup_epochs"),
         ("moco_v3", {"epochs": 0}, ValueError, "must be > 0, got 0"),
