@@ -98,7 +98,12 @@ def test_help_teaches() -> None:
     text = pydoc.plain(pydoc.render_doc(fastlars.LARS))
     lines = [line.removeprefix(" |").strip() for line in text.splitlines()]
     assert text.index("ratio = trust_coefficient * |w|") < text.index("Args:") < text.index("Methods defined here")
-    for taught in ("no drop-in for SGD", "of the order of 1 to 30", "fastlars.param_groups", "arXiv 1708.03888"):
+    for taught in (
+        "not a drop-in replacement for SGD",
+        "a typical ``lr`` is 1 to 30",
+        "fastlars.param_groups",
+        "arXiv 1708.03888",
+    ):
         assert taught in text, taught
     for option in ("params", *NAMES):
         assert any(line.startswith(f"{option}: ") and len(line) > len(option) + 12 for line in lines), option
