@@ -1,9 +1,9 @@
 """The fused step on CPU: norms, then torch's own fused SGD kernel, tensor by tensor while the tensor is in cache.
 
 ``_fused_sgd_`` computes v = m v + (1 - dampening) (g + weight_decay w) and w -= lr v in one pass. With weight_decay = c / b,
-dampening = 1 - b and lr = q that is LARS. Bytes a float32 parameter: 20, and 8 for the norms where the cache does not serve
-them. The kernel ignores strides, writes nonsense for half types in some versions and bumps no version counter: `serves`
-says where it is right, and `update` bumps the counters.
+dampening = 1 - b and lr = q this is LARS. Bytes per float32 parameter: 20, and 8 for the norms if the cache does not hold
+them. The kernel ignores strides, writes wrong values for half types in some versions and bumps no version counter. So
+`serves` admits only tensors that it computes correctly, and `update` bumps the counters.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from fastlars.options import Options
 from .eager import make_buffers, measure
 from .layouts import can_be_walked, on_cpu
 
-# Tensors up to this size are stacked with others of their shape: calls for each would cost more than the work.
+# Tensors up to this size are stacked with others of their shape, because a call for each costs more than its work.
 SMALL = 12 * 1024
-# Elements whose squares are added in float32 without rows: relative error of their norm up to 3e-6.
+# Up to this many squares are added in float32 without rows. The relative error of the norm is up to 3e-6.
 AT_ONCE = 4096
-# Elements stacked at a time, in two workspaces of 1 MiB: page faults cost most of a stack.
+# Elements stacked at a time, in two workspaces of 1 MiB. Stacking into new memory mostly waits for page faults.
 STACK = 1 << 18
-# Row norms that one dot product may add in float32: relative error up to 5e-7.
+# One dot product adds up to this many row norms in float32. The relative error is up to 5e-7.
 ROWS = 4096
-# Tensors of which a workspace keeps views, of some 400 bytes each.
+# A workspace caches views for up to this many tensors, about 400 bytes each.
 VIEWS = 8192
-# 1 - b is passed in double precision, and b is taken back from it: exactly for a float32 b of this size and above.
+# The kernel gets 1 - b in double precision and recovers b from it, exactly for a float32 b of at least this size.
 SMALLEST_B = 2.0**-29
 
-_WORK: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
+_WORK: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # not torch's defaults, which users may change
 _dtype, _is_cpu = attrgetter("dtype"), attrgetter("is_cpu")
 
 
@@ -54,13 +54,13 @@ class FusedCPU:
     mixes_first_steps = False
 
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:  # noqa: ARG002
-        """On the CPU where it is asked for, and by default for adapted groups: torch's SGD is fused only where one asks."""
+        """On CPU if requested, and by default for adapted groups. torch's SGD is fused only if requested."""
         if options.fused is None and options.foreach is None and not options.differentiable:
             return bool(is_adapted(options)) and all(on_cpu(params))
         return bool(options.fused) and any(on_cpu(params))
 
     def serves(self, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]) -> bool:
-        """Whether the kernel, which walks over memory, computes these right."""
+        """Whether the kernel, which ignores strides, computes these correctly."""
         others = [grads, momentum_buffers] if momentum_buffers else [grads]
         tensors = [*params, *grads, *momentum_buffers]
         return (
@@ -74,8 +74,8 @@ class FusedCPU:
         return _plan(params)
 
     def measure(self, bucket: Bucket, now: bool) -> Norms:
-        """Gradient norms for ``skip_nonfinite``; the others are taken by `update`, while the tensor is in cache."""
-        make_buffers(bucket)  # memory may run out, so before anything moves
+        """Gradient norms for ``skip_nonfinite``. `update` takes the others while the tensor is in cache."""
+        make_buffers(bucket)  # before anything moves, because memory may run out
         if now:
             return measure(bucket, foreach=False)
         return Norms(grad=norms(bucket.grads, foreach=False) if bucket.options.skip_nonfinite else None)
@@ -83,7 +83,7 @@ class FusedCPU:
     @torch.no_grad()
     def update(self, bucket: Bucket, norms: Norms, gate: Tensor | None) -> None:
         """Stacks first, then tensor by tensor."""
-        if gate is not None and gate.any():  # on the CPU: reading it waits for nothing
+        if gate is not None and gate.any():  # on the CPU, where reading it does not synchronize
             return
         first_step = bucket.is_first_step
         params, grads, buffers = bucket.params, bucket.grads, make_buffers(bucket)
@@ -106,7 +106,7 @@ class FusedCPU:
 
 
 class Plan(NamedTuple):
-    """The places in a list of tensors that are stacked with others of their shape, and of those that are stepped alone."""
+    """Indices of the tensors that are stacked by shape, and of those that are stepped alone."""
 
     small: dict[torch.Size, list[int]]
     alone: list[int]
@@ -117,7 +117,7 @@ def _plan(params: list[Tensor]) -> Plan:
     alone: list[int] = []
     shape: torch.Size | None = None
     for i, param in enumerate(params):
-        # what depends on the shape is asked when it changes: most neighbours are alike
+        # evaluated only when the shape changes, because most neighbours have the same one
         if param.shape != shape:
             shape = param.shape
             numel = shape.numel()
@@ -128,7 +128,7 @@ def _plan(params: list[Tensor]) -> Plan:
 
 
 class _Stack(NamedTuple):
-    """Room in a workspace for weights of one shape on top of each other, and for their gradients."""
+    """Views of a workspace for stacked weights of one shape and their gradients."""
 
     weights: Tensor
     grads: Tensor
@@ -138,16 +138,16 @@ class _Stack(NamedTuple):
 
 
 class _Workspace:
-    """Memory for one step at a time, and views of it: making a view takes as long as copying a small tensor."""
+    """Memory for one step at a time, and cached views of it. Making a view takes as long as copying a small tensor."""
 
     def __init__(self) -> None:
-        with torch.inference_mode(False):  # whatever makes it first
+        with torch.inference_mode(False):  # also if an inference step makes it
             self.weights, self.grads = (torch.empty(STACK, **_WORK) for _ in range(2))
         self.stacks: dict[tuple[int, torch.Size], _Stack] = {}
         self.views = 0
 
     def stack(self, start: int, shape: torch.Size, n: int) -> _Stack:
-        """Room for n weights and n gradients of a shape, from element ``start`` on."""
+        """Views for n weights and n gradients of a shape, from element ``start`` on."""
         stack = self.stacks.get((start, shape))
         if stack is None or len(stack.directions) < n:
             stack = self._make(start, shape, n)
@@ -168,7 +168,7 @@ class _Workspace:
 
 
 def _take_workspace(memory: Memory | None) -> _Workspace:
-    # To a mode that traces the step, memory from before is a constant.
+    # A mode that traces the step treats existing memory as a constant.
     if memory is None or memory.workspace is None or operations_are_seen():
         return _Workspace()
     workspace: _Workspace = memory.workspace
@@ -177,13 +177,13 @@ def _take_workspace(memory: Memory | None) -> _Workspace:
 
 
 def _keep_workspace(memory: Memory | None, workspace: _Workspace) -> None:
-    # memory made while a mode is active may be no real tensor
+    # under a mode, the memory may not be a real tensor
     if memory is not None and type(workspace.weights) is Tensor and not operations_are_seen():
         memory.workspace = workspace
 
 
 def _workspaces_full(places: dict[torch.Size, list[int]]) -> Iterator[list[tuple[torch.Size, list[int]]]]:
-    """The places of tensors by shape, at most STACK elements at a time."""
+    """Indices of tensors by shape, in batches of at most STACK elements."""
     full: list[tuple[torch.Size, list[int]]] = []
     room = STACK
     for shape, stack in places.items():
@@ -202,7 +202,7 @@ def _workspaces_full(places: dict[torch.Size, list[int]]) -> Iterator[list[tuple
 
 
 class _Fused:
-    """The step of tensors that share options and that `serves` let in."""
+    """The step of tensors that share options and that `serves` accepted."""
 
     def __init__(self, options: Options, first_step: bool, workspace: _Workspace, has_addresses: bool) -> None:
         self.options = options
@@ -219,7 +219,7 @@ class _Fused:
         buffers: list[Tensor],
         norms: tuple[Tensor, Tensor] | None,
     ) -> None:
-        """Small tensors: copied to a workspace, those of one shape as rows of a matrix; one call of the kernel."""
+        """Small tensors: copy them to a workspace, as the rows of one matrix per shape, and call the kernel once."""
         weights: list[Tensor] = []
         directions: list[Tensor] = []
         updates: list[Tensor] = []
@@ -247,7 +247,7 @@ class _Fused:
         self._sgd([param for _, params, _ in stacks for param in params], updates, buffers)
 
     def alone(self, param: Tensor, grad: Tensor, buffer: list[Tensor], norms: tuple[float, float] | None) -> None:
-        """A tensor by itself: norms, then one call of the kernel, which reads again what is still in cache."""
+        """One tensor: take its norms, then call the kernel while the tensor is still in cache."""
         if self.has_addresses and any(_is_shifted(grad, written) for written in (param, *buffer)):
             grad = grad.clone()
         if norms is None and self.adapted:
@@ -256,13 +256,13 @@ class _Fused:
         if self.options.momentum == 0 and b != 0 and math.isfinite(c / b):
             self._sgd([param], [grad], [], weight_decay=c / b, factor=b)
         elif not self.options.nesterov and SMALLEST_B <= abs(b) < math.inf:
-            b = ctypes.c_float(b).value  # else bits would depend on the scale of b, which is that of the loss
+            b = ctypes.c_float(b).value  # else the bits would depend on the scale of b, and so of the loss
             self._sgd([param], [grad], buffer, weight_decay=c / b, dampening=1 - b)
         else:
             self._block_by_block(param, grad, buffer, b, c)
 
     def _block_by_block(self, param: Tensor, grad: Tensor, buffer: list[Tensor], b: float, c: float) -> None:
-        """What one call cannot do, through a workspace that holds the direction of a block."""
+        """Cases that one call cannot compute, block by block, with the direction of each block in the workspace."""
         workspace = self.workspace.grads
         blocks = [torch.split(_flat(tensor), STACK) for tensor in (param, grad, *buffer)]
         for w, g, *v in zip(*blocks):
@@ -314,7 +314,7 @@ class _Fused:
 
 
 def _is_shifted(grad: Tensor, written: Tensor) -> bool:
-    """Whether the kernel would write elements of the gradient before it reads them; of the same memory it reads first."""
+    """Whether the kernel would overwrite gradient elements before it reads them. Exactly the same memory is safe."""
     return 0 < abs(grad.data_ptr() - written.data_ptr()) < grad.nbytes
 
 
@@ -324,7 +324,7 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _norm(tensor: Tensor) -> float:
-    """Of a dense tensor as `norms.flat_norm`, in fewer calls, and in float32 to the end: a host number is wanted."""
+    """The norm of a dense tensor as a Python number, like `norms` but in fewer calls and in float32 to the end."""
     matrix = _matrix(tensor.numel())
     if matrix is None:
         return norms([_flat(tensor)], foreach=False).item()
@@ -334,7 +334,7 @@ def _norm(tensor: Tensor) -> float:
 
 @cache
 def _matrix(numel: int) -> tuple[tuple[int, int], tuple[int, int]] | None:
-    """Size and strides of this many elements as a matrix of long rows; None where there is none, or it has too many."""
+    """Size and strides of this many elements as a matrix of long rows; None if there is none or it has too many rows."""
     row = _row(numel)
     return None if row == 0 or numel > row * ROWS else ((numel // row, row), (row, 1))
 
@@ -350,7 +350,7 @@ def _norms_of_rows(matrix: Tensor) -> Tensor:
 
 @cache
 def _row(numel: int) -> int:
-    """The longest row, up to ROW, into which this many elements fall without a rest; 0 if it is a short one."""
+    """Largest divisor of ``numel`` up to ROW, or 0 if it is not above ROW / 16."""
     return next((row for row in range(ROW, ROW // 16, -1) if numel % row == 0), 0)
 
 
