@@ -1,4 +1,4 @@
-"""What is not adapted has an lr of its own, and who leaves it at LARS's without normalisation layers is told so."""
+"""Tensors that are not adapted have their own lr, and there is a warning if LARS's lr is left without normalisation layers."""
 
 import warnings
 from typing import Any
@@ -14,11 +14,11 @@ from fastlars.schedules import warmup_cosine, warmup_polynomial
 
 
 class RMSScale(nn.Module):
-    """A normalisation layer that nobody can recognize."""
+    """A normalisation layer that cannot be recognised."""
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """As torchvision's: neither torch's class nor a name that ends in Norm."""
+    """Like torchvision's: neither torch's class nor a name that ends in Norm."""
 
 
 def mlp(*more: nn.Module) -> nn.Module:
@@ -34,7 +34,7 @@ def warned(model: Any, **options: Any) -> list[warnings.WarningMessage]:
 
 @pytest.mark.parametrize("own", [0.05, torch.tensor(0.05), 0])
 def test_an_lr_of_their_own(own: float | Tensor) -> None:
-    """Which schedules keep in proportion; a tensor is kept, not copied."""
+    """Schedules keep it in proportion. A tensor is kept, not copied."""
     adapted, rest = param_groups(mlp(), 0.1, bias_lr=own, unadapted={"momentum": 0.5})
     assert rest["lr"] is own and "lr" not in adapted
     optimizer = LARS([adapted, rest], lr=8.0, momentum=0.9)
@@ -55,14 +55,14 @@ def test_the_same_lr_is_todays() -> None:
     [
         (mlp(), True),
         (mlp(RMSScale()), True),
-        (mlp(weight_norm(nn.Linear(3, 3))), True),  # of weights, not of what flows through
+        (mlp(weight_norm(nn.Linear(3, 3))), True),  # it normalises weights, not activations
         (mlp(nn.BatchNorm1d(3)), False),
         (mlp(nn.BatchNorm1d(3, affine=False)), False),
         (mlp(nn.InstanceNorm1d(3)), False),
         (mlp(FrozenBatchNorm2d()), False),
-        (mlp().named_parameters(), False),  # names alone do not tell
-        (nn.Linear(4, 3, bias=False), False),  # nothing takes an lr that is too large
-        (nn.ParameterList([torch.ones(3)]), False),  # all of it SGD
+        (mlp().named_parameters(), False),  # names alone cannot tell
+        (nn.Linear(4, 3, bias=False), False),  # no tensor takes an lr that is too large
+        (nn.ParameterList([torch.ones(3)]), False),  # all of it is SGD
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, bool) else str(value),
 )
@@ -96,7 +96,7 @@ def test_what_is_no_lr(options: Any, error: type[Exception], message: str) -> No
 
 @pytest.mark.parametrize("norm", [True, False])
 def test_it_is_why_a_net_without_normalisation_trains(norm: bool) -> None:
-    """Digits, all in one batch: what README shows trains either way; with one lr for all, the net without them does not."""
+    """Digits in one batch: with the README's settings a network trains with or without norm layers; with one lr, only with them."""
     digits = load_digits()
     images = torch.tensor(digits.data, dtype=torch.float32) / 16
     labels = torch.tensor(digits.target)

@@ -1,4 +1,4 @@
-"""Converted momentum belongs to the parameter that it was saved for, or is refused: never lost, never another's."""
+"""Converted momentum reaches the parameter it was saved for, or is refused. It is never lost or given to another one."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def optimizer_of(names: list[str] | None) -> LARS:
 
 
 def saved_under(keys: list[Any], groups: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Momentum i of parameter i under keys[i]; without groups as written by hand."""
+    """Momentum i of parameter i under keys[i], written by hand if there are no groups."""
     state_dict: dict[str, Any] = {"state": {key: {"mu": values(i)} for i, key in enumerate(keys)}}
     if groups is not None:
         state_dict["param_groups"] = [{"lr": 0.1, "params": list(range(len(keys))), **groups}]
@@ -30,7 +30,7 @@ def saved_under(keys: list[Any], groups: dict[str, Any] | None = None) -> dict[s
 
 
 def text_order(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """As json.dumps(sort_keys=True) writes it."""
+    """In the order of json.dumps(sort_keys=True)."""
     return {**state_dict, "state": dict(sorted(state_dict["state"].items()))}
 
 
@@ -95,7 +95,7 @@ def test_momentum_of_no_parameter_for_certain_is_refused(
 
 
 def test_text_keys_are_refused_with_params_too() -> None:
-    """The order of a dict's texts is not that of the parameters."""
+    """The order of string keys in a dict is not that of the parameters."""
     optimizer = optimizer_of(NAMES)
     with pytest.raises(ValueError, match=r"must be positions, got '0\.weight'"):
         convert_state_dict(text_order(saved_under(NAMES)), optimizer, params=optimizer.param_groups[0]["params"])
