@@ -61,7 +61,7 @@ def imported(module: str) -> set[str]:
             start = package[: len(package) - node.level + 1] if node.level else []
             base = ".".join([*start, *([node.module] if node.module else [])])
             names = [f"{base}.{alias.name}" for alias in node.names]
-            # what is no file is a name in one
+            # anything that is not a file is a name in one
             names = [name if path_of(name.removeprefix("fastlars.")).exists() else base for name in names]
         else:
             continue

@@ -1,4 +1,4 @@
-"""The benchmarks: shapes are the models', contenders do what they are named after, and derived figures are right. Nothing is timed."""
+"""The benchmarks: models' shapes, contenders that are what their names say, and derived figures. Nothing is timed."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def test_what_is_no_lr(options: Any, error: type[Exception], message: str) -> No
 
 @pytest.mark.parametrize("norm", [True, False])
 def test_it_is_why_a_net_without_normalisation_trains(norm: bool) -> None:
-    """Digits in one batch: with the README's settings a network trains with or without norm layers; with one lr, only with them."""
+    """Digits in one batch. With bias_lr=0.1 networks with and without norm layers train; with one lr, only with them."""
     digits = load_digits()
     images = torch.tensor(digits.data, dtype=torch.float32) / 16
     labels = torch.tensor(digits.target)

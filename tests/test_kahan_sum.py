@@ -1,4 +1,4 @@
-"""kahan_sum: half-precision weights that train, because what rounding takes from them enters the next step."""
+"""kahan_sum: half-precision weights train, because the rounding error of a step is added to the next one."""
 
 import copy
 import pickle
@@ -17,7 +17,7 @@ from reference import ReferenceLARS, norm, to_array
 
 pytestmark = pytest.mark.filterwarnings("ignore:param group 0. half-precision weights round away:UserWarning")
 HALF = (torch.bfloat16, torch.float16)
-RELATIVE = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2)  # by how much of its norm a step moves a tensor
+RELATIVE = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2)  # how far a step moves a tensor, relative to its norm
 halves = loop_over("dtype", HALF)
 
 
@@ -29,7 +29,7 @@ def compensation(optimizer: LARS) -> Tensor:
 
 # ---------------------------------------------------------------- it trains
 def path(dtype: torch.dtype, relative: float, momentum: float, options: Options) -> float:
-    """How far 1,000 steps end from the reference that rounds where ours do, as a part of the way that it went."""
+    """How far 1,000 steps end from the reference with the same rounding, as a share of the distance covered."""
     generator = torch.Generator().manual_seed(0)
     weights, drift = (torch.randn(64, 8, generator=generator) for _ in range(2))
     param = Parameter((0.02 * weights).to(dtype))
@@ -71,8 +71,8 @@ def test_every_size_of_step_follows_the_reference(
         )
 
 
-# weight, compensation, and the smallest step that changes their sum: half of what separates neighbouring compensations.
-# bfloat16: the worst place, just before the compensation becomes part of the weight. float16: 2 ** -24 lies next to 0.
+# weight, compensation, and the smallest step that changes their sum: half the distance of neighbouring compensations.
+# bfloat16: the worst place, just before the compensation is absorbed. float16: 2 ** -24 is next to 0.
 SMALLEST = {torch.bfloat16: (1.0, 2.0**-8 - 2.0**-16, 2.0**-17), torch.float16: (2.0**-6, 0.0, 2.0**-25)}
 
 
@@ -193,7 +193,7 @@ def test_state_from_before_starts_at_zero_and_keeps_what_the_group_says() -> Non
 
 
 def test_off_and_on_again() -> None:
-    """Off, the next step drops what was kept; nothing is folded into the weights. On again, it starts at zero."""
+    """Turned off, the next step drops the compensation without folding it into the weights. On again, it starts at zero."""
     optimizer = stepped()
     (group,) = optimizer.param_groups
     group["kahan_sum"], alone = False, copy.deepcopy(optimizer)
@@ -212,7 +212,7 @@ def test_off_and_on_again() -> None:
 
 
 def test_a_float32_checkpoint_and_back() -> None:
-    """What docs/precision.md shows: the compensation is the low half of a float32 weight."""
+    """As docs/precision.md shows: the compensation is the low half of a float32 weight."""
     wide = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
     param = Parameter(wide.bfloat16())
     optimizer = LARS([param], lr=0.0, adapt=True)
@@ -220,7 +220,7 @@ def test_a_float32_checkpoint_and_back() -> None:
     param.grad = torch.ones_like(param)
     optimizer.step()
     torch.testing.assert_close(param.detach().float() + compensation(optimizer).float(), wide, rtol=2.0**-16, atol=0)
-    # into float32 parameters nothing of it is taken: it was to be added to the weights before
+    # float32 parameters do not take it; it had to be added to the weights before
     other = loaded(optimizer.state_dict(), param.float())
     assert "compensation" not in other.state.get(weight_of(other), {})
 
@@ -326,7 +326,7 @@ def test_a_converted_run_keeps_it(momentum: float) -> None:
 )  # torch's own, from inside its compiler
 @pytest.mark.parametrize("foreach", [True, False])
 def test_a_compiled_step_keeps_what_rounding_takes(foreach: bool) -> None:
-    """Inductor drops a conversion that is converted back, and every compensation with it."""
+    """Inductor removes a conversion that is converted back, and every compensation with it."""
     for dtype in HALF:
         params = [make_params(dtype, layouts=["matrix", "vector", "conv"]) for _ in range(2)]
         eager, compiled = (LARS(each, lr=0.1, momentum=0.9, adapt=True, foreach=foreach) for each in params)

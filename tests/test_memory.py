@@ -1,4 +1,4 @@
-"""What an optimizer keeps between steps saves time and changes nothing: dispatch results, a workspace, its views."""
+"""What an optimizer caches between steps saves time and changes no result: dispatch results, a workspace and its views."""
 
 import gc
 import weakref
@@ -46,7 +46,7 @@ def assert_as_without_memory(optimizer: LARS, shapes: list[tuple[int, ...]], ste
 # ---------------------------------------------------------------- dispatch
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What was called since the last clear: `serves` looks at tensors, `guard` builds a guard."""
+    """Calls since the last clear: `serves` inspects tensors, `guard` builds a guard."""
     calls: list[str] = []
     serves, guard = type(FUSED_CPU).serves, backends.metadata_guard
     monkeypatch.setattr(type(FUSED_CPU), "serves", lambda *args: (calls.append("serves"), serves(*args))[1])
@@ -88,7 +88,7 @@ def test_a_known_group_is_sorted_again_when_a_gradient_changes(changed: str, ask
 
 
 def test_a_parameter_that_comes_twice_is_asked_each_time_and_makes_few_guards(asked: list[str]) -> None:
-    """Torch's guard takes no list that holds a tensor twice."""
+    """torch's guard accepts no list that holds a tensor twice."""
     params = [torch.nn.Parameter(torch.ones(5)) for _ in range(2)]
     params[0].grad = params[1].grad = torch.ones(5)
     optimizer = LARS(params, **OPTION)
@@ -117,7 +117,7 @@ def test_an_interrupted_guard_leaves_no_wrong_assignment(monkeypatch: pytest.Mon
     grads = [p.grad for p in params_of(optimizer)]
     with monkeypatch.context() as patch:
         patch.setattr(backends, "metadata_guard", fails)
-        for _ in range(3):  # gradients of one tensor fewer: another list
+        for _ in range(3):  # gradients of one tensor less, so another list
             params_of(optimizer)[-1].grad = None
             before = [p.detach().clone() for p in params_of(optimizer)]
             try:
@@ -151,7 +151,7 @@ def test_no_temporary_above_4_mib() -> None:
         optimizer = LARS(params, **OPTIONS[name])
         set_grads(params, [torch.randn_like(p) for p in params])
         optimizer.step()
-        optimizer._memory.workspace = None  # it counts
+        optimizer._memory.workspace = None  # the recorder does count
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             optimizer.step()
         allocated = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -159,7 +159,7 @@ def test_no_temporary_above_4_mib() -> None:
         for size in allocated:
             live += size
             peak = max(peak, live)
-        # two workspaces; the sum of a gradient and its decay
+        # two workspaces, and the sum of a gradient and its decay
         limit = 3.25 if name == "joint" else 2.25
         assert allocated and 2 * 2**20 <= peak <= limit * 2**20, f"{name}: {peak / 2**20:.2f} MiB"
 
@@ -184,13 +184,13 @@ def test_views_are_few() -> None:
     memory = make([(1,)])._memory
     for size in range(1, 60):
         optimizer = make([(size,)] * 200)
-        optimizer._memory = memory  # as of one optimizer whose tensors change
+        optimizer._memory = memory  # like an optimizer whose tensors change
         memory.assignments.clear()
         optimizer.step()
         held.append(sum(len(stack.directions) for stack in memory.workspace.stacks.values()))
         assert_as_without_memory(optimizer, [(size,)] * 200, steps=1)
     assert fused_cpu.VIEWS / 2 < max(held) <= fused_cpu.VIEWS
-    assert held[-1] == 59 * 200 - max(held)  # all since they were dropped
+    assert held[-1] == 59 * 200 - max(held)  # all views since they were dropped
 
 
 def test_memory_goes_with_its_optimizer_without_the_garbage_collector() -> None:
@@ -233,7 +233,7 @@ class Counted(Tensor):
 
 @pytest.mark.parametrize("kept", [False, True], ids=["first", "later"])
 def test_memory_under_a_mode_is_made_and_not_kept(kept: bool) -> None:
-    """It may be no real memory, and memory from before would be a constant in a graph that the mode traces."""
+    """It may not be real memory, and existing memory would be a constant in a graph that the mode traces."""
     optimizer = make(SHAPES)
     if kept:
         optimizer.step()
@@ -268,7 +268,7 @@ TRANSFORMS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_a_step_within_a_transform(transform: str) -> None:
-    """To which a tensor from outside is one not to be written."""
+    """A transform treats a tensor from outside as one that must not be written."""
     optimizer = make(SHAPES)
     optimizer.step()
     before = optimizer._memory.workspace
@@ -292,7 +292,7 @@ def test_where_torch_cannot_tell_of_modes_no_workspace_is_kept(monkeypatch: pyte
 
 
 def test_a_first_step_in_inference_mode_leaves_memory_that_can_be_written() -> None:
-    """A tensor that inference mode has made cannot be written outside of it."""
+    """A tensor created in inference mode cannot be written outside it."""
     optimizer = make(SHAPES)
     for param in params_of(optimizer):
         optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
@@ -318,7 +318,7 @@ def test_a_step_that_fails_leaves_no_workspace_behind(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("foreach", [False, True])
 def test_a_shifted_gradient_is_found_in_a_known_group(foreach: bool) -> None:
-    """Its metadata is that of the gradients before; single and foreach would write it before they have read it."""
+    """Its metadata equals that of earlier gradients. Single and foreach would overwrite it before reading it."""
     memory = torch.arange(1.0, 10.0)
     results = []
     for shares in (True, False):

@@ -1,4 +1,4 @@
-"""trust_ratios(): the values that the step uses, at no cost to steps nobody looks at; and their picture."""
+"""trust_ratios(): the values that the step uses, at no cost to other steps, and their plot."""
 
 import copy
 import itertools
@@ -48,7 +48,7 @@ class Ops(TorchDispatchMode):
 @loop_over("clip", [False, True])
 @implementations
 def test_they_are_what_the_step_scales_by(implementation: Any, clip: bool, denominator: str, decay: float) -> None:
-    """Without momentum w - w_old = -lr * ratio * (g + decay * w): the ratio read back from the step."""
+    """Without momentum w - w_old = -lr * ratio * (g + decay * w), so the step shows the ratio."""
     optimizer, params = make(
         trust_clip=clip, trust_denominator=denominator, weight_decay=decay, adapt=True, **implementation
     )
@@ -76,7 +76,7 @@ def test_names_that_two_groups_share_stay_apart() -> None:
 # ---------------------------------------------------------------- cost
 @implementations
 def test_steps_that_nobody_looks_at_do_nothing_for_it(implementation: Any) -> None:
-    """A step's operations are the same before anybody has asked and after."""
+    """A step's operations are the same before and after a call of trust_ratios()."""
     counts = []
     optimizer, params = make(momentum=0.9, **implementation)
     for step in range(4):
@@ -128,7 +128,7 @@ def plots() -> Any:
 
 
 def cells(ax: Any) -> list[list[Any]]:
-    """Colour of each cell as the picture has it, row by row from the top."""
+    """The colour of each cell in the picture, row by row from the top."""
     (mesh,) = ax.collections
     rows, columns = (size - 1 for size in mesh.get_coordinates().shape[:2])
     colours = mesh.to_rgba(mesh.get_array().reshape(rows, columns))
@@ -187,7 +187,7 @@ def test_one_step_one_ratio_and_axes_of_the_user(plots: Any) -> None:
 
 
 def test_names_are_readable_whatever_their_number(plots: Any) -> None:
-    """No two names overlap, none leaves the picture, the first and many more are there; a dollar is no formula."""
+    """No names overlap or leave the picture, the first and many others are there, and a dollar sign is not a formula."""
     for count in (1, 30, 80, 300):
         history = {step: {f"encoder.layers.{i}.cost$.weight": 1e-3 * (1 + i) for i in range(count)} for step in (0, 5)}
         ax = plots.trust_ratios(history)

@@ -1,4 +1,4 @@
-"""Wrong input is refused before anything changes, by an error that states the rule, the value and the way out."""
+"""Wrong input is refused before anything changes, with an error that states the rule, the value and the way out."""
 
 import copy
 import re
@@ -26,7 +26,7 @@ NON_NEGATIVE = ("lr", "momentum", "weight_decay", "trust_coefficient", "eps")
 
 
 def make(dtype: torch.dtype = torch.float32) -> LARS:
-    """Three groups of two tensors, momentum, one step done: state and gradients that can be disturbed."""
+    """Three groups of two tensors with momentum after one step, with state and gradients to disturb."""
     groups = [
         {"params": make_params(dtype, layouts=["matrix", "vector"], seed=seed), "name": f"group {seed}"}
         for seed in range(3)
@@ -46,7 +46,7 @@ def values(optimizer: LARS) -> list[Any]:
 
 
 def contents(optimizer: LARS) -> Any:
-    """Everything that a refused call could have changed: identities and values."""
+    """Everything that a refused call could change: identities and values."""
     return (
         values(optimizer),
         [{**group, "params": [id(p) for p in group["params"]]} for group in optimizer.param_groups],
@@ -59,7 +59,7 @@ def contents(optimizer: LARS) -> Any:
 
 
 def refuses(optimizer: LARS, error: type[Exception], message: str, action: Callable[[LARS], object]) -> None:
-    """Nothing has changed, and the optimizer goes on as if it had not been asked. The message is no pattern."""
+    """The action raises this message, changes nothing, and the optimizer continues as if it had not been called."""
     untouched = copy.deepcopy(optimizer)
     before = contents(optimizer)
     with pytest.raises(error, match=re.escape(message)):
@@ -78,7 +78,7 @@ TENSOR = "Tensor lr must be 1-element and of a floating dtype, got shape"
 PAIR = "needs momentum > 0 and dampening == 0, got"
 BOOLEANS = ("nesterov", "trust_clip", "lr_in_momentum", "skip_nonfinite", "maximize", "differentiable")
 OPTIONAL_BOOLEANS = ("adapt", "foreach", "fused", "kahan_sum")
-# options, error, what the message says
+# options, error, message
 WRONG: list[tuple[Options, type[Exception], str]] = [
     *[
         ({name: value}, ValueError if isinstance(value, float) else TypeError, f"{name} {NUMBER} {value!r}")
@@ -90,7 +90,7 @@ WRONG: list[tuple[Options, type[Exception], str]] = [
     ({"dampening": 1j}, TypeError, "dampening must be a finite number, got 1j"),
     ({"lr": [0.1]}, TypeError, f"lr {NUMBER} [0.1]"),
     ({"lr": 10**400}, ValueError, f"lr {NUMBER} 1000"),
-    # float() takes these, torch's operators do not
+    # float() takes these, but torch's operators do not
     ({"lr": Decimal("0.1")}, TypeError, f"lr {NUMBER} Decimal('0.1')"),
     ({"momentum": Fraction(9, 10)}, TypeError, f"momentum {NUMBER} Fraction(9, 10)"),
     ({"momentum": np.array(0.9)}, TypeError, f"momentum {NUMBER} array(0.9)"),
@@ -127,7 +127,7 @@ def through(wrong: list[tuple[Options, type[Exception], str]]) -> Any:
     return pytest.mark.parametrize(("options", "error", "message"), wrong, ids=[str(case[0])[:50] for case in wrong])
 
 
-# one rule of each kind, for the other ways in: a number, a tensor, a choice, two options together, a misspelt name
+# one rule of each kind for the other entry points: a number, a tensor, a choice, two options together
 KINDS = [
     next(case for case in WRONG if part in case[2])
     for part in (NUMBER, TENSOR, "'separate' or 'joint'", "exclude each other")
@@ -266,7 +266,7 @@ def test_what_is_no_group(group: Any, error: type[Exception], message: str) -> N
     [{"lr": "x"}, {"lr": None}, {"momentum": None}, {"eps": -1.0}, {"trust_denominator": "jiont"}, {"nesterov": 2}],
 )
 def test_what_is_written_into_a_group_later(edit: Options, implementation: Options) -> None:
-    """In the first step and in a later one; no group has moved when it is told."""
+    """In the first step and in a later one. No group has moved when it raises."""
     params = [Parameter(torch.ones(3, 2)) for _ in range(2)]
     optimizer = LARS([{"params": [p]} for p in params], 0.1, momentum=0.9, weight_decay=0.1, **implementation)
     for p in params:
@@ -318,14 +318,14 @@ def test_sparse_gradients(implementation: Options) -> None:
     param.grad = param.grad.to_sparse()
     message = f"got one of layout torch.sparse_coo and shape {tuple(param.shape)}; use nn.Embedding(sparse=False)"
     refuses(optimizer, RuntimeError, f"LARS needs dense gradients, {message}", lambda o: o.step())
-    assert fresh in optimizer.state  # the step that follows a refusal is a whole one
+    assert fresh in optimizer.state  # the step after a refusal is a whole one
 
 
 @loop_over("momentum", [0.0, 0.9])
 @loop_over("shape", [(9, 9), (1,), (2, 6), ()])
 @implementations
 def test_a_parameter_that_was_resized(implementation: Options, shape: tuple[int, ...], momentum: float) -> None:
-    optimizer = make()  # a kernel that walks over memory would write beyond the old buffer
+    optimizer = make()  # a kernel that ignores shapes would write past the old buffer
     for group in optimizer.param_groups:
         group.update(implementation, momentum=momentum)
     param = optimizer.param_groups[1]["params"][0]
@@ -338,7 +338,7 @@ def test_a_parameter_that_was_resized(implementation: Options, shape: tuple[int,
         optimizer.step()
     assert contents(optimizer) == before
     param.grad = torch.ones(shape)
-    optimizer.state.pop(param)  # the way out that the message tells
+    optimizer.state.pop(param)  # the fix that the message names
     optimizer.step()
     assert param.isfinite().all()
 
@@ -374,7 +374,7 @@ STATE_DICTS: list[tuple[Callable[[dict[str, Any]], object], type[Exception], str
     (buffer([1.0] * 7), TypeError, f"momentum_buffer of {PLACE} must be a tensor, got list"),
     (buffer(1.0), TypeError, "must be a tensor, got float"),
     (lambda s: s["state"].update({3: torch.ones(7)}), TypeError, f"the state of {PLACE} must be a dict, got Tensor"),
-    # these rows were faults that fuzzing found (test_fuzz_state_dicts.py): loaded in part, or no place was named
+    # faults that fuzzing found (test_fuzz_state_dicts.py), loaded in part or without a place in the message
     (buffer(torch.ones(7, dtype=torch.uint8)), ValueError, f"{FITTING}(7,) and torch.uint8"),
     (buffer(torch.ones(1).expand(7)), ValueError, f"momentum_buffer of {PLACE} must have its own memory"),
     (buffer(torch.ones(7).to_sparse()), ValueError, "must have its own memory for every element, got layout torch.sparse"),
@@ -402,7 +402,7 @@ def test_state_dicts(edit: Callable[[dict[str, Any]], object], error: type[Excep
     saved = copy.deepcopy(optimizer.state_dict())
     edit(saved)
     refuses(optimizer, error, message, lambda o: o.load_state_dict(saved))
-    # what a hook of the user makes is checked, too
+    # the result of a user's hook is checked too
     optimizer = make()
     good = copy.deepcopy(optimizer.state_dict())
     optimizer.register_load_state_dict_pre_hook(lambda _, __: saved)
@@ -418,7 +418,7 @@ def test_what_is_no_state_dict(state_dict: Any) -> None:
 @implementations
 @pytest.mark.parametrize("adapt", [True, False])
 def test_complex_buffers_of_another_precision_are_cast(adapt: bool, implementation: Options) -> None:
-    """As torch casts real ones; torch's foreach SGD, which steps the groups that are not adapted, failed in its middle."""
+    """Like real ones in torch. torch's foreach SGD, which steps groups that are not adapted, failed halfway."""
     optimizer = make(torch.complex64)
     for group in optimizer.param_groups:
         group.update(adapt=adapt, **implementation)
@@ -438,11 +438,11 @@ def test_complex_buffers_of_another_precision_are_cast(adapt: bool, implementati
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 def test_a_buffer_shares_no_memory_between_elements() -> None:
-    """Where there is one element along a dimension, its stride means nothing."""
+    """The stride of a dimension with one element means nothing."""
     optimizer = LARS([Parameter(torch.ones(2, 1))], lr=0.5, momentum=0.9, weight_decay=0.1)
     saved = optimizer.state_dict()
     shared, own = torch.ones(1, 1).expand(2, 1), torch.ones(2).as_strided((2, 1), (1, 0))
-    for bad in (shared, torch.ones(2, 1).to_sparse_csr()):  # which has no strides
+    for bad in (shared, torch.ones(2, 1).to_sparse_csr()):  # it has no strides
         with pytest.raises(ValueError, match="must have its own memory for every element"):
             optimizer.load_state_dict({**saved, "state": {0: {"momentum_buffer": bad}}})
     optimizer.load_state_dict({**saved, "state": {0: {"momentum_buffer": own}}})
