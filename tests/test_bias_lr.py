@@ -33,7 +33,7 @@ def warned(model: Any, **options: Any) -> list[warnings.WarningMessage]:
 
 
 @pytest.mark.parametrize("own", [0.05, torch.tensor(0.05), 0])
-def test_an_lr_of_their_own(own: float | Tensor) -> None:
+def test_biases_get_their_own_lr(own: float | Tensor) -> None:
     """Schedules keep it in proportion. A tensor is kept, not copied."""
     adapted, rest = param_groups(mlp(), 0.1, bias_lr=own, unadapted={"momentum": 0.5})
     assert rest["lr"] is own and "lr" not in adapted
@@ -44,7 +44,7 @@ def test_an_lr_of_their_own(own: float | Tensor) -> None:
     assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([2.0, before / 4])
 
 
-def test_the_same_lr_is_todays() -> None:
+def test_same_keeps_the_lr_of_lars() -> None:
     for options in ({"bias_lr": "same"}, {}):
         _, rest = param_groups(mlp(nn.LayerNorm(3)), 0.1, **options)
         assert "lr" not in rest and LARS([rest], lr=8.0).param_groups[0]["lr"] == 8.0
@@ -66,7 +66,7 @@ def test_the_same_lr_is_todays() -> None:
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, bool) else str(value),
 )
-def test_who_is_warned(model: Any, warns: bool) -> None:
+def test_when_it_warns(model: Any, warns: bool) -> None:
     caught = warned(model)
     assert len(caught) == warns
     for warning in caught:
@@ -75,7 +75,7 @@ def test_who_is_warned(model: Any, warns: bool) -> None:
 
 
 @pytest.mark.parametrize("chosen", [{"bias_lr": "same"}, {"bias_lr": 8.0}, {"unadapted": {"lr": 0.1}}], ids=str)
-def test_who_has_chosen_is_not_warned(chosen: Any) -> None:
+def test_no_warning_after_a_choice(chosen: Any) -> None:
     assert not warned(mlp(), **chosen)
 
 
@@ -89,13 +89,13 @@ def test_who_has_chosen_is_not_warned(chosen: Any) -> None:
         ({"bias_lr": "same", "unadapted": {"lr": 1.0}}, ValueError, "both set an lr; leave one out"),
     ],
 )
-def test_what_is_no_lr(options: Any, error: type[Exception], message: str) -> None:
+def test_wrong_bias_lrs_are_refused(options: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         param_groups(mlp(), 0.1, **options)
 
 
 @pytest.mark.parametrize("norm", [True, False])
-def test_it_is_why_a_net_without_normalisation_trains(norm: bool) -> None:
+def test_a_net_without_normalisation_trains_only_with_its_own_bias_lr(norm: bool) -> None:
     """Digits in one batch. With bias_lr=0.1 networks with and without norm layers train; with one lr, only with them."""
     digits = load_digits()
     images = torch.tensor(digits.data, dtype=torch.float32) / 16

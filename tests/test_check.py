@@ -73,7 +73,7 @@ CASES: dict[str, tuple[Callable[[], tuple[nn.Module, LARS]], tuple[str, ...], Ca
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_finding_and_its_way_out(name: str) -> None:
+def test_a_finding_and_its_fix(name: str) -> None:
     broken, tensors, fixed = CASES[name]
     (finding,) = check(*broken())
     assert (finding.name, finding.tensors) == (name, tensors)
@@ -94,7 +94,7 @@ def test_recipes_have_no_findings(name: str) -> None:
     assert not check(model, build(name, model)[0])
 
 
-def test_what_is_no_fault() -> None:
+def test_no_findings_without_a_mistake() -> None:
     """Biases that start at zero, frozen parameters, normalisation layers at LARS's lr, LARC, a run that has started, meta."""
     model = mlp(nn.LayerNorm(3))
     nn.init.zeros_(model[0].bias)
@@ -145,6 +145,6 @@ def test_through_wrappers() -> None:
         (list(mlp().parameters()), None, "model must be the module that trains, got list"),
     ],
 )
-def test_what_it_cannot_check(model: Any, optimizer: Any, message: str) -> None:
+def test_wrong_arguments_are_refused(model: Any, optimizer: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         check(model, optimizer)

@@ -174,7 +174,7 @@ def test_keys_that_a_state_dict_lacks_keep_their_values() -> None:
 
 
 # ---------------------------------------------------------------- of Bolts, quadra, lightly
-def test_constructor_takes_what_theirs_take() -> None:
+def test_constructor_accepts_their_arguments() -> None:
     parameters = list(inspect.signature(LARS).parameters.values())
     assert [p.name for p in parameters[: len(PEERS) + 1]] == ["params", *PEERS]
     assert {p.name: p.default for p in parameters[2 : len(PEERS) + 1]} == {k: v for k, v in PEERS.items() if k != "lr"}
@@ -204,7 +204,7 @@ MOMENTUM: list[Options] = [
 
 
 @pairs("options of how", MOMENTUM, FORMATS, IMPLEMENTATIONS)
-def test_their_checkpoints_go_on(options: Options, of: str, how: str) -> None:
+def test_their_checkpoints_resume(options: Options, of: str, how: str) -> None:
     keys = FORMATS[of]
     values = {**PEERS, "lr": 0.5, "initial_lr": 0.5, "trust_coefficient": 0.1, "eps": 1e-6, **options}
     params = make_params(torch.float64, layouts=LAYOUTS)
@@ -263,7 +263,7 @@ def goes_on_as_sgd(
 
 
 @pairs("of dtype foreach", SGD_OPTIONS, DTYPES, [None, False, True])
-def test_checkpoints_of_sgd_go_on(of: str, dtype: torch.dtype, foreach: bool | None) -> None:
+def test_checkpoints_of_sgd_resume(of: str, dtype: torch.dtype, foreach: bool | None) -> None:
     sgd = torch.optim.SGD(make_params(dtype, layouts=LAYOUTS), **{"lr": 0.5, **SGD_OPTIONS[of]}, foreach=foreach)
     # torch._foreach_mul_ rounds its factor to a half dtype on CPU and mul_ does not. So in torch's SGD with momentum, whether
     # one tensor is at its first step changes the bits of the others
@@ -273,7 +273,7 @@ def test_checkpoints_of_sgd_go_on(of: str, dtype: torch.dtype, foreach: bool | N
     assert (group["adapt"], group["trust_coefficient"], group["foreach"]) == (False, 0.7, foreach)
 
 
-def test_checkpoints_of_older_versions_of_sgd_go_on() -> None:
+def test_checkpoints_of_older_versions_of_sgd_resume() -> None:
     """They wrote an entry for every tensor, None without a buffer, and had no maximize, foreach or fused."""
 
     def edit(saved: dict[str, Any]) -> None:
@@ -290,14 +290,14 @@ def test_checkpoints_of_older_versions_of_sgd_go_on() -> None:
 
 
 @loop_over("options", SGD_OPTIONS.values())
-def test_checkpoints_of_fused_sgd_go_on(options: Options) -> None:
+def test_checkpoints_of_fused_sgd_resume(options: Options) -> None:
     # no late gradients, because torch's fused SGD raises if only some tensors are at their first step
     sgd = torch.optim.SGD(make_params(torch.float32, layouts=LAYOUTS), **{"lr": 0.5, **options}, fused=True)
     go_on(sgd, range(2), "dense")
     assert goes_on_as_sgd(sgd, history="dense").param_groups[0]["fused"] is True
 
 
-def test_a_wrapper_that_would_keep_what_it_loads() -> None:
+def test_a_wrapper_that_would_not_pass_on_its_state_is_refused() -> None:
     """Like LightningOptimizer: of the optimizer's class, with its attributes, but without param groups of its own."""
 
     class Wrapper:

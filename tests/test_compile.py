@@ -226,7 +226,7 @@ def with_momentum(optimizer: LARS) -> None:
 
 @slow
 @pairs("foreach again then", [False, True], ["eager", "compiled"], ["nothing", "load", "clear"])
-def test_a_first_step_that_does_not_compile_comes_again(foreach: bool, again: str, then: str) -> None:
+def test_a_first_step_that_does_not_compile_can_be_retried(foreach: bool, again: str, then: str) -> None:
     def fails(_graph: Any, _inputs: Any) -> Any:
         raise ArithmeticError
 
@@ -393,7 +393,7 @@ def nodes_of(step: Callable[..., Any], *args: Any) -> Counter[str]:
 
 
 @pytest.mark.parametrize("denominator", ["separate", "joint"])
-def test_nodes_are_for_compiled_steps_on_the_cpu(denominator: str) -> None:
+def test_operators_are_only_in_compiled_steps(denominator: str) -> None:
     def step(params: list[Tensor], grads: list[Tensor], lr: Tensor, differentiable: bool = False) -> None:
         options: Options = {"weight_decay": 0.1, "trust_denominator": denominator, "differentiable": differentiable}
         fastlars.lars(params, grads, [], lr, foreach=False, **options)

@@ -93,7 +93,7 @@ def goes_right(optimizer: LARS, weight: Tensor, bias: Tensor, x: Tensor, schedul
 # ---------------------------------------------------------------- the right direction
 @devices
 @pytest.mark.parametrize("desc", INPUTS)
-def test_goes_in_the_right_direction_under_schedulers(desc: str, device: str) -> None:
+def test_descends_under_schedulers(desc: str, device: str) -> None:
     for options, schedule, contiguous in scheduled(desc):
         weight, bias, x = weights(contiguous, device)
         optimizer = LARS([weight, bias], **options)
@@ -319,7 +319,7 @@ def test_deepcopy_copies_all_public_attributes(given: Options) -> None:
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @inputs
-def test_state_from_the_cpu_goes_on_on_cuda(given: Options) -> None:
+def test_state_from_the_cpu_resumes_on_cuda(given: Options) -> None:
     """Also with a state dict of CPU tensors that has fused=True."""
     for fused in (None, True):
         model, moved = small_model(), small_model(device="cuda")
@@ -344,7 +344,7 @@ def test_state_from_the_cpu_goes_on_on_cuda(given: Options) -> None:
 
 # ---------------------------------------------------------------- what every optimizer refuses
 @pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
-def test_what_every_optimizer_refuses(error: Any) -> None:
+def test_common_errors(error: Any) -> None:
     """Every entry of torch's error table for all optimizers, with torch's messages."""
     expected = pytest.warns if issubclass(error.error_type, Warning) else pytest.raises
     given = error.optimizer_error_input
@@ -396,7 +396,7 @@ def test_the_table_has_every_behaviour_and_its_test() -> None:
         assert ("cannot" in held_by or "does not apply" in held_by) == (behaviour in EXCEPTIONS), behaviour
 
 
-def test_the_table_and_the_page_name_tests_that_are_there_and_the_page_one_for_every_promise() -> None:
+def test_the_table_and_the_page_name_existing_tests_and_the_page_one_for_every_promise() -> None:
     page = (pages.ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
     for module, test in HELD_BY.findall(TABLE.read_text(encoding="utf-8") + page):
         text = (pages.ROOT / "tests" / f"{module}.py").read_text(encoding="utf-8")

@@ -72,7 +72,7 @@ def assert_same(model: torch.nn.Module, theirs: Theirs, where: str) -> None:
         np.testing.assert_allclose(to_array(p), expected, rtol=1e-11, atol=1e-13, err_msg=where)
 
 
-# ---------------------------------------------------------------- the same dialect goes on exactly
+# ---------------------------------------------------------------- the same dialect resumes exactly
 Buffers = list[Tensor]
 Group = dict[str, Any]
 
@@ -142,7 +142,7 @@ RUNS: dict[str, Run] = {
 
 
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
-def test_the_run_of_another_optimizer_goes_on_exactly(run: Run) -> None:
+def test_the_run_of_another_optimizer_resumes_exactly(run: Run) -> None:
     source = SOURCES[run.source]
     theirs = Theirs(source)
     for step in range(SWITCH):
@@ -169,7 +169,7 @@ def test_the_run_of_another_optimizer_goes_on_exactly(run: Run) -> None:
         assert_same(model, theirs, f"step {step}")
 
 
-def test_nothing_of_a_graph_is_kept() -> None:
+def test_no_autograd_graph_is_kept() -> None:
     w = Parameter(torch.ones(2))
     optimizer = LARS([w], lr=torch.tensor(0.5, requires_grad=True), momentum=M, adapt=True, lr_in_momentum=True)
     saved = {"state": {0: {"mu": torch.ones(2, requires_grad=True)}}}
@@ -225,7 +225,7 @@ def test_keep_lr_keeps_what_momentum_moves(goes_on_in: str) -> None:
         np.testing.assert_allclose(to_array(p) - old, M * last, rtol=1e-10, atol=1e-14)
 
 
-def test_a_new_schedule_goes_on_where_the_old_one_was() -> None:
+def test_a_new_schedule_resumes_where_the_old_one_stopped() -> None:
     """As docs/coming-from.md says: first the schedule, then the state with its lr, then the steps already done."""
     w = Parameter(torch.ones(3))
     optimizer = LARS([w], lr=8.0, momentum=M, adapt=True)
@@ -246,7 +246,7 @@ def test_a_new_schedule_goes_on_where_the_old_one_was() -> None:
     ("key", "group", "limit"),
     [("state1", {}, 0.02), ("state1", {"max_unorm": 0.5}, 0.5), ("momentum_buffer", {"max_unorm": 0.5}, 0.5)],
 )
-def test_a_capped_sum_of_gradients_moves_on_as_capped(key: str, group: dict[str, Any], limit: float) -> None:
+def test_a_capped_sum_of_gradients_stays_capped(key: str, group: dict[str, Any], limit: float) -> None:
     long, short, still = Parameter(torch.ones(4)), Parameter(torch.full((2, 2), 1e3)), Parameter(torch.ones(3))
     optimizer = LARS([long, short, still], lr=9.0, momentum=M, adapt=True)
     buffers = [torch.arange(4.0), torch.ones(2, 2), torch.zeros(3)]
@@ -268,7 +268,7 @@ def named_apart(model: torch.nn.Module) -> list[dict[str, Any]]:
     return [{"params": named[3:]}, {"params": named[:3]}]
 
 
-def test_names_tell_whose_state_it_is() -> None:
+def test_names_assign_state_to_parameters() -> None:
     model = a_model()
     names = [name for name, _ in model.named_parameters()]
     buffers = [torch.full_like(p, i) for i, p in enumerate(model.parameters())]
@@ -397,7 +397,7 @@ def test_loading_refuses_state_of_other_optimizers(state: dict[str, Any], moment
         {"__bnb_optimizer_quant_state__": 5},
     ],
 )
-def test_loading_keeps_what_hooks_put_into_the_state(extra: dict[str, Any]) -> None:
+def test_loading_keeps_entries_of_hooks(extra: dict[str, Any]) -> None:
     w = Parameter(torch.ones(2, 3))
     optimizer = LARS([w], lr=0.5, momentum=M, adapt=True)
     optimizer.load_state_dict(state_of(extra))

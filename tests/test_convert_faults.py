@@ -86,15 +86,13 @@ DIFFERENT = "name their parameters differently"
         ),
     ],
 )
-def test_momentum_of_no_parameter_for_certain_is_refused(
-    names: list[str] | None, state_dict: Any, message: str
-) -> None:
+def test_ambiguous_momentum_is_refused(names: list[str] | None, state_dict: Any, message: str) -> None:
     optimizer = optimizer_of(names)
     with pytest.raises(ValueError, match=message):
         convert_state_dict(state_dict, optimizer)
 
 
-def test_text_keys_are_refused_with_params_too() -> None:
+def test_string_keys_are_refused_with_params_too() -> None:
     """The order of string keys in a dict is not that of the parameters."""
     optimizer = optimizer_of(NAMES)
     with pytest.raises(ValueError, match=r"must be positions, got '0\.weight'"):
@@ -102,12 +100,12 @@ def test_text_keys_are_refused_with_params_too() -> None:
 
 
 @pytest.mark.parametrize("state", [None, 5, torch.ones(2)], ids=lambda state: type(state).__name__)
-def test_a_state_that_is_no_dict(state: Any) -> None:
+def test_a_state_must_be_a_dict(state: Any) -> None:
     with pytest.raises(TypeError, match="the state under 0 must be a dict"):
         convert_state_dict({"state": {0: state}}, optimizer_of(None))
 
 
-def test_a_parameter_that_comes_twice_has_one_state() -> None:
+def test_a_parameter_listed_twice_has_one_state() -> None:
     param = Parameter(torch.ones(2))
     with pytest.warns(UserWarning, match="duplicate"):
         optimizer = LARS([param, param], 0.1, momentum=0.9, adapt=True)
@@ -116,7 +114,7 @@ def test_a_parameter_that_comes_twice_has_one_state() -> None:
     assert torch.equal(optimizer.state[param]["momentum_buffer"], values(3))
 
 
-def test_a_whole_checkpoint_is_told_by_load_state_dict_too() -> None:
+def test_load_state_dict_recognises_a_whole_checkpoint_too() -> None:
     optimizer = optimizer_of(None)
     with pytest.raises(ValueError, match="looks like a whole checkpoint, pass its entry 'optimizer'"):
         optimizer.load_state_dict({"model": {}, "optimizer": optimizer.state_dict()})

@@ -159,7 +159,7 @@ def test_the_default_is_that_of_torch(device: torch.device) -> None:
     assert f"adapted, {expected}\n" in repr(optimizer)
 
 
-def test_fused_is_refused_where_there_is_no_fused_step(device: torch.device) -> None:
+def test_fused_is_refused_without_a_fused_step(device: torch.device) -> None:
     if device.type == "cuda":
         pytest.skip("there is one")
     params = make_params(torch.float32, layouts=["matrix"], device=device)

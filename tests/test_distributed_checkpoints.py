@@ -50,7 +50,7 @@ def resume(
 
 
 @kinds
-def test_other_ranks_go_on_within_rounding(
+def test_other_ranks_resume_within_rounding(
     process_groups: Callable[[int], Group], tmp_path: Path, kind: str, options: Options
 ) -> None:
     # tensor parallelism of torch 2.4 does not support one rank
@@ -62,7 +62,7 @@ def test_other_ranks_go_on_within_rounding(
 
 @pytest.mark.version
 @kinds
-def test_the_same_ranks_go_on_without_a_changed_bit(
+def test_the_same_ranks_resume_without_a_changed_bit(
     process_groups: Callable[[int], Group], tmp_path: Path, kind: str, options: Options
 ) -> None:
     run = sharded_models.train_with_checkpoint

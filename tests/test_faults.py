@@ -187,7 +187,7 @@ def test_a_gradient_on_another_device(skip_nonfinite: bool, implementation: Opti
         IMPLEMENTATIONS,
     ),
 )
-def test_what_is_not_finite_stays_in_its_tensor(name: str, of: str, value: float, how: str) -> None:
+def test_nan_and_inf_stay_in_their_tensor(name: str, of: str, value: float, how: str) -> None:
     """NaN or inf shows in that tensor, whichever way it is computed, and its neighbours step as if it were not there."""
     sizes = [(20,), (20,), (20_000,), (3, 4), (3, 4)]
     results = []
@@ -232,7 +232,7 @@ def test_without_decay_no_weight_enters_the_step(momentum: Options, size: int, i
 
 @loop_over("value", [NAN, INF, -1.0])
 @implementations
-def test_an_lr_that_is_none_is_refused_where_it_is_given(value: float, implementation: Options) -> None:
+def test_an_invalid_lr_is_refused_at_once(value: float, implementation: Options) -> None:
     param = Parameter(torch.ones(3))
     for lr in (value, torch.tensor(value)):
         with pytest.raises(ValueError, match="lr must be a finite number >= 0"):

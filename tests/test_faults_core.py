@@ -147,7 +147,7 @@ def test_a_differentiable_step_of_leaves_is_refused_whole(call: str, momentum: O
 # ---------------------------------------------------------------- a parameter that comes twice
 @pytest.mark.parametrize("adapt", [True, False])
 @momenta
-def test_a_parameter_that_comes_twice_steps_alike_in_every_implementation(momentum: Options, adapt: bool) -> None:
+def test_a_parameter_listed_twice_steps_alike_in_every_implementation(momentum: Options, adapt: bool) -> None:
     """One step after the other with one buffer, as in torch's single-tensor SGD."""
     results = []
     for implementation in IMPLEMENTATIONS.values():

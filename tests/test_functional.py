@@ -68,7 +68,7 @@ def test_equals_the_class(name: str, implementation: Options) -> None:
 
 
 @implementations
-def test_fills_the_places_of_none_and_updates_buffers_in_place(implementation: Options) -> None:
+def test_replaces_none_and_updates_buffers_in_place(implementation: Options) -> None:
     for name in ("momentum", "dampening", "dampening-unadapted", "nesterov-joint", "skip_nonfinite"):
         options = {"momentum": 0.9, **OPTIONS[name]}
         params = tensors(torch.float32)
@@ -103,7 +103,7 @@ def test_a_first_step_is_known_tensor_by_tensor(adapt: bool, implementation: Opt
     ],
     ids=str,
 )
-def test_no_norm_is_taken_that_no_update_needs(options: Options, rows: int) -> None:
+def test_only_norms_that_an_update_needs_are_taken(options: Options, rows: int) -> None:
     for name, implementation in IMPLEMENTATIONS.items():
         known = fields.Options(**{**BASE, **options, **implementation})
         (bucket,) = split(Group([torch.ones(3)], [torch.ones(3)], [], known))

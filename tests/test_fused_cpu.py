@@ -44,7 +44,7 @@ def test_truth_table_of_serves(param: str) -> None:
         assert serves([p, plain], [x, plain], [p, plain]) == expected, other
 
 
-def test_serves_no_sizes_that_differ() -> None:
+def test_serves_only_equal_sizes() -> None:
     p, longer = torch.randn(4, 6), torch.randn(5, 6)
     assert not serves([p], [longer]) and not serves([longer], [p])
     assert not serves([p], [p], [longer]) and not serves([p], [p], [longer.view(6, 5)[:4]])
@@ -282,7 +282,7 @@ def test_is_the_default_on_cpu_and_only_there() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
-def test_trust_ratios_whatever_runs(options: Options) -> None:
+def test_trust_ratios_with_every_implementation(options: Options) -> None:
     """The fused step measures during the update. trust_ratios() before it must measure by itself."""
     params = [torch.nn.Parameter(torch.tensor([3.0, 4.0])), torch.nn.Parameter(torch.ones(20_000))]
     params[0].grad = torch.tensor([0.0, 2.0])
@@ -296,7 +296,7 @@ def test_a_group_over_several_devices_is_not_fused_by_default() -> None:
     assert "adapted, single" in repr(LARS(params, lr=1.0, weight_decay=0.1))
 
 
-def test_a_list_that_is_one_part_is_not_sorted() -> None:
+def test_a_list_that_is_one_bucket_is_not_sorted() -> None:
     """Sorting takes as long as the step of small tensors."""
     params, others = [[torch.ones(4), torch.ones(2, 3)] for _ in range(2)]
     for momentum, buffers in (
@@ -314,7 +314,7 @@ def test_a_list_that_is_one_part_is_not_sorted() -> None:
     assert [(bucket.backend.name, bucket.indices) for bucket in late] == [("fused", [0]), ("fused", [1])]
 
 
-def test_foreach_is_the_default_where_it_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_foreach_is_the_default_if_it_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eager, "default_foreach", lambda params: params[0].device.type == "meta")
     meta, cpu = [torch.ones(4, device="meta")], [torch.ones(4)]
     for adapt in (True, False):

@@ -115,7 +115,7 @@ MODELS: dict[str, tuple[nn.Module, list[str]]] = {
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_every_parameter_stands_once_with_its_name(model: str) -> None:
+def test_every_parameter_occurs_once_with_its_name(model: str) -> None:
     module, adapted = MODELS[model]
     groups = param_groups(module, weight_decay=0.1)
     named = dict(module.named_parameters())
@@ -135,7 +135,7 @@ def test_every_parameter_stands_once_with_its_name(model: str) -> None:
     optimizer.step()
 
 
-def test_frozen_parameters_are_there_to_be_unfrozen() -> None:
+def test_frozen_parameters_are_included() -> None:
     model = frozen()
     optimizer = LARS(param_groups(model, 0.1), lr=1.0)
     before = [p.detach().clone() for p in model.parameters()]
@@ -148,7 +148,7 @@ def test_frozen_parameters_are_there_to_be_unfrozen() -> None:
 
 
 @pytest.mark.parametrize("given", ["module", "list", "generator"])
-def test_named_parameters_do_as_well_as_a_module(given: str) -> None:
+def test_named_parameters_work_like_a_module(given: str) -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
     source = {"module": model, "list": list(model.named_parameters()), "generator": model.named_parameters()}[given]
     adapted, rest = param_groups(source, 0.1)
@@ -341,7 +341,7 @@ def test_adapt_replaces_the_rule_but_not_exclude() -> None:
 
 
 @pytest.mark.parametrize("key", ["params", "adapt"])
-def test_unadapted_holds_options_only(key: str) -> None:
+def test_unadapted_accepts_only_options(key: str) -> None:
     with pytest.raises(ValueError, match=f"unadapted must hold options of the group .* got '{key}'; leave it out"):
         param_groups(nn.Linear(2, 2), 0.1, unadapted={key: True})
 

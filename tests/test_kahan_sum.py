@@ -89,7 +89,7 @@ def test_the_smallest_step_that_survives(dtype: torch.dtype, factor: float, surv
 
 # ---------------------------------------------------------------- where it is on
 @implementations
-def test_on_for_half_types_that_are_adapted(implementation: Options) -> None:
+def test_on_by_default_for_adapted_half_types(implementation: Options) -> None:
     for kahan_sum, kept in (
         (None, {True: HALF, False: ()}),
         (True, {True: HALF, False: HALF}),
@@ -163,7 +163,7 @@ def weight_of(optimizer: LARS) -> Tensor:
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "load"])
-def test_a_copy_goes_on_with_the_same_bits(way: str) -> None:
+def test_a_copy_resumes_with_the_same_bits(way: str) -> None:
     first = stepped()
     second = {
         "deepcopy": copy.deepcopy,
@@ -234,7 +234,7 @@ def test_a_float32_checkpoint_and_back() -> None:
         (lambda c: c[:1, :1].expand(3, 5), ValueError, "compensation of parameter 0 of param group 0 must have its own memory"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_loaded(damage: Any, error: type[Exception], message: str) -> None:
+def test_wrong_compensations_are_refused(damage: Any, error: type[Exception], message: str) -> None:
     optimizer = stepped()
     saved = copy.deepcopy(optimizer.state_dict())
     saved["state"][0]["compensation"] = damage(saved["state"][0]["compensation"])
@@ -278,7 +278,7 @@ def test_refusals() -> None:
     assert torch.equal(weight, torch.ones_like(weight))
 
 
-# ---------------------------------------------------------------- told
+# ---------------------------------------------------------------- the warning
 @pytest.mark.parametrize(
     ("options", "warns"),
     [
@@ -325,7 +325,7 @@ def test_a_converted_run_keeps_it(momentum: float) -> None:
     "ignore::DeprecationWarning", "ignore::FutureWarning"
 )  # torch's own, from inside its compiler
 @pytest.mark.parametrize("foreach", [True, False])
-def test_a_compiled_step_keeps_what_rounding_takes(foreach: bool) -> None:
+def test_a_compiled_step_keeps_rounding_errors(foreach: bool) -> None:
     """Inductor removes a conversion that is converted back, and every compensation with it."""
     for dtype in HALF:
         params = [make_params(dtype, layouts=["matrix", "vector", "conv"]) for _ in range(2)]

@@ -87,7 +87,7 @@ def test_a_known_group_is_sorted_again_when_a_gradient_changes(changed: str, ask
     assert not any(torch.equal(p, old) for p, old in zip(params_of(optimizer), before, strict=True))
 
 
-def test_a_parameter_that_comes_twice_is_asked_each_time_and_makes_few_guards(asked: list[str]) -> None:
+def test_a_parameter_listed_twice_is_sorted_each_time_and_builds_few_guards(asked: list[str]) -> None:
     """torch's guard accepts no list that holds a tensor twice."""
     params = [torch.nn.Parameter(torch.ones(5)) for _ in range(2)]
     params[0].grad = params[1].grad = torch.ones(5)
@@ -232,7 +232,7 @@ class Counted(Tensor):
 
 
 @pytest.mark.parametrize("kept", [False, True], ids=["first", "later"])
-def test_memory_under_a_mode_is_made_and_not_kept(kept: bool) -> None:
+def test_memory_under_a_mode_is_not_kept(kept: bool) -> None:
     """It may not be real memory, and existing memory would be a constant in a graph that the mode traces."""
     optimizer = make(SHAPES)
     if kept:
@@ -249,7 +249,7 @@ def test_memory_under_a_mode_is_made_and_not_kept(kept: bool) -> None:
     assert_as_without_memory(optimizer, SHAPES, steps=2 + kept)
 
 
-def test_what_a_function_mode_makes_is_not_kept() -> None:
+def test_memory_of_a_function_mode_is_not_kept() -> None:
     optimizer = make(SHAPES)
     with MakesCounted():
         optimizer.step()
@@ -283,7 +283,7 @@ def test_a_step_within_a_transform(transform: str) -> None:
     assert_as_without_memory(optimizer, SHAPES, steps=3)
 
 
-def test_where_torch_cannot_tell_of_modes_no_workspace_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_knowledge_of_modes_no_workspace_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch._C, "_len_torch_dispatch_stack")
     optimizer = make(SHAPES)
     optimizer.step()

@@ -34,7 +34,7 @@ def make(**group: Any) -> LARS:
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_other_libraries_names_are_refused_wherever_they_are_given(name: str) -> None:
+def test_other_libraries_names_are_refused_everywhere(name: str) -> None:
     ours = FOREIGN[name]
     sentence = f"'{name}' is called {ours} here" if ours in NAMES else f"'{name}' is not an option of LARS; "
     with pytest.raises(TypeError, match=f"^{sentence}"):
@@ -52,7 +52,7 @@ def test_other_libraries_names_are_refused_wherever_they_are_given(name: str) ->
     assert optimizer.state_dict() == before
 
 
-def test_the_names_of_the_libraries_that_people_come_from() -> None:
+def test_the_table_has_the_names_of_other_libraries() -> None:
     """Their signatures, written down separately from the table: timm, torchlars, apex, solo-learn, FAIR's, TF, MXNet."""
     theirs = [
         "eta",
@@ -99,7 +99,7 @@ def test_a_group_key_that_looks_like_an_option_warns_and_passes(key: str, meant:
 
 # ---------------------------------------------------------------- dialect=
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_a_dialect_by_name_is_its_row(dialect: str) -> None:
+def test_a_dialect_by_name_gives_its_options(dialect: str) -> None:
     rows = [
         LARS([param()], lr=0.5, dialect=dialect),
         LARS([param()], lr=0.5, **DIALECTS[dialect]),
@@ -110,7 +110,7 @@ def test_a_dialect_by_name_is_its_row(dialect: str) -> None:
     assert "dialect" not in rows[0].param_groups[0]  # only options are kept
 
 
-def test_what_is_given_comes_before_the_dialect() -> None:
+def test_given_options_override_the_dialect() -> None:
     (group,) = LARS([param()], lr=0.5, dialect="simclr", eps=1e-8, lr_in_momentum=False).param_groups
     assert (group["eps"], group["lr_in_momentum"], group["trust_denominator"]) == (1e-8, False, "joint")
     (group,) = LARS([param()], 0.5, 0.9, 0.0, 0.1, False, 0.002, 1e-8, dialect="larc").param_groups  # by position
@@ -125,7 +125,7 @@ def test_what_is_given_comes_before_the_dialect() -> None:
 @pytest.mark.parametrize(
     ("misspelt", "nearest"), [("simlcr", "simclr"), ("SimCLR", "simclr"), ("LARC", "larc"), (3, "")]
 )
-def test_a_misspelt_dialect_is_answered_with_the_nearest(misspelt: Any, nearest: str) -> None:
+def test_a_misspelt_dialect_raises_with_the_nearest_name(misspelt: Any, nearest: str) -> None:
     message = f"there is no dialect {misspelt!r}; did you mean '{nearest}.* The dialects are bolts, "
     with pytest.raises(ValueError, match=f"^LARS: {message}"):
         LARS([param()], lr=0.5, dialect=misspelt)

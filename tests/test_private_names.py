@@ -291,7 +291,7 @@ def test_the_scan_sees(source: str, name: str | None) -> None:
     assert private_names(tree, own_names([tree])) == ({name} if name else set())
 
 
-def test_what_broke_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_name_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert what_broke("torch._fused_sgd_") is None
     monkeypatch.setattr(torch, "_fused_sgd_", lambda params, grads, buffers: None)
     assert re.search(

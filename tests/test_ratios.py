@@ -75,7 +75,7 @@ def test_names_that_two_groups_share_stay_apart() -> None:
 
 # ---------------------------------------------------------------- cost
 @implementations
-def test_steps_that_nobody_looks_at_do_nothing_for_it(implementation: Any) -> None:
+def test_steps_without_a_call_cost_nothing(implementation: Any) -> None:
     """A step's operations are the same before and after a call of trust_ratios()."""
     counts = []
     optimizer, params = make(momentum=0.9, **implementation)
@@ -90,7 +90,7 @@ def test_steps_that_nobody_looks_at_do_nothing_for_it(implementation: Any) -> No
 
 
 @implementations
-def test_asking_changes_nothing_and_nothing_is_kept(implementation: Any) -> None:
+def test_a_call_changes_and_keeps_nothing(implementation: Any) -> None:
     optimizer, params = make(momentum=0.9, **implementation)
     attributes = set(vars(optimizer))
     for step in range(2):
@@ -162,7 +162,7 @@ def test_rows_columns_and_colours(plots: Any) -> None:
     assert ax.get_xlabel() == "step" and ax.figure.axes[1].get_ylabel() == "trust ratio"
 
 
-def test_what_has_no_ratio_is_grey_and_what_is_not_finite_red(plots: Any) -> None:
+def test_no_ratio_is_grey_and_not_finite_is_red(plots: Any) -> None:
     history = {1: {"w": 1e-3, "late": math.nan}, 2: {"w": math.inf}, 3: {"w": 1e-2, "late": 2e-2}}
     ax = plots.trust_ratios(history, names=["w", "bias", "late"])
     assert names(ax) == ["w", "bias", "late"]
@@ -211,7 +211,7 @@ def test_names_are_readable_whatever_their_number(plots: Any) -> None:
         ({5: {"a": 1.0}, 3: {"a": 1.0}}, None, r"the steps of history must increase, got \[5, 3\]"),
     ],
 )
-def test_what_cannot_be_drawn(history: Any, rows: Any, message: str) -> None:
+def test_histories_without_a_ratio_are_refused(history: Any, rows: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fastlars.plots.trust_ratios(history, names=rows)
 

@@ -91,7 +91,7 @@ def test_a_recipe_is_the_published_one(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "run", "expected"), OTHER_RUNS)
-def test_what_goes_with_batch_and_epochs(
+def test_values_that_depend_on_batch_and_epochs(
     name: str, run: dict[str, int], expected: tuple[float, float, int, int]
 ) -> None:
     optimizer, scheduler = build(name, **run)
@@ -143,7 +143,7 @@ def test_groups_and_dialect_can_be_given() -> None:
         ("simclr", {"steps_per_epoch": 312.5}, TypeError, "total_steps must be a whole number of optimizer steps"),
     ],
 )  # fmt: skip
-def test_what_is_no_recipe(name: str, values: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_wrong_values_are_refused(name: str, values: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         build(name, **values)
 

@@ -216,7 +216,7 @@ def test_the_tolerance_fits_one_step_of_sgd(dtype: torch.dtype, history: str) ->
 
 
 @loop_over("dtype", REAL + COMPLEX)
-def test_cases_are_what_they_say(dtype: torch.dtype) -> None:
+def test_cases_match_their_names(dtype: torch.dtype) -> None:
     params = make_params(dtype)
     by_name = dict(zip(LAYOUTS, params, strict=True))
     for param, again in zip(params, make_params(dtype), strict=True):
@@ -250,7 +250,7 @@ def test_option_sets_are_valid_and_distinct() -> None:
     assert any(is_adapted(options) for options in OPTIONS.values())
 
 
-def test_any_two_values_of_two_columns_stand_in_a_row() -> None:
+def test_any_two_values_of_two_columns_occur_together() -> None:
     columns = [(1, 2, 3), "ab", (True, False), "xyz"]
     rows = pairwise(*columns)
     for i, j in itertools.combinations(range(len(columns)), 2):
@@ -262,7 +262,7 @@ def test_any_two_values_of_two_columns_stand_in_a_row() -> None:
     } - {(1, "a")}
 
 
-def test_a_loop_takes_every_value_and_tells_which_failed() -> None:
+def test_a_loop_takes_every_value_and_names_the_one_that_failed() -> None:
     seen = []
 
     @loop_over("x y", [(1, 2), (3, 4), (5, 6)])
@@ -277,7 +277,7 @@ def test_a_loop_takes_every_value_and_tells_which_failed() -> None:
     assert list(inspect.signature(test).parameters) == ["other"], "what pytest is to give"
 
 
-def test_any_two_options_stand_in_a_set() -> None:
+def test_any_two_options_occur_together() -> None:
     """Each with both values: all that are valid together with momentum, and all but dampening without."""
     values: dict[str, tuple[Any, ...]] = {
         "momentum": (0.0, 0.9),

@@ -113,7 +113,7 @@ WAYS: dict[str, Callable[..., Any]] = {
 
 
 @loop_over("schedule saved_at way", pairwise(SCHEDULES, [1, 2, 3, 6, 7], WAYS))
-def test_a_saved_run_goes_on(schedule: str, saved_at: int, way: str) -> None:
+def test_a_saved_run_resumes(schedule: str, saved_at: int, way: str) -> None:
     build = SCHEDULES[schedule][0]
     optimizer = make(torch.tensor(8.0, dtype=torch.float64))
     scheduler = build(optimizer, 2, 6)
@@ -217,7 +217,7 @@ def test_batches_are_positive(scale: Callable[..., float]) -> None:
             scale(0.1, 256, base_batch_size=batch)
 
 
-def test_any_optimizer_will_do() -> None:
+def test_any_optimizer_works() -> None:
     sgd = torch.optim.SGD(make_params(torch.float32), lr=4.0)
     scheduler = warmup_polynomial(sgd, warmup_steps=4, total_steps=10)
     assert (sgd.param_groups[0]["lr"], scheduler.base_lrs) == (1.0, [4.0])

@@ -186,7 +186,7 @@ def test_the_function_itself() -> None:
 
 
 @pytest.mark.slow
-def test_who_does_not_script_sees_no_warning() -> None:
+def test_no_warning_without_scripting() -> None:
     program = """
 import torch, warnings
 warnings.simplefilter("error")

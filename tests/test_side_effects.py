@@ -195,7 +195,7 @@ def test_no_host_read_of_scale_and_overflow(name: str, shape: tuple[int, ...], i
 
 @not_fused
 @loop_over("name", ["momentum", "unadapted", "clip-maximize", "skip_nonfinite"])
-def test_what_comes_to_the_cpu_is_waited_for(name: str, implementation: Options) -> None:
+def test_copies_to_the_cpu_block(name: str, implementation: Options) -> None:
     """Parameters on the CPU, scalars on the device. A non-blocking copy would be read before it has arrived."""
     with fake_cuda():
         params = [torch.ones(3, 5) for _ in range(2)]
@@ -210,7 +210,7 @@ def test_what_comes_to_the_cpu_is_waited_for(name: str, implementation: Options)
 
 
 @not_fused
-def test_skip_decision_across_devices_is_waited_for(implementation: Options) -> None:
+def test_a_skip_decision_across_devices_blocks(implementation: Options) -> None:
     with fake_cuda():
         params = [torch.nn.Parameter(torch.ones(3, device=device)) for device in ("cpu", "cuda")]
         set_grads(params, [torch.ones_like(param) for param in params])

@@ -72,7 +72,7 @@ def test_group_keys_are_the_options(named: bool) -> None:
     assert {name: group[name] for name in Options._fields} == Options(0.1)._asdict() | {"adapt": True}
 
 
-def test_help_tells_every_option() -> None:
+def test_help_explains_every_option() -> None:
     described = inspect.getdoc(LARS)
     arguments = described[described.index("Args:") : described.index("Raises:")]
     for name in ("params", *Options._fields):

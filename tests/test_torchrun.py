@@ -234,7 +234,7 @@ def test_a_job_whose_processes_are_killed_ends_where_the_undisturbed_one_ends(
 
 @pytest.mark.slow
 @modes
-def test_a_job_of_three_ranks_goes_on_with_the_same_bits(
+def test_a_job_of_three_ranks_resumes_with_the_same_bits(
     mode: str, process_groups: Callable[..., ranks.Group], dataset: Dataset, tmp_path: Path
 ) -> None:
     """With two ranks every sum has one order. With more, DDP's buckets decide, which it rebuilds after its first pass."""

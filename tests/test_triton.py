@@ -429,7 +429,7 @@ def test_does_not_serve() -> None:
     assert [name for name, tensors in SERVED.items() if triton.TRITON.serves([tensors[0]], [tensors[1]], [])] == []
 
 
-def test_what_one_tensor_is_refused_for_refuses_a_list() -> None:
+def test_one_unsupported_tensor_refuses_the_list() -> None:
     for other in NOT_SERVED.values():
         for places in ((0, 1), (1, 0)):
             lists = [[torch.ones(3), torch.ones(3)], [torch.ones(3), torch.ones(3)], [torch.ones(3), torch.ones(3)]]
@@ -491,7 +491,7 @@ def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "plain tensors, got FakeTensor at position 1" in refusal(on_cpu, one)
 
 
-def test_what_keeps_triton_from_launching_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_fused_finds_why_triton_cannot_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 0))
     reason = triton._refusal(torch.device("cuda:0"))

@@ -201,7 +201,7 @@ def test_warning_names_the_line_that_steps(how: str) -> None:
 
 
 @pytest.mark.parametrize("options", [{"adapt": False}, {"adapt": True}, {"weight_decay": 0.05}], ids=str)
-def test_no_warning_where_somebody_chose(options: Options) -> None:
+def test_no_warning_if_adapt_is_set(options: Options) -> None:
     assert not warnings_of(LARS([one_param()], lr=0.1, **options))
     # in one group of several
     groups = [{"params": [one_param()]}, {"params": [one_param()], **options}]

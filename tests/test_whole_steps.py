@@ -158,7 +158,7 @@ GIVEN: dict[str, tuple[Callable[[], Tensor], Options, str]] = {
 
 
 @pytest.mark.parametrize(("param", "options", "message"), GIVEN.values(), ids=GIVEN)
-def test_what_is_given_is_refused_there(param: Callable[[], Tensor], options: Options, message: str) -> None:
+def test_wrong_arguments_are_refused_at_once(param: Callable[[], Tensor], options: Options, message: str) -> None:
     group = {"params": [param()], **options}
     with pytest.raises(ValueError, match=f"param group 0: .*{message}"):
         LARS([group], **OPTIONS)
@@ -190,7 +190,7 @@ def test_what_is_given_is_refused_there(param: Callable[[], Tensor], options: Op
     ],
     ids=str,
 )
-def test_what_can_be_stepped_is_not_refused(param: Tensor, options: Options) -> None:
+def test_unusual_but_valid_tensors_are_not_refused(param: Tensor, options: Options) -> None:
     param = param.clone() if param.is_contiguous() else param
     param.grad = torch.zeros_like(param)
     optimizer = LARS([param], **{**OPTIONS, **options})

@@ -177,7 +177,7 @@ def test_numpy_scalars_and_integers_are_numbers(value: Any, implementation: Opti
 
 
 # ---------------------------------------------------------------- lr is required
-def test_a_missing_lr_is_told_in_the_words_of_torch() -> None:
+def test_a_missing_lr_raises_torchs_message() -> None:
     params = make_params(torch.float32)
     message = "parameter group didn't specify a value of required optimization parameter lr"
     with pytest.raises(ValueError, match=rf"^{message} \(param group 0\); give lr to LARS or to the group"):
@@ -256,7 +256,7 @@ def test_params(params: Callable[[LARS], Any], error: type[Exception], message: 
     [([Parameter(torch.ones(3))], TypeError, "param_group must be a dict"), ({"lr": 0.1}, KeyError, "params")],
     ids=["list", "no params"],
 )
-def test_what_is_no_group(group: Any, error: type[Exception], message: str) -> None:
+def test_a_group_must_be_a_dict_with_params(group: Any, error: type[Exception], message: str) -> None:
     refuses(make(), error, message, lambda o: o.add_param_group(group))
 
 
@@ -265,7 +265,7 @@ def test_what_is_no_group(group: Any, error: type[Exception], message: str) -> N
     "edit",
     [{"lr": "x"}, {"lr": None}, {"momentum": None}, {"eps": -1.0}, {"trust_denominator": "jiont"}, {"nesterov": 2}],
 )
-def test_what_is_written_into_a_group_later(edit: Options, implementation: Options) -> None:
+def test_wrong_options_written_into_a_group(edit: Options, implementation: Options) -> None:
     """In the first step and in a later one. No group has moved when it raises."""
     params = [Parameter(torch.ones(3, 2)) for _ in range(2)]
     optimizer = LARS([{"params": [p]} for p in params], 0.1, momentum=0.9, weight_decay=0.1, **implementation)
@@ -292,7 +292,7 @@ def test_a_schedule_may_round_lr_below_0() -> None:
 
 
 @implementations
-def test_zeros_and_empty_groups_are_no_errors(implementation: Options) -> None:
+def test_zeros_and_empty_groups_are_valid(implementation: Options) -> None:
     params = [Parameter(torch.zeros(3)), Parameter(torch.zeros(0)), Parameter(torch.ones(3))]
     optimizer = LARS([{"params": []}, {"params": params}, {"params": []}], 0.1, 0.9, weight_decay=0.1, **implementation)
     optimizer.step()
@@ -410,7 +410,7 @@ def test_state_dicts(edit: Callable[[dict[str, Any]], object], error: type[Excep
 
 
 @pytest.mark.parametrize("state_dict", [None, 5, [], "model.pt"], ids=repr)
-def test_what_is_no_state_dict(state_dict: Any) -> None:
+def test_a_state_dict_must_be_a_dict_with_its_two_keys(state_dict: Any) -> None:
     message = f"must have the keys 'state' and 'param_groups', got {type(state_dict).__name__}"
     refuses(make(), ValueError, message, lambda o: o.load_state_dict(state_dict))
 
@@ -476,7 +476,7 @@ def test_tags_of_users_are_not_taken_for_misspelt_options() -> None:
         LARS([{"params": torch.ones(2, requires_grad=True), tag: 1}], lr=1.0)
 
 
-def test_fused_is_refused_where_there_is_no_fused_step() -> None:
+def test_fused_is_refused_without_a_fused_step() -> None:
     param = torch.ones(2, device="meta", requires_grad=True)
     with pytest.raises(RuntimeError, match="fused=True is for CPU and CUDA tensors, got one on meta"):
         LARS([param], lr=1.0, fused=True)

@@ -50,7 +50,7 @@ def test_it_is_the_training_of_lightlys_own(page: dict[str, Any], in_float64: An
     assert losses == pytest.approx(their_losses, rel=1e-10)
 
 
-def test_a_checkpoint_of_lightlys_goes_on(page: dict[str, Any], in_float64: Any) -> None:
+def test_a_checkpoint_of_lightly_resumes(page: dict[str, Any], in_float64: Any) -> None:
     model, theirs, _ = trained(page, lars.LARS, epochs=2)
     twin = copy.deepcopy(model)
     ours = page["make_optimizer"](twin)

@@ -152,7 +152,7 @@ def test_manual_optimization_is_the_plain_loop(page: dict[str, Any]) -> None:
     assert list(page["manual"].last_ratios.values()) == list(plain.ratios[-1].values())
 
 
-def test_the_wrappers_are_ours_and_not_ours(page: dict[str, Any]) -> None:
+def test_the_wrapper_has_our_class_but_not_our_state(page: dict[str, Any]) -> None:
     wrapped = page["manual"].optimizers()
     assert isinstance(wrapped, fastlars.LARS) and type(wrapped) is not fastlars.LARS
     assert type(wrapped.optimizer) is fastlars.LARS
@@ -167,7 +167,7 @@ def test_fabric_is_the_plain_loop(page: dict[str, Any]) -> None:
     assert loss_of(page["net"].module, page) < 0.6
 
 
-def test_fabric_goes_on_bit_for_bit(page: dict[str, Any]) -> None:
+def test_fabric_resumes_bit_for_bit(page: dict[str, Any]) -> None:
     fabric = Fabric(accelerator="cpu", precision="bf16-mixed")
     net = torch.nn.Sequential(*page["make_net"]())
     for p in net.parameters():

@@ -174,7 +174,7 @@ def test_what_is_not_adapted_is_torch_sgd(dialect: str) -> None:
 
 # ---------------------------------------------------------------- defaults: what a user gets who changes the import
 @pytest.mark.parametrize("cls", [Lightly, Lars, POLars], ids=["lightly", "timm", "pytorch_optimizer"])
-def test_our_defaults_are_theirs_but_for_what_the_migration_notes_say(cls: Any) -> None:
+def test_our_defaults_are_theirs_except_for_the_migration_notes(cls: Any) -> None:
     parameter = [Parameter(torch.ones(2, 2))]
     theirs, mine = cls(parameter, lr=1.0).defaults, LARS(parameter, lr=1.0).defaults
     renamed = {"trust_coeff": "trust_coefficient", "always_adapt": "adapt"}
@@ -254,7 +254,7 @@ def saved_by(theirs: Run | OptaxRun) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", CONVERSIONS)
-def test_a_run_goes_on_after_conversion(name: str) -> None:
+def test_a_run_resumes_after_conversion(name: str) -> None:
     case = CASES[name]
     theirs = case.theirs(first_params(name))
     for grads, lr in zip(case.grads[:10], LRS[:10], strict=True):
@@ -282,7 +282,7 @@ def test_lightly_needs_no_conversion() -> None:
         assert_close(run, theirs, f"step {step}")
 
 
-def test_timm_sorts_parameters_its_own_way() -> None:
+def test_timm_orders_parameters_in_its_own_way() -> None:
     """create_optimizer_v2 puts tensors without decay first. The order of its groups tells whose state it is."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.LayerNorm(3), torch.nn.Linear(3, 3)).double()
@@ -301,7 +301,7 @@ def test_timm_sorts_parameters_its_own_way() -> None:
 
 
 @pytest.mark.parametrize("cls", ["LARS", "PytorchLARS"])
-def test_bitsandbytes_moves_on_as_capped(cls: str) -> None:
+def test_bitsandbytes_stays_capped(cls: str) -> None:
     p = Parameter(torch.tensor(W, dtype=torch.float32))
     theirs = getattr(bitsandbytes.optim, cls)([p], lr=0.5, momentum=M, weight_decay=DECAY, max_unorm=0.02)
     for grads in GRADS[:3]:
