@@ -71,7 +71,7 @@ def imported(module: str) -> set[str]:
     return found - {module}
 
 
-def test_a_file_of_the_core_imports_from_floors_below_it() -> None:
+def test_a_file_of_the_core_imports_only_from_layers_below_it() -> None:
     below: set[str] = set()
     for floor in FLOORS:
         for module in floor:

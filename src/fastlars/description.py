@@ -76,7 +76,7 @@ def _options(group: dict[str, Any]) -> str:
 
 def _value(value: Any) -> str:
     if isinstance(value, Tensor):
-        # reading a value on an accelerator would synchronize
+        # reading a value on an accelerator would synchronise
         known = value.device.type == "cpu" and value.numel() == 1
         return f"tensor({value.item():g})" if known else f"tensor on {value.device}"
     if isinstance(value, numbers.Real) and not isinstance(value, int):

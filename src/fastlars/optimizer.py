@@ -71,7 +71,7 @@ class LARS(Optimizer):
 
     If either norm is 0, the tensor takes the plain gradient, without ratio and weight decay. Dampening does not apply to a
     tensor's first step. Groups that are not adapted take torch's SGD step, bit for bit. Norms are L2 norms of whole
-    tensors, in float32 or better. The step never writes ``.grad`` and never synchronizes with the GPU.
+    tensors, in float32 or better. The step never writes ``.grad`` and never synchronises with the GPU.
 
     LARS is not a drop-in replacement for SGD. A step moves a tensor by about ``lr * trust_coefficient`` of its norm (up to
     ``1 / (1 - momentum)`` times that), so a typical ``lr`` is 1 to 30. Use :func:`fastlars.param_groups` to leave biases and
@@ -546,7 +546,7 @@ class LARS(Optimizer):
     def trust_ratios(self) -> dict[str, float]:
         """The trust ratio of each adapted tensor, from its current value and gradient.
 
-        Call it after ``backward()`` (and after unscaling, with a GradScaler) and before ``zero_grad()``. It synchronizes
+        Call it after ``backward()`` (and after unscaling, with a GradScaler) and before ``zero_grad()``. It synchronises
         with the device and costs nothing in steps without a call. Processes do not communicate, so one of them may call it
         alone. For a sharded tensor it returns the ratio of the last step, which has exchanged the norms. If that step was
         skipped, the ratio may be 0 or NaN.

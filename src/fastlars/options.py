@@ -96,7 +96,7 @@ def check_lr(lr: Any, where: str, name: str = "lr") -> None:
         _check_number(name, lr, where, minimum=0.0)
         return
     check_tensor_lr(lr, where, name)
-    # reading a value on an accelerator would synchronize, and schedulers overwrite it anyway
+    # reading a value on an accelerator would synchronise, and schedulers overwrite it anyway
     if lr.device.type == "cpu":
         _check_number(name, lr.item(), where, minimum=0.0)
 

@@ -83,7 +83,7 @@ class FusedCPU:
     @torch.no_grad()
     def update(self, bucket: Bucket, norms: Norms, gate: Tensor | None) -> None:
         """Stacks first, then tensor by tensor."""
-        if gate is not None and gate.any():  # on the CPU, where reading it does not synchronize
+        if gate is not None and gate.any():  # on the CPU, where reading it does not synchronise
             return
         first_step = bucket.is_first_step
         params, grads, buffers = bucket.params, bucket.grads, make_buffers(bucket)

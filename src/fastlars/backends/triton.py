@@ -323,7 +323,7 @@ def _lr(lr: float | Tensor, device: torch.device) -> tuple[Tensor | None, float]
     if not isinstance(lr, Tensor):
         return None, float(lr)
     if lr.device.type == "cpu" and device.type != "cpu":
-        return None, float(lr)  # no synchronization
+        return None, float(lr)  # no synchronisation
     return _scalar(lr, device), 0.0
 
 
