@@ -223,8 +223,8 @@ def test_a_job_whose_processes_are_killed_ends_where_the_undisturbed_one_ends(
     for attempt, (mode, rank, place, step, next_from) in enumerate(kills):
         expected.append(f"attempt {attempt}: rank {rank} is killed {place}, step {step}")
         if mode == "sharded":  # the previous training has ended
-            expected.append(f"going on after step {STEPS} of {STEPS}")
-        expected.append(f"going on after step {next_from} of {STEPS}")
+            expected.append(f"resuming after step {STEPS} of {STEPS}")
+        expected.append(f"resuming after step {next_from} of {STEPS}")
     assert told == expected
     for mode, tensors in undisturbed.items():
         found = ended(tmp_path / mode)

@@ -90,11 +90,12 @@ class LARS(Optimizer):
         eps: added to the denominator of the trust ratio, >= 0 (default: 1e-8).
         adapt: whether the trust ratio scales the group's steps. None (default): if ``weight_decay`` is not 0.
         trust_clip: clip the ratio to min(ratio / lr, 1), as LARC does (default: False).
-        trust_denominator: "separate" (default) as above. With "joint" the ratio is trust_coefficient * abs(w) /
-            (abs(g + weight_decay * w) + eps), or 1 with weight decay if either norm is 0 (BYOL, SimCLR, optax).
-        lr_in_momentum: put lr inside the momentum buffer, as in the paper (default: False). With d = ratio *
-            (g + weight_decay * w), v = momentum * v + (1 - dampening) * lr * d and w -= v, or with nesterov
-            w -= lr * d + momentum * v.
+        trust_denominator: "separate" (default) as above. With "joint" the ratio is
+            ``trust_coefficient * |w| / (|g + weight_decay * w| + eps)``, or 1 with weight decay if either norm is 0 (BYOL,
+            SimCLR, optax).
+        lr_in_momentum: put lr inside the momentum buffer, as in the paper (default: False). With
+            ``d = ratio * (g + weight_decay * w)``, this is ``v = momentum * v + (1 - dampening) * lr * d`` and ``w -= v``,
+            or ``w -= lr * d + momentum * v`` with nesterov.
         skip_nonfinite: skip the step of all groups that set this if any of their gradients has a norm that is not finite
             (default: False). The device decides. With momentum it needs dampening == 0.
         maximize: maximize the objective instead of minimizing it (default: False).
