@@ -218,7 +218,7 @@ def test_a_job_whose_processes_are_killed_ends_where_the_undisturbed_one_ends(
     where = ["--standalone", "--nproc-per-node=2", f"--max-restarts={len(kills)}"]
     with Job(*where, str(ROOT / "tests" / "torchrun_job.py"), str(tmp_path / "job.json")) as torchrun:
         printed = torchrun.output()
-    told = [line for line in printed.splitlines() if "killed" in line or "going on" in line]
+    told = [line for line in printed.splitlines() if "killed" in line or "resuming" in line]
     expected = []
     for attempt, (mode, rank, place, step, next_from) in enumerate(kills):
         expected.append(f"attempt {attempt}: rank {rank} is killed {place}, step {step}")
