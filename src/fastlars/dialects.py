@@ -67,7 +67,7 @@ class About(NamedTuple):
 
     used_by: str
     source: str  # where its formula is
-    differs: Mapping[str, str] = MappingProxyType({})  # case, the key in tests -> what the other code does
+    differs: Mapping[str, str] = MappingProxyType({})  # case -> what the other code does there
 
 
 _DECAYS = "a tensor with zero gradient moves by lr * weight_decay * w, without a ratio. Here it does not move"

@@ -292,7 +292,7 @@ class LARS(Optimizer):
                 elif param.is_complex():  # torch casts the state of floating parameters only
                     entry["momentum_buffer"] = entry["momentum_buffer"].to(param.dtype)
                 if entry.get("compensation") is None or not is_half(param.dtype):
-                    entry.pop("compensation", None)  # other dtypes need none; users add it to the weights first
+                    entry.pop("compensation", None)  # unused in other dtypes; users add it to the weights before
         super().__setstate__(state)
         self._make_lr_tensors()
 
