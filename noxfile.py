@@ -20,11 +20,11 @@ import nox
 nox.options.default_venv_backend = "uv"
 nox.options.sessions = ["quick", "lint", "types"]
 
-NEWEST = "torch>=2.4"  # whatever the resolver finds for this Python and machine
+NEWEST = "torch>=2.4"  # the newest that the resolver finds for this Python and machine
 ON_CPU = "not cuda and not mps"
 EVERYWHERE = ("cpu", "cuda", "mps")
 
-# Floor, newest and one between run on every device.
+# The oldest, the newest and one in between run on every device.
 VERSIONS = [
     ("3.11", "2.4.1", EVERYWHERE),
     ("3.12", "2.6.0", ("cpu",)),
@@ -34,7 +34,7 @@ VERSIONS = [
     ("3.13", "2.15.0", EVERYWHERE),
     ("3.14", "2.15.0", ("cpu",)),
 ]
-# the floor and one between: .ci/run asks them what another torch may break, and the newest, in `quick` and `full`, everything
+# The oldest and one in between. .ci/run tests on them what another torch may break, and everything on the newest.
 GATE = [nox.param(python, torch, id=f"torch{torch}") for python, torch, _ in VERSIONS if torch in ("2.4.1", "2.13.0")]
 # no torch can break these, or another session runs them
 NOT_OF_A_VERSION = ("benchmarks", "demo", "figures", "study", "typing")
@@ -53,14 +53,14 @@ FRAMEWORKS = ("accelerate", "lightly", "lightning", "timm", "transformers")
 
 @nox.session
 def quick(session: nox.Session) -> None:
-    """The README's test command: what is not slow, on this Python and the newest torch."""
+    """The README's test command: the tests that are not slow, on this Python and the newest torch."""
     install(session, NEWEST, "--group", "test", "--group", "demo", "--group", "pages")
     suite(session, f"not slow and {ON_CPU}")
 
 
 @nox.session
 def full(session: nox.Session) -> None:
-    """The whole suite, what is slow too, on this Python and the newest torch."""
+    """The whole suite, including slow tests, on this Python and the newest torch."""
     install(session, NEWEST, "--group", "test", "--group", "demo", "--group", "pages")
     suite(session, ON_CPU)
 
@@ -81,7 +81,7 @@ def tests(session: nox.Session, torch: str, device: str) -> None:
 @nox.session
 @nox.parametrize("python,torch", GATE)
 def gate(session: nox.Session, torch: str) -> None:
-    """What another torch may break: what is not slow, and of that the tests marked `version`."""
+    """Tests that another torch may break: those that are not slow, and slow ones marked `version`."""
     install_torch(session, torch)
     others = [f"--ignore=tests/test_{name}.py" for name in NOT_OF_A_VERSION]
     suite(session, f"(not slow or version) and {ON_CPU}", *others)
@@ -89,7 +89,7 @@ def gate(session: nox.Session, torch: str) -> None:
 
 @nox.session(python="3.11")
 def vulkan(session: nox.Session) -> None:
-    """The tests of a device on a Vulkan device: any GPU, or Debian's mesa-vulkan-drivers, which needs none."""
+    """The device tests on Vulkan: any GPU, or Debian's mesa-vulkan-drivers, which need no GPU."""
     if not present("vulkan"):
         session.skip("no Vulkan driver; `apt-get install mesa-vulkan-drivers libvulkan1` brings one that needs no GPU")
     # torchvulkan is compiled against this torch
@@ -99,7 +99,7 @@ def vulkan(session: nox.Session) -> None:
 
 @nox.session(python="3.11")
 def xla(session: nox.Session) -> None:
-    """The tests of a device on XLA's CPU device; needs no system package, 7 GB of disk and half an hour."""
+    """The device tests on XLA's CPU device. It needs no system package, but 7 GB of disk and half an hour."""
     if not present("xla"):
         session.skip("torch_xla has wheels for Linux on x86-64 only")
     install(session, "torch==2.9.1", "torch_xla==2.9.0", "--group", "test")
@@ -108,7 +108,7 @@ def xla(session: nox.Session) -> None:
 
 @nox.session
 def nightly(session: nox.Session) -> None:
-    """The suite on a torch to come, from the index that the environment variable TORCH_NIGHTLY_INDEX names."""
+    """The suite on torch's nightly build, from the index in the environment variable TORCH_NIGHTLY_INDEX."""
     index = os.environ.get("TORCH_NIGHTLY_INDEX")
     if not index:
         session.error(
@@ -124,18 +124,18 @@ def nightly(session: nox.Session) -> None:
 
 @nox.session
 def torch_suite(session: nox.Session) -> None:
-    """The tests that torch has for its optimizers, on LARS: `-- PATH` of test/test_optim.py in a checkout of torch."""
+    """The optimizer tests of torch itself, run on LARS: `-- PATH` of test/test_optim.py in a checkout of torch."""
     if not session.posargs:
         session.error("which tests? `-- PATH`, of test/test_optim.py in a checkout of the newest released torch")
     install(session, NEWEST, "--group", "torch-suite")
-    # without our settings: these are another project's tests
+    # without our settings, because these are another project's tests
     options = ["-c", os.devnull, "-p", "optimizer_info", "-k", "TestOptimRenewed"]
     session.run("python", "-m", "pytest", *options, *session.posargs, env={"PYTHONPATH": "tests"})
 
 
 @nox.session
 def properties(session: nox.Session) -> None:
-    """The properties on new random examples, each for a minute; `-- 600` makes it ten."""
+    """Each property on new random examples for a minute, or ten with `-- 600`."""
     install(session, NEWEST, "--group", "test")
     env = {"FASTLARS_EXPECT_WHEEL": "1", "FASTLARS_PROPERTIES_SECONDS": (session.posargs or ["60"])[0]}
     session.run("python", "-m", "pytest", "tests/test_properties.py", "tests/test_fuzz_steps.py", env=env)
@@ -143,7 +143,7 @@ def properties(session: nox.Session) -> None:
 
 @nox.session
 def mutants(session: nox.Session) -> None:
-    """How many seeded faults the tests find: `-- --number 400 --seed 5` draws others; stopped, it goes on where it was."""
+    """How many seeded faults the tests find. `-- --number 400 --seed 5` draws others. It resumes if stopped."""
     install(session, NEWEST, "--group", "test", "--group", "pages", "--group", "mutants")
     folder = Path("results", "mutants")
     program, lines = ("python", "tests/mutants.py"), str(folder / "lines")
@@ -159,14 +159,14 @@ def mutants(session: nox.Session) -> None:
 
 @nox.session
 def parity(session: nox.Session) -> None:
-    """The dialects against the packages they are named after, in today's releases, which it prints."""
+    """The dialects against the current releases of the packages they are named after, which it prints."""
     install(session, NEWEST, "--group", "parity")
     pytest(session, ON_CPU, "tests/parity")
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Lint and format check, and the workflows' security; `-- --fix` repairs what ruff can."""
+    """Lint, format, and the security of workflows. `-- --fix` fixes what ruff can."""
     session.install("--group", "lint")
     session.run("zizmor", "--offline", "--quiet", ".github")
     session.run("ruff", "check", *session.posargs)
@@ -183,14 +183,14 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """The demo, under a minute of training; what follows `--` goes to it (--search, --data DIR)."""
+    """The demo, under a minute of training. It gets the arguments after `--` (--search, --data DIR)."""
     install(session, NEWEST, "--group", "demo")
     session.run("python", "-m", "benchmarks.demo", *session.posargs)
 
 
 @nox.session
 def study(session: nox.Session) -> None:
-    """The large-batch study: `-- --data FOLDER` trains what is not stored yet, within the hour on two cores."""
+    """The large-batch study: `-- --data FOLDER` trains what is not stored yet, in under an hour on two cores."""
     install(session, NEWEST, "--group", "demo")
     session.run("python", "-m", "benchmarks.study", *session.posargs)
 
@@ -198,7 +198,7 @@ def study(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("framework", [nox.param(framework, id=framework) for framework in FRAMEWORKS])
 def frameworks(session: nox.Session, framework: str) -> None:
-    """A page of docs/frameworks, run and tested with the real package; then its versions are recorded."""
+    """Run and test a page of docs/frameworks with the real package, then record the versions."""
     install(session, NEWEST, "--group", f"frameworks-{framework}")
     folder = Path("tests", "frameworks")
     pytest(session, ON_CPU, str(folder / f"test_{framework}.py"))
@@ -207,14 +207,14 @@ def frameworks(session: nox.Session, framework: str) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Step times under pytest-benchmark; what follows `--` goes to pytest (-k resnet50, --benchmark-compare)."""
+    """Step times with pytest-benchmark, which gets the arguments after `--` (-k resnet50, --benchmark-compare)."""
     install(session, NEWEST, "--group", "bench")
     session.run("python", "-m", "pytest", "benchmarks", *session.posargs)
 
 
 @nox.session
 def performance(session: nox.Session) -> None:
-    """Contenders interleaved, then docs/performance.md; what follows `--` goes to the first (--device cuda, --rounds N)."""
+    """Interleaved step times, then docs/performance.md. Arguments after `--` (--device cuda, --rounds N) select runs."""
     install(session, NEWEST, "--group", "bench")
     session.run("python", "-m", "benchmarks.performance", *session.posargs)
     session.run("python", "-m", "benchmarks.render")
@@ -222,7 +222,7 @@ def performance(session: nox.Session) -> None:
 
 @nox.session
 def compiled(session: nox.Session) -> None:
-    """Count what compiled steps launch on a GPU, without one, then docs/performance.md; needs g++ and an hour of one core."""
+    """Count without a GPU what compiled steps launch on one, then docs/performance.md. Needs g++ and an hour of one core."""
     install(session, "torch==2.13.0", "triton", "--group", "bench")
     session.run("python", "-m", "benchmarks.compiled_launches", *session.posargs)
     session.run("python", "-m", "benchmarks.render")
@@ -230,7 +230,7 @@ def compiled(session: nox.Session) -> None:
 
 @nox.session
 def long_run(session: nox.Session) -> None:
-    """100,000 steps under each implementation: memory, drift, time; what follows `--` goes to it (--steps N)."""
+    """100,000 steps with each implementation: memory, drift, time. It gets the arguments after `--` (--steps N)."""
     install(session, NEWEST, "--group", "bench")
     session.run("python", "-m", "benchmarks.long_run", *session.posargs)
 
@@ -244,7 +244,7 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """Build sdist and wheel into dist/, look at what they hold, import the wheel beside torch alone."""
+    """Build sdist and wheel into dist/, check their contents, and import the wheel with only torch installed."""
     shutil.rmtree("dist", ignore_errors=True)
     session.run("uv", "build", "--quiet")
     (sdist,), (wheel,) = Path("dist").glob("*.tar.gz"), Path("dist").glob("*.whl")
@@ -272,14 +272,14 @@ def build(session: nox.Session) -> None:
 
 
 def install_torch(session: nox.Session, torch: str) -> None:
-    """Install the wheel of this checkout beside one version of torch, and what its tests need."""
-    # the interpreters of their Tritons read nonsense with NumPy 2, or fail
+    """Install the wheel of this checkout with one version of torch, and the tests' dependencies."""
+    # with NumPy 2 the interpreters of their Tritons fail or read wrong values
     numpy = ["numpy<2"] if torch in ("2.4.1", "2.6.0", "2.8.0", "2.10.0") else []
     install(session, f"torch=={torch}", *numpy, "--group", "test")
 
 
 def install(session: nox.Session, *requirements: str) -> None:
-    """Install `requirements` and the wheel of this checkout, which is built once a run."""
+    """Install `requirements` and the wheel of this checkout, which is built once per run."""
     folder = Path(wheel_folder().name)
     if not list(folder.glob("*.whl")):
         session.run("uv", "build", "--wheel", "--quiet", "--out-dir", str(folder))
@@ -294,12 +294,12 @@ def wheel_folder() -> "TemporaryDirectory[str]":
 
 
 def suite(session: nox.Session, marked: str, *options: str) -> None:
-    """Run all tests that the mark expression selects, in a process a core, with a thread each, that take work from each other."""
+    """Run the tests that the mark expression selects, in one single-threaded process per core."""
     pytest(session, marked, "-n", "auto", "--dist", "worksteal", *options, OMP_NUM_THREADS="1")
 
 
 def pytest(session: nox.Session, marked: str, *options: str, **environment: str) -> None:
-    """Run the tests that the mark expression `marked` selects; they expect to import the wheel."""
+    """Run the tests that the mark expression `marked` selects, against the wheel."""
     environment["FASTLARS_EXPECT_WHEEL"] = "1"
     session.run("python", "-m", "pytest", "-m", marked, *options, *session.posargs, env=environment)
 
@@ -312,7 +312,7 @@ def on_device(session: nox.Session, device: str, **environment: str) -> None:
 
 
 def present(device: str) -> bool:
-    """Tell whether this machine has `device` without torch, so before anything is installed."""
+    """Whether this machine has `device`, without torch, so before anything is installed."""
     if device == "cuda":
         command = shutil.which("nvidia-smi")
         return command is not None and subprocess.run([command, "-L"], capture_output=True, check=False).returncode == 0
@@ -321,7 +321,7 @@ def present(device: str) -> bool:
     if device == "vulkan":
         drivers = [Path(folder, "vulkan", "icd.d") for folder in ("/usr/share", "/etc", "/usr/local/share")]
         named = os.environ.get("VK_DRIVER_FILES") or any(file for folder in drivers for file in folder.glob("*.json"))
-        # macOS wheels bring a driver; Windows' are in its registry, so there torchvulkan itself finds out
+        # macOS wheels include a driver, and on Windows drivers are in the registry, where torchvulkan looks
         return sys.platform != "linux" or bool(named and ctypes.util.find_library("vulkan"))
     if device == "xla":
         return sys.platform == "linux" and platform.machine() == "x86_64"

@@ -339,7 +339,7 @@ def report(device: str, outcomes: Sequence[Outcome]) -> str:
         if outcome.name in ("machine", "bandwidth"):
             lines += ["", outcome.name, *(f"  {key}: {value}" for key, value in outcome.found.items() if key != "ms")]
         elif outcome.name == "tests":
-            lines += ["", "tests", f"  {outcome.found.get('summary', 'no summary: they did not end')}"]
+            lines += ["", "tests", f"  {outcome.found.get('summary', 'no summary: the tests did not finish')}"]
             said = outcome.found.get("output", "").splitlines()
             lines += [f"  {line}" for line in said if line.startswith(("FAILED", "ERROR"))]
             if outcome.result == "timed out":
@@ -392,7 +392,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--minutes",
         type=float,
         default=MINUTES,
-        help="for the whole run, of which each part may take its share (default: %(default)s)",
+        help="for the whole run, which the parts share (default: %(default)s)",
     )
     parser.add_argument("--only", nargs="+", metavar="PART", help="parts whose names begin so (default: all)")
     parser.add_argument(

@@ -170,7 +170,7 @@ def train(data: Path, out: Path, console: Console) -> Study:
 
         def stored(runs: list[Run]) -> list[Result]:
             missing = [run for run in dict.fromkeys(runs) if store.key(run) not in store.rows]
-            status.update(f"{len(store.rows)} runs are there; training {len(missing)}")
+            status.update(f"{len(store.rows)} runs are stored; training {len(missing)}")
             workers.train(missing, finished=store.add)
             return store.results(runs)
 

@@ -1,6 +1,7 @@
-"""Data that the tests share: option sets, parameter layouts, gradient histories, and the one table of tolerances.
+"""Data that the tests share: option sets, parameter layouts, gradient histories, and the only table of tolerances.
 
-Drawn on the CPU in double precision from fixed seeds, then cast: the same values in every dtype and on every device.
+Values are drawn on the CPU in double precision from fixed seeds, then cast, so they are the same in every dtype and on every
+device.
 """
 
 import itertools
@@ -17,14 +18,14 @@ History = Callable[[Tensor, int, int], Tensor | None]
 REAL: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 COMPLEX: tuple[torch.dtype, ...] = (torch.complex64, torch.complex128)
 STEPS = 4
-# lr_in_momentum differs from the default only while lr changes; 0 is what checkpoint libraries and warm-ups pass
+# lr_in_momentum differs from the default only while lr changes; checkpoint libraries and warm-ups pass 0
 LR_FACTORS: tuple[float, ...] = (1.0, 0.5, 0.0, 1.5)
 
 # ---------------------------------------------------------------- options
-# Steps of some per cent of a parameter's norm: with the default trust_coefficient rounding would hide a wrong ratio.
+# Each step is a few per cent of a parameter's norm. With the default trust_coefficient rounding would hide a wrong ratio.
 BASE: Options = {"lr": 0.5, "weight_decay": 0.05, "trust_coefficient": 0.1}
 
-# each on top of BASE; dampening and nesterov bring the momentum that they need
+# each on top of BASE; dampening and nesterov add the momentum that they need
 FEATURES: dict[str, Options] = {
     "momentum": {"momentum": 0.9},
     "dampening": {"momentum": 0.9, "dampening": 0.25},
@@ -49,7 +50,7 @@ SPECIAL: dict[str, Options] = {
     "large_dampening": {"lr": 0.1, "momentum": 0.9, "dampening": 0.9, "weight_decay": 1e-4},
     "large_eps": {**BASE, "eps": 0.5},
     "large_eps_joint": {**BASE, "eps": 0.5, "trust_denominator": "joint"},
-    # of exactly 1, which what asks whether there is decay may not take for none
+    # exactly 1, which a check for decay must not mistake for none
     "large_decay": {**BASE, "weight_decay": 1.0, "momentum": 0.9, "nesterov": True},
     "large_decay_joint_maximize": {**BASE, "weight_decay": 2.0, "trust_denominator": "joint", "maximize": True},
     "clip_at_one": {**BASE, "lr": 0.01, "trust_clip": True, "momentum": 0.9},
@@ -68,7 +69,7 @@ SPECIAL: dict[str, Options] = {
 
 
 def is_valid(options: Options) -> bool:
-    """nesterov needs momentum and no dampening; skip_nonfinite with momentum no dampening."""
+    """nesterov needs momentum and no dampening. skip_nonfinite with momentum needs no dampening."""
     momentum, dampening = options.get("momentum", 0.0), options.get("dampening", 0.0)
     if options.get("nesterov") and momentum == 0:
         return False
@@ -80,11 +81,11 @@ def _combine(*names: str) -> Options:
 
 
 def _named_options() -> dict[str, Options]:
-    """BASE, each feature alone, each pair, all features but one, the special sets; no set twice."""
+    """BASE, each feature alone, each pair, all features but one, and the special sets, without repeats."""
     candidates = [("base", dict(BASE))]
     candidates += [(name, _combine(name)) for name in FEATURES]
     for pair in itertools.combinations(FEATURES, 2):
-        # what float32 does not see meets the others in PAIRWISE
+        # what float32 cannot show meets the others in PAIRWISE
         if pair != ("adapt", "unadapted") and not {"skip_nonfinite", "kahan", "no_kahan"} & set(pair):
             candidates.append(("-".join(pair), _combine(*pair)))
     candidates.append(("everything", _combine(*_EVERYTHING)))
@@ -104,9 +105,9 @@ OPTIONS: dict[str, Options] = _named_options()
 
 
 def pairwise(*columns: Iterable[Any], valid: Callable[..., bool] = lambda *_: True) -> list[tuple[Any, ...]]:
-    """Valid rows, few of all, in which any two values that can stand in one row do so at least once.
+    """A few valid rows in which any two values that may be combined appear together at least once.
 
-    Where the code treats two options together, one of these rows shows it; which third value stands beside them does not matter.
+    If the code treats two options together, one of these rows shows it, whatever the values of the others.
     """
     values = [list(column) for column in columns]
     everything = itertools.product(*(range(len(column)) for column in values))
@@ -123,12 +124,12 @@ def _row(values: Sequence[Sequence[Any]], places: Sequence[int]) -> tuple[Any, .
     return tuple(column[place] for column, place in zip(values, places, strict=True))
 
 
-# options that mean something only together
+# options that have an effect only together
 _MOMENTUM = (FEATURES["momentum"], FEATURES["nesterov"], FEATURES["dampening"], {"momentum": 0.0})
 _DECAY = ({}, {**FEATURES["no_decay"], **FEATURES["adapt"]}, FEATURES["unadapted"], FEATURES["no_decay"])
 _KAHAN = ({}, FEATURES["kahan"], FEATURES["no_kahan"])
 _TOGETHER = ("momentum", "nesterov", "dampening", "no_decay", "adapt", "unadapted", "kahan", "no_kahan")
-# every other feature, without it and with it
+# every other feature, off and on
 _ALONE = [({}, options) for name, options in FEATURES.items() if name not in _TOGETHER]
 
 
@@ -136,7 +137,7 @@ def _together(*chosen: Options) -> Options:
     return {key: value for options in (BASE, *chosen) for key, value in options.items()}
 
 
-# any two values of any two columns: what most tests go through
+# any two values of any two columns; most tests use these
 PAIRWISE: dict[str, Options] = {
     # kahan_sum in turn, which adds no row: every value meets all of momentum and of decay
     f"pairwise_{i}": _together(*chosen, _KAHAN[(_MOMENTUM.index(chosen[0]) + _DECAY.index(chosen[1])) % 3])
@@ -146,7 +147,7 @@ OPTIONS |= PAIRWISE
 
 
 def all_options() -> Iterator[Options]:
-    """Every valid combination of all options: for one exhaustive test in a loop, without ids."""
+    """Every valid combination of all options, for one exhaustive test in a loop, without ids."""
     values: dict[str, tuple[Any, ...]] = {
         "momentum": (0.0, 0.9),
         "dampening": (0.0, 0.25),
@@ -165,7 +166,7 @@ def _randn(shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype,
 
 
 def _layout(*shape: int, view: Callable[[Tensor], Tensor] = lambda storage: storage) -> Layout:
-    """The view is taken on the device: moving a strided view there would make it dense."""
+    """The view is made on the device, because moving a strided view there would make it dense."""
 
     def make(generator: torch.Generator, dtype: torch.dtype, device: str | torch.device = "cpu") -> Tensor:
         return view(_randn(shape, generator, dtype, device))
@@ -173,7 +174,7 @@ def _layout(*shape: int, view: Callable[[Tensor], Tensor] = lambda storage: stor
     return make
 
 
-# name -> constructor(generator, dtype, device="cpu"); all work for the dtypes in REAL and COMPLEX, none overlaps itself
+# name -> constructor(generator, dtype, device="cpu"); all work for the dtypes in REAL and COMPLEX, and none overlaps itself
 LAYOUTS: dict[str, Layout] = {
     "scalar": _layout(),
     "one_element": _layout(1),
@@ -190,7 +191,7 @@ LAYOUTS: dict[str, Layout] = {
     # not dense: the neighbours in its storage must keep their bits (see neighbours)
     "strided": _layout(66, view=lambda x: x[::2]),
     "columns": _layout(6, 9, view=lambda x: x[:, 2:7]),
-    # three elements in: dense but not aligned for 16-byte loads
+    # three elements in, so dense but not aligned for 16-byte loads
     "offset": _layout(40, view=lambda x: x[3:36]),
     # |w| = 0
     "zeros": _layout(9, view=lambda x: x.zero_()),
@@ -200,13 +201,13 @@ LAYOUTS: dict[str, Layout] = {
 def make_params(
     dtype: torch.dtype, *, layouts: Sequence[str] = tuple(LAYOUTS), seed: int = 0, device: str | torch.device = "cpu"
 ) -> list[torch.nn.Parameter]:
-    """New leaf parameters, one a layout. To have a second copy call it again: deepcopy makes strided views dense."""
+    """New leaf parameters, one per layout. For a second copy call it again, because deepcopy makes strided views dense."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.nn.Parameter(LAYOUTS[name](generator, dtype, device)) for name in layouts]
 
 
 def neighbours(tensor: Tensor) -> Tensor:
-    """The elements of a tensor's storage that are not the tensor's own, copied: they must be the same after a step."""
+    """A copy of the elements of a tensor's storage that are not its own. They must be the same after a step."""
     storage = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.detach().untyped_storage())
     outside = torch.ones(storage.shape, dtype=torch.bool, device=tensor.device)
     outside.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(0)
@@ -215,7 +216,7 @@ def neighbours(tensor: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------- gradients
 def _dense(param: Tensor, step: int, index: int, scale: float = 1.0) -> Tensor:
-    """Strides as autograd would give: the parameter's if it is dense, else contiguous."""
+    """Strides as autograd gives them: the parameter's if it is dense, else contiguous."""
     generator = torch.Generator().manual_seed(10_000 + 100 * step + index)
     values = _randn(param.shape, generator, torch.complex128 if param.is_complex() else torch.float64, "cpu")
     return torch.empty_like(param, requires_grad=False).copy_(values * scale)
@@ -226,7 +227,7 @@ def _zero(param: Tensor, _step: int, _index: int) -> Tensor:
 
 
 def _other_layout(param: Tensor, step: int, index: int) -> Tensor:
-    """The same values as dense, in strides that the parameter does not have (0-dim: there are no others)."""
+    """The values of dense, in other strides than the parameter's (0-dim tensors have no others)."""
     grad = _dense(param, step, index)
     if grad.dim() == 4:
         dense = param.is_contiguous()
@@ -237,20 +238,20 @@ def _other_layout(param: Tensor, step: int, index: int) -> Tensor:
 
 
 def _same_strides(param: Tensor, step: int, index: int) -> Tensor:
-    """The parameter's strides even where it is not dense: equal strides alone do not make a flat loop right."""
+    """The parameter's strides even if it is not dense, because equal strides alone do not make a flat loop right."""
     grad = torch.empty_strided(param.shape, param.stride(), dtype=param.dtype, device=param.device)
     return grad.copy_(_dense(param, step, index))
 
 
 def nonfinite(param: Tensor, step: int, index: int) -> Tensor:
-    """Dense, but tensor 0 (not an empty one) holds an inf in step 1 and a NaN in step 2: for skip_nonfinite."""
+    """Dense, but tensor 0 (not an empty one) holds an inf in step 1 and a NaN in step 2, for skip_nonfinite."""
     grad = _dense(param, step, index)
     if index == 0 and step in (1, 2):
         grad[(-1,) * grad.dim()] = torch.inf if step == 1 else torch.nan
     return grad
 
 
-# name -> history(param, step, index): the gradient of tensor number index in a step, None for none
+# name -> history(param, step, index): the gradient of tensor number index in a step, or None
 HISTORIES: dict[str, History] = {
     "dense": _dense,
     "zero": _zero,
@@ -258,7 +259,7 @@ HISTORIES: dict[str, History] = {
     "zero_first": lambda p, step, i: _zero(p, step, i) if step == 0 else _dense(p, step, i),
     "never": lambda _p, _step, _i: None,
     "missing": lambda p, step, i: None if (step + i) % 3 == 0 else _dense(p, step, i),
-    # a tensor's first step is not the optimizer's first: dampening must not apply in step 2
+    # a tensor's first step need not be the optimizer's; dampening must not apply in step 2
     "late": lambda p, step, i: None if step < 2 and i % 2 == 0 else _dense(p, step, i),
     "other_layout": _other_layout,
     "same_strides": _same_strides,

@@ -1,4 +1,4 @@
-"""What holds for every test."""
+"""Fixtures and settings for every test."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -10,7 +10,7 @@ import ranks
 
 @pytest.fixture(scope="session")
 def process_groups() -> Iterator[Callable[..., ranks.Group]]:
-    """process_groups(world, device="cpu"): processes that all tests of a session share, started when the first one asks."""
+    """process_groups(world, device="cpu"): processes that all tests of a session share, started on first use."""
     with ExitStack() as stack:
         made: dict[tuple[int, str], ranks.Group] = {}
 

@@ -1,7 +1,7 @@
-"""The devices beside the CPU that this machine has, and the marks that select tests for one of them.
+"""The devices besides the CPU that this machine has, and the marks that select their tests.
 
-torchvulkan and torch_xla are packages of their own. They are imported only where they are installed, which is in the
-environments of their nox sessions.
+torchvulkan and torch_xla are separate packages. They are imported only if installed, as in the environments of their nox
+sessions.
 """
 
 import importlib.util
@@ -10,7 +10,9 @@ import os
 import pytest
 import torch
 
-EXPECTED = os.environ.get("FASTLARS_EXPECT_DEVICE", "")  # set by the nox session of a device: a missing one fails then
+EXPECTED = os.environ.get(
+    "FASTLARS_EXPECT_DEVICE", ""
+)  # set by the nox session of a device, so that a missing device fails
 
 
 def _present() -> dict[str, torch.device]:
@@ -37,5 +39,5 @@ DEVICES = _present()
 
 
 def needs(name: str) -> pytest.MarkDecorator:
-    """Mark a test as one of a device, and skip it where that is missing."""
+    """Mark a test for a device, and skip it if the device is missing."""
     return pytest.mark.skipif(name not in DEVICES, reason=f"this machine has no {name} device")

@@ -1,4 +1,4 @@
-"""The tables of docs/dialects.md, made from DIALECTS: `python tests/dialects_table.py` writes them into the page."""
+"""The tables of docs/dialects.md, from DIALECTS. `python tests/dialects_table.py` writes them into the page."""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,8 +1,8 @@
-"""A pytest plugin: which lines of the package each test executes, in its own process and in those that it starts.
+"""A pytest plugin that records which lines of the package each test executes, also in processes that it starts.
 
-`mutants.py` loads it (-p executed_lines) with EXECUTED_LINES, a folder, in the environment. Every process writes a file
-there. A process that a test starts loads this module too, through `sitecustomize`, and says when it ran its lines: they
-are those of the test that ran then. What a process does that is killed between two answers of its pipe is lost.
+`mutants.py` loads it (-p executed_lines) with the folder EXECUTED_LINES in the environment, where every process writes a
+file. A process that a test starts loads this module through `sitecustomize` and records when it ran its lines, which
+assigns them to the test that ran at that time. Lines of a process that is killed between two answers are lost.
 """
 
 import atexit
@@ -18,7 +18,7 @@ from typing import Any
 import coverage
 import pytest
 
-STARTED = "EXECUTED_LINES_OF"  # the process of the tests, in the environment of those that it starts
+STARTED = "EXECUTED_LINES_OF"  # the process of the tests, in the environment of the processes that it starts
 
 
 class Lines:
@@ -43,7 +43,7 @@ class Lines:
 
 
 class Plugin:
-    """In the process of the tests: a row a test."""
+    """In the process of the tests, one row per test."""
 
     def __init__(self) -> None:
         self._lines = Lines()
@@ -51,7 +51,7 @@ class Plugin:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        """Keep EXECUTED_LINES_CASES of each test's cases, evenly spread: a sweep's lines are known from a few."""
+        """Keep EXECUTED_LINES_CASES of each test's cases, evenly spread, because a few show the lines of a sweep."""
         most = int(os.environ.get("EXECUTED_LINES_CASES", "0"))
         if most:
             of = defaultdict(list)
@@ -65,7 +65,7 @@ class Plugin:
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
         self._lines.label(item.nodeid)
         row = self._rows[item.nodeid] = {"begin": time.time(), "outcome": "passed"}
-        before = sum(os.times()[:4])  # CPU, with that of processes that have ended
+        before = sum(os.times()[:4])  # CPU time, including processes that have ended
         result = yield
         row["seconds"] = sum(os.times()[:4]) - before
         return result
@@ -82,14 +82,14 @@ class Plugin:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """In the one process of the tests, or in each of xdist's."""
+    """In the only process of the tests, or in each of xdist's."""
     if os.environ.get(STARTED, "main") == "main" and not config.getoption("numprocesses", None):
         os.environ[STARTED] = str(os.getpid())
         config.pluginmanager.register(Plugin())
 
 
 def trace_what_a_test_started() -> None:
-    """Write the lines when the process ends, and before every answer of a rank, which is killed and does not end."""
+    """Write the lines when the process ends, and before every answer of a rank, because ranks are killed."""
     lines = Lines()
     written: set[str] = set()
 

@@ -51,13 +51,13 @@ WRONG: list[tuple[str, Any]] = [
 
 
 def number(lr: Any) -> Any:
-    """An lr as a number with the precision of a tensor lr, where it is one."""
+    """An lr as a number, rounded like a tensor lr if it is one."""
     is_number = isinstance(lr, (int, float)) or (isinstance(lr, Tensor) and lr.numel() == 1 and not lr.is_meta)
     return float(torch.tensor(float(lr), dtype=torch.float32)) if is_number else lr
 
 
 class Case:
-    """An optimizer, and what happens to it."""
+    """An optimizer and the operations on it."""
 
     def __init__(self, number: int) -> None:
         self.rng = random.Random(number)
@@ -85,7 +85,7 @@ class Case:
         }
 
     def laid_out(self, values: Tensor, kinds: list[str]) -> Tensor:
-        """The same values in other memory, but for expanded ones."""
+        """The same values in other memory, except for expanded tensors."""
         kind = self.rng.choice(kinds)
         if kind == "strided" and values.dim():
             return values.repeat_interleave(2, dim=-1)[..., ::2]
@@ -240,7 +240,7 @@ class Case:
                 if not isinstance(t, Parameter) or t.grad is not None
             ],
             [(id(p), {key: id(value) for key, value in state.items()}) for p, state in self.optimizer.state.items()],
-            # a float lr may have become the same tensor lr
+            # a float lr may have become a tensor lr of the same value
             [
                 {**group, "params": [id(p) for p in group["params"]], "lr": number(group["lr"])}.items()
                 for group in self.optimizer.param_groups
@@ -248,12 +248,12 @@ class Case:
         )
 
     def step(self) -> bool:
-        """Whether a step was made; it equals the reference, or nothing has changed."""
+        """Whether there was a step; it equals the reference, or nothing has changed."""
         before = self.everything()
         try:
             reference = self.reference()
         except (TypeError, ValueError, RuntimeError, NotImplementedError, ArithmeticError):
-            reference = None  # of what cannot be read there must be no step
+            reference = None  # tensors that cannot be read must not be stepped
         old = [p.detach().clone() for p in self.params()]
         for _ in range(2):
             if self.is_done(self.optimizer.step):
@@ -264,7 +264,7 @@ class Case:
         return False
 
     def is_done(self, operation: Callable[[], object]) -> bool:
-        """Whether an operation was not refused."""
+        """Whether an operation was accepted."""
         try:
             operation()
         except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
@@ -344,7 +344,7 @@ def same(left: Any, right: Any) -> bool:
 
 
 def run(number: int, operations: int = 5) -> int:
-    """How many steps one case made; it ends where an operation has been refused."""
+    """How many steps one case took; it ends when an operation is refused."""
     case, steps = Case(number), 0
     try:
         for _ in range(operations):

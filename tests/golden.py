@@ -1,7 +1,7 @@
-"""Golden numbers: three steps of LARS from fixed inputs, in tests/golden.json. `python tests/golden.py` writes it again.
+"""Golden numbers: three steps of LARS from fixed inputs, in tests/golden.json. `python tests/golden.py` writes the file.
 
-Expected are float64 values, by tests/reference.py, and the bits of float32 results, by each implementation on CPU, with the
-torch and the vector instructions of the machine that made them. A change of either is an entry in CHANGELOG.md.
+It holds the float64 values of tests/reference.py and the bits of float32 results of each implementation on CPU, with the
+torch version and vector instructions of the machine that wrote them. A change of either needs an entry in CHANGELOG.md.
 """
 
 import json
@@ -20,7 +20,11 @@ from harness import IMPLEMENTATIONS, buffers_of, set_grads
 from reference import ReferenceLARS
 
 PATH = Path(__file__).with_name("golden.json")
-LAYOUTS = ["scalar", "matrix", "offset"]  # 1, 15 and 33 elements: less than a vector register, and more with a rest
+LAYOUTS = [
+    "scalar",
+    "matrix",
+    "offset",
+]  # 1, 15 and 33 elements: less than a vector register, and more with a remainder
 STEPS = 3
 NAMES = (
     "defaults", "base", "momentum", "dampening", "nesterov-joint", "nesterov-maximize", "paper", "large_eps",
@@ -29,7 +33,7 @@ NAMES = (
 
 
 def inputs() -> dict[str, Any]:
-    """Numbers, not seeds: a generator may change."""
+    """Numbers instead of seeds, because a generator may change."""
     params = make_params(torch.float32, layouts=LAYOUTS)
     return {
         "shapes": [list(p.shape) for p in params],
@@ -48,7 +52,7 @@ def _tensors(numbers: list[float], shapes: list[list[int]]) -> list[torch.Tensor
 
 
 def float64(given: dict[str, Any], options: Options) -> tuple[list[float], list[float]]:
-    """Of the reference after the last step, parameters, then momentum buffers; beside each the largest number added up."""
+    """The reference's parameters, then momentum buffers, after the last step, each with the largest number added up."""
     reference = ReferenceLARS([{"params": _tensors(given["params"][0], given["shapes"])}], **options)
     sizes = [0.0] * 2 * len(given["shapes"])
     for grads in given["grads"]:
@@ -60,7 +64,7 @@ def float64(given: dict[str, Any], options: Options) -> tuple[list[float], list[
 
 
 def float32(given: dict[str, Any], options: Options, implementation: Options) -> list[float]:
-    """The same of LARS: float32 numbers, which Python's floats hold exactly."""
+    """The same for LARS, as float32 numbers, which Python's floats hold exactly."""
     params = [Parameter(p) for p in _tensors(given["params"][0], given["shapes"])]
     optimizer = LARS(params, **options, **implementation)
     for grads in given["grads"]:

@@ -1,4 +1,4 @@
-"""What the tests do again and again: set gradients, read buffers, and step beside the reference."""
+"""What tests do repeatedly: set gradients, read buffers, and step next to the reference."""
 
 import contextlib
 import functools
@@ -27,12 +27,12 @@ Test = Callable[..., None]
 
 def pairs(names: str, *columns: Iterable[Any]) -> pytest.MarkDecorator:
     """Cases in which any two values of two columns meet."""
-    # the default for functions, whose text differs from process to process
+    # functions by name, because their repr differs between processes
     return pytest.mark.parametrize(names.split(), pairwise(*columns), ids=lambda x: None if callable(x) else str(x))
 
 
 def loop_over(names: str, values: Iterable[Any]) -> Callable[[Test], Test]:
-    """As `pytest.mark.parametrize`, but one case: for values that one code path takes. What fails is told with its values."""
+    """Like `pytest.mark.parametrize`, but as one case, for values that take one code path. A failure names its values."""
 
     def decorate(test: Test) -> Test:
         given = names.split()
@@ -61,7 +61,7 @@ ignore_nothing_adapted = pytest.mark.filterwarnings("ignore:LARS adapts no param
 
 
 def mixed_grads(params: Sequence[Tensor], step: int, offset: int) -> list[Tensor | None]:
-    """Another history for every tensor; the offset moves them over the layouts."""
+    """A different history for every tensor. The offset shifts them over the layouts."""
     names = list(HISTORIES)
     return [HISTORIES[names[(i + offset) % len(names)]](param, step, i) for i, param in enumerate(params)]
 
@@ -73,7 +73,7 @@ def set_grads(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
 
 @contextlib.contextmanager
 def stacked(up_to: int, at_once: int = fused_cpu.STACK) -> Iterator[None]:
-    """Other limits of the fused CPU step: tensors of so many elements are stacked, so many elements at a time."""
+    """Set other limits of the fused CPU step: the size up to which tensors are stacked, and the size of a stack."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused_cpu, "SMALL", up_to)
         patch.setattr(fused_cpu, "STACK", at_once)
@@ -108,7 +108,7 @@ def assert_equals(reference: ReferenceLARS, optimizer: LARS, what: str) -> None:
 
 
 def assert_compensated(reference: ReferenceLARS, optimizer: LARS, what: str) -> None:
-    """Half-precision parameters and their compensations add up to what the reference has; the others have none."""
+    """Half-precision parameters plus their compensations equal the reference; other dtypes have no compensations."""
     kept = iter(buffers_of(optimizer, "compensation"))
     i = 0
     for group in optimizer.param_groups:
@@ -135,7 +135,7 @@ def run(
     implementation: Options,
     steps: int = STEPS,
 ) -> LARS:
-    """Both optimizers step by step from equal values; lr changes every step."""
+    """Step both optimizers from equal values, with an lr that changes every step."""
     optimizer = LARS(groups, **options, **implementation)
     reference = ReferenceLARS(groups, **options)
     params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -158,5 +158,5 @@ def run(
 
 
 def started(reference: ReferenceLARS, buffers: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The zeros of a tensor that has not stepped are no buffer to the reference."""
+    """For the reference, the zeros of a tensor that has not stepped are not a buffer."""
     return [None if old is None else new for old, new in zip(reference.momentum_buffers, buffers, strict=True)]

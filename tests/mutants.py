@@ -1,22 +1,22 @@
-"""Would a test fail if the package were wrong? Mutants of src/fastlars, drawn from a seed, run against the tests.
+"""Does a test fail if the package is wrong? Runs the tests on mutants of src/fastlars, drawn from a seed.
 
     python tests/mutants.py record FOLDER -- [pytest's options]   which test executes which line, and for how long
-    python tests/mutants.py run FOLDER RESULTS                    adds a line a mutant to RESULTS; goes on where it was
-    python tests/mutants.py compare BEFORE AFTER                  of two RESULTS of the same mutants: what is not killed now
+    python tests/mutants.py run FOLDER RESULTS                    adds one line per mutant to RESULTS; resumes if stopped
+    python tests/mutants.py compare BEFORE AFTER                  lists mutants that BEFORE killed and AFTER does not
 
 A mutant is one small change: another operator, comparison or constant, a condition negated or forced, an argument dropped
-or two swapped, a statement dropped. Not mutated are docstrings, annotations and types, imports, assertions, f-strings and
-the text of messages. The sample is the same for the same source, seed and number; each file has its share of candidates.
+or two swapped, a statement dropped. Docstrings, annotations and types, imports, assertions, f-strings and the text of
+messages are not mutated. The sample depends only on the source, the seed and the number. Each file has its share of it.
 
-A mutant runs the tests that execute its statement, fastest first, until one fails (killed), all have passed (survived), or
-the CPU limit is reached (undecided). What runs at import, a module's or class's statements, decorators and defaults, counts
-as executed by the tests of what it stands for: those that execute a line of that function, or of a function of that file,
-or all tests where there is none; of these the tests of the file named after the module come first. Triton's kernels are
-executed where its interpreter runs them. What TorchScript and torch.compile read and run in their own way is not seen to
-be executed: what nobody executes runs the tests of both, and is uncovered if they do not kill it.
+The tests that execute a mutant's statement run on it, fastest first, until one fails (killed), all have passed (survived),
+or the CPU limit is reached (undecided). Code that runs at import (statements of a module or class, decorators, defaults)
+counts as executed by the tests that execute a line of its function, else of its file, else by all tests. Of these, the
+tests of the file named after the module run first. Triton's kernels count where the interpreter runs them. TorchScript and
+torch.compile read code in their own way, which is not recorded. So a line that nothing executes runs the tests of both, and
+is uncovered if they do not kill it.
 """
 
-# ruff: noqa: T201  a program: it prints
+# ruff: noqa: T201  this program prints
 from __future__ import annotations
 
 import argparse
@@ -55,7 +55,7 @@ if os.environ.get("EXECUTED_LINES_OF", "main") != "main":
 """
 IMPORTED = ("numpy", "pytest", "hypothesis", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor")
 READ_BY_COMPILERS = ("test_script.py", "test_compile.py")
-FIRST = 15  # tests that a mutant meets at first: most are killed there, and to collect all takes longer
+FIRST = 15  # run these tests first: they kill most mutants, and collecting all tests takes longer
 
 SWAPS: dict[type[ast.AST], type[ast.AST]] = {}
 for pair in (
@@ -72,10 +72,10 @@ DATA_TYPES = {name for name, value in vars(builtins).items() if isinstance(value
 class Mutant:
     file: str  # in the package
     line: int
-    start: int  # of what is replaced, in bytes of the file
+    start: int  # byte range in the file that is replaced
     end: int
     new: str
-    lines: frozenset[int]  # a test that executes one of these may kill it; empty: any test
+    lines: frozenset[int]  # a test that executes one of these lines may kill it; empty: any test
     imported: bool  # these lines run at import
 
     def source(self, path: Path) -> bytes:
@@ -89,7 +89,7 @@ class Mutant:
 
 # ---------------------------------------------------------------- what can be changed
 def mutants_of(package: Path, file: str) -> list[Mutant]:
-    """All candidates, in the order of the file; a few do not compile."""
+    """All candidates, in the order of the file. A few do not compile."""
     source = (package / file).read_bytes()
     starts = [0, *(match.end() for match in re.finditer(b"\n", source))]
     module = ast.parse(source)
@@ -121,7 +121,7 @@ def mutants_of(package: Path, file: str) -> list[Mutant]:
 
 
 def changes(node: ast.AST, inside: bool) -> Iterator[str]:
-    """What may stand in a node's place."""
+    """Possible replacements of a node."""
     if isinstance(node, (ast.BinOp, ast.BoolOp)) and type(node.op) in SWAPS:
         yield _changed(node, op=SWAPS[type(node.op)]())
     elif isinstance(node, ast.AugAssign) and type(node.op) in SWAPS:
@@ -139,7 +139,7 @@ def changes(node: ast.AST, inside: bool) -> Iterator[str]:
         elif isinstance(node.value, str) and node.value.isidentifier():
             yield repr(f"{node.value}_")
     elif isinstance(node, ast.Call):
-        if node.args:  # the last: what stands for another one is of the wrong type, which any test sees
+        if node.args:  # the last one: a replacement of the wrong type, which any test sees
             yield _changed(node, args=node.args[:-1])
         for i in range(len(node.keywords)):
             yield _changed(node, keywords=node.keywords[:i] + node.keywords[i + 1 :])
@@ -147,7 +147,7 @@ def changes(node: ast.AST, inside: bool) -> Iterator[str]:
             yield _changed(node, args=[node.args[1], node.args[0], *node.args[2:]])
     if inside and (isinstance(node, DROPPED) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call))):
         yield "pass"
-    # a node that is a condition is met as a child of what it decides
+    # a condition is visited as a child of the node it decides
     for test in [getattr(node, "test", None), *getattr(node, "ifs", [])]:
         if isinstance(test, ast.expr):
             test.forced = True  # type: ignore[attr-defined]
@@ -162,7 +162,7 @@ def _changed(node: ast.AST, **fields: Any) -> str:
 
 
 def _is_left_alone(node: ast.AST) -> bool:
-    """Docstrings, f-strings, assertions, what types need, names like __all__, imports."""
+    """Docstrings, f-strings, assertions, annotations, names like __all__, and imports."""
     if isinstance(node, (ast.JoinedStr, ast.Assert, ast.Import, ast.ImportFrom, ast.Global)):
         return True
     if isinstance(node, ast.Expr):
@@ -186,7 +186,7 @@ def _children(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
 
 
 def _header(node: ast.stmt) -> list[Any]:
-    """The expressions that a statement evaluates itself; for `if` and the like without the statements in it."""
+    """The expressions that a statement evaluates itself, without the statements inside it."""
     children = [
         child.context_expr if isinstance(child, ast.withitem) else child for child in ast.iter_child_nodes(node)
     ]
@@ -198,7 +198,7 @@ def _body_lines(function: ast.FunctionDef) -> set[int]:
 
 
 def _is_mutant(mutant: Mutant, path: Path) -> bool:
-    """Whether it compiles, to something else."""
+    """Whether it compiles, to different code."""
     source = mutant.source(path)
     try:
         compile(source, path, "exec")
@@ -208,7 +208,7 @@ def _is_mutant(mutant: Mutant, path: Path) -> bool:
 
 
 def sample(package: Path, number: int, seed: int) -> list[Mutant]:
-    """`number` mutants, of each file in proportion to its candidates (largest remainders)."""
+    """`number` mutants, in proportion to each file's candidates (largest remainders)."""
     files = sorted(path.relative_to(package).as_posix() for path in package.rglob("*.py"))
     candidates = {file: mutants_of(package, file) for file in files}
     total = sum(map(len, candidates.values()))
@@ -235,7 +235,7 @@ class Case:
 
 
 def record(arguments: argparse.Namespace) -> None:
-    """Run pytest with these options on a checkout, and write what each test executes."""
+    """Run pytest with these options on a checkout, and record what each test executes."""
     root, folder = arguments.root.resolve(), arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as custom:
@@ -263,14 +263,14 @@ def recorded(folder: Path) -> list[Case]:
 
 
 def killers(mutant: Mutant, tests: list[Case]) -> list[Case]:
-    """The tests that execute a mutant, in the order to run them in."""
+    """The tests that execute a mutant, in the order to run them."""
     able = [test for test in tests if not mutant.lines or mutant.lines & test.lines.get(mutant.file, set())]
     own = f"test_{Path(mutant.file).name}::"
     able.sort(key=lambda test: test.seconds)
     seen: dict[str, int] = {}
     keys = {}
     for test in able:
-        # the n-th case of a test counts n-fold: each test has its turn early
+        # the n-th case of a test counts n-fold, so that each test runs early
         function = test.name.partition("[")[0]
         seen[function] = seen.get(function, 0) + 1
         keys[test] = (mutant.imported and own not in test.name, max(test.seconds, 0.02) * seen[function])
@@ -279,7 +279,7 @@ def killers(mutant: Mutant, tests: list[Case]) -> list[Case]:
 
 # ---------------------------------------------------------------- running them
 class Runner:
-    """Forks, of a process that has imported what is slow and not the package, run tests on a copy of the package."""
+    """Runs tests on a copy of the package, in forks of a process that has imported what is slow but not the package."""
 
     def __init__(self, root: Path, interpreted: bool) -> None:
         self._root, self._interpreted = root, interpreted
@@ -293,7 +293,7 @@ class Runner:
 
     def _start(self) -> None:
         self._pipe, theirs = multiprocessing.Pipe()
-        if os.fork() == 0:  # not a Process of multiprocessing, some of which may have no children of their own
+        if os.fork() == 0:  # not multiprocessing.Process, because some of its processes may not have children
             self._pipe.close()
             with contextlib.suppress(EOFError):
                 _serve(self._root, self._interpreted, theirs)
@@ -303,7 +303,7 @@ class Runner:
 
 def _serve(root: Path, interpreted: bool, pipe: Any) -> None:
     os.chdir(root)
-    # threads would not live on in forks; plugins would only cost time
+    # threads do not survive a fork, and plugins only cost time
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     os.environ["TRITON_INTERPRET"] = str(int(interpreted))
     for name in IMPORTED:
@@ -326,7 +326,7 @@ def _fork(source: str, tests: list[str], seconds: float) -> dict[str, Any]:
         sys.path.insert(0, source)
         os._exit(int(import_module("pytest").main(["-x", "-p", "no:cacheprovider", *tests], [_Report(writing)])))
     os.close(writing)
-    deadline = time.monotonic() + 60 + 8 * seconds  # what waits takes no CPU
+    deadline = time.monotonic() + 60 + 8 * seconds  # waiting takes no CPU time
     while not (ended := os.wait4(child, os.WNOHANG))[0] and time.monotonic() < deadline:
         time.sleep(0.02)
     with contextlib.suppress(ProcessLookupError):
@@ -354,7 +354,7 @@ class _Report:
 
 
 def judge(mutant: Mutant, cases: list[Case], root: Path, seconds: float, runners: list[Runner]) -> dict[str, Any]:
-    """What becomes of a mutant: killed, survived, undecided or uncovered."""
+    """The verdict on a mutant: killed, survived, undecided or uncovered."""
     package = root / "src" / "fastlars"
     executed = killers(mutant, cases)
     order = executed or sorted(
@@ -371,16 +371,16 @@ def judge(mutant: Mutant, cases: list[Case], root: Path, seconds: float, runners
         for interpreted, batch in batches:
             if not batch or state != "survived":
                 continue
-            # more than that are not reached, and finding them takes time, too
+            # more are not reached, and finding them takes time
             within = bisect.bisect(list(itertools.accumulate(case.seconds for case in batch)), 2 * (seconds - cpu)) + 1
             names = [case.name for case in batch[:within]]
             answer = runners[interpreted].run(source, names, seconds - cpu)
-            if answer["status"] in (4, 5):  # the mutant has changed the names of cases
+            if answer["status"] in (4, 5):  # the mutant has changed the names of test cases
                 functions = dict.fromkeys(name.partition("[")[0] for name in names)
                 answer = runners[interpreted].run(source, list(functions), seconds - cpu)
             cpu += answer["cpu"]
             killer = answer["killer"]
-            # a process that a test starts has the same limit, and the test fails where that is reached
+            # a process that a test starts has the same limit; its test fails at the limit
             if answer["status"] and cpu < seconds:
                 state = "killed"
             elif answer["status"] != 0 or within < len(batch):
@@ -391,7 +391,7 @@ def judge(mutant: Mutant, cases: list[Case], root: Path, seconds: float, runners
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Judge the sample, and see that the tests that kill mutants pass on the package as it is."""
+    """Judge the sample, and check that the killing tests pass on the unchanged package."""
     root = arguments.root.resolve()
     package = root / "src" / "fastlars"
     cases = recorded(arguments.folder)
@@ -424,7 +424,7 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """Fail if a mutant that was killed before is not killed after."""
+    """Fail if a mutant that was killed before survives now."""
     before, after = read(arguments.before), read(arguments.after)
     for name, results in (("before", before), ("after", after)):
         print(name, dict(collections.Counter(result["state"] for result in results.values())))

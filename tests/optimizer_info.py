@@ -1,7 +1,7 @@
-"""LARS as torch's own tests describe an optimizer: an OptimizerInfo, from the module of torch that has one for each of its own.
+"""LARS as torch's own tests describe an optimizer: an OptimizerInfo from torch's module, which has one for each optimizer.
 
-`info` serves test_conformance.py. As a plugin of pytest this file puts LARS in the place of torch's optimizers, so that
-torch's own test class runs on it; nox's session `torch_suite` does that with the `test/test_optim.py` of a checkout of torch.
+`info` serves test_conformance.py. As a pytest plugin this file replaces torch's optimizers with LARS, so that torch's own
+test class runs on it. nox's session `torch_suite` does that with `test/test_optim.py` of a checkout of torch.
 """
 
 import importlib.util
@@ -19,19 +19,19 @@ import fastlars
 from cases import OPTIONS
 
 NAME = "torch.testing._internal.common_optimizers"
-# What torch's class asks that LARS cannot hold, by the name of the test; torch_optimizers.md says what holds instead.
+# Tests of torch that LARS cannot satisfy; torch_optimizers.md says what holds instead.
 CANNOT = {
     "test_complex_2d": "the norm of a complex tensor is not that of its real part, so there are two ratios, not one",
     "test_fused_error_on_params_on_meta": "fused=True is refused at construction, not at the first step",
     "test_defaults_changed_to_foreach": "_multi_tensor_lars is in the module of `lars`, not of the class",
     "test_fused_does_not_step_if_foundinf": "found_inf with momentum and dampening is refused, before anything changes",
 }
-# on a GPU, of one test: torch expects `capturable` to be a group key of every class not named SGD or Adagrad
+# one test on a GPU: torch expects `capturable` as a group key of every class not named SGD or Adagrad
 CANNOT_CAPTURABLE = "test_cpu_load_state_dict"
 
 
 class LARS(fastlars.LARS):
-    """With a default lr, without which torch's tests make many of their optimizers."""
+    """LARS with a default lr, because torch's tests create many optimizers without one."""
 
     def __init__(self, params: Any, lr: Any = 0.05, **options: Any) -> None:
         super().__init__(params, lr, **options)
@@ -42,7 +42,7 @@ def make_info(common: ModuleType) -> Any:
     (sgd,) = (info for info in common.optim_db if info.optim_cls is SGD)
 
     def inputs(device: Any, dtype: Any = None) -> list[Any]:
-        """What torch tests SGD with, adapted, in steps that are no rounding; then what SGD has not."""
+        """torch's inputs for SGD, adapted and with steps above rounding, then inputs for options that SGD lacks."""
         made = sgd.optim_inputs_func(device=device, dtype=dtype)
         for each in made:
             each.kwargs = {"adapt": True, "trust_coefficient": 0.1, **each.kwargs}
@@ -55,7 +55,7 @@ def make_info(common: ModuleType) -> Any:
         return made + [common.OptimizerInput(params=None, kwargs=kwargs, desc=desc) for desc, kwargs in own.items()]
 
     def errors(device: Any, dtype: Any) -> list[Any]:
-        """What torch has every optimizer refuse, then of ours one at construction and one in a step: see test_wrong_input.py."""
+        """What every optimizer must refuse in torch's tests, and two refusals of our own; see test_wrong_input.py."""
         param = torch.zeros(2, 3, device=device, dtype=dtype)
         param.grad = torch.zeros_like(param).to_sparse()
         kinds = common.OptimizerErrorEnum
@@ -107,7 +107,7 @@ class _Decoration:
 
 
 def _load() -> ModuleType:
-    """torch's module, without the three that it takes decorators from: they take seconds, change TorchScript and hypothesis."""
+    """torch's module, without the three that it takes decorators from, which are slow and change TorchScript and hypothesis."""
     folder = NAME.rpartition(".")[0]
     stubs = {
         f"{folder}.{name}": ModuleType(name)
@@ -124,11 +124,11 @@ def _load() -> ModuleType:
 
 
 def info() -> Any:
-    """The OptimizerInfo of LARS, made with the torch that is installed."""
+    """The OptimizerInfo of LARS, for the installed torch."""
     return make_info(_load())
 
 
 def pytest_configure() -> None:
-    """As a plugin."""
+    """The pytest plugin."""
     common = importlib.import_module(NAME)
     common.optim_db[:] = [make_info(common)]

@@ -6,7 +6,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def examples(page: Path, language: str) -> str:
-    """The fenced blocks of one language as one text; all else is blank, so that line numbers are the page's."""
+    """The fenced blocks of one language as one text. Other lines are blank, so line numbers match the page."""
     lines, inside = [], False
     for line in page.read_text(encoding="utf-8").splitlines():
         lines.append(line if inside and line != "```" else "")

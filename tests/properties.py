@@ -1,7 +1,7 @@
-"""Random tensors, options and histories for hypothesis, and how long it looks: `test_properties.py` says what must hold.
+"""Random tensors, options and histories for hypothesis, and for how long it searches. See `test_properties.py`.
 
-In the suite a fixed choice of examples, the same in every run. With FASTLARS_PROPERTIES_SECONDS=N each property is tried on
-new random examples for N seconds (`nox -s properties`); what fails is shrunk and printed.
+The suite runs a fixed set of examples. With FASTLARS_PROPERTIES_SECONDS=N each property is tried on new random examples
+for N seconds (`nox -s properties`). A failing example is shrunk and printed.
 """
 
 import contextlib
@@ -28,12 +28,12 @@ from harness import set_grads, stacked
 STEPS = 3
 
 SECONDS = float(os.environ.get("FASTLARS_PROPERTIES_SECONDS", "0"))
-EXAMPLES_A_ROUND = 200  # of the long profile, between two looks at the clock
+EXAMPLES_A_ROUND = 200  # in the long profile, between two looks at the clock
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
 
 
 def examples(number: int) -> Callable[[Callable[[], None]], Callable[[], None]]:
-    """Decorates a `given` test: that many fixed examples, or new ones by the clock."""
+    """Decorate a `given` test with this many fixed examples, or with new ones until the time is up."""
     common: dict[str, Any] = {"deadline": None, "database": None, "suppress_health_check": QUIET}
 
     def decorate(test: Callable[[], None]) -> Callable[[], None]:
@@ -70,10 +70,10 @@ class Kind:
     seed: int
     scale: float
     grad_scale: float
-    history: tuple[str, ...]  # of GRADIENTS, one a step
+    history: tuple[str, ...]  # names of GRADIENTS, one per step
 
     def param(self) -> Parameter:
-        """A new one of the same values."""
+        """A new tensor of the same values."""
         return Parameter(laid_out(self._values(self.seed, self.scale), self.layout))
 
     def grad(self, step: int) -> Tensor | None:
@@ -134,7 +134,7 @@ def kinds(draw: st.DrawFn, dtypes: Sequence[torch.dtype] = REAL + COMPLEX, **fix
 
 # ---------------------------------------------------------------- options
 def numbers(*usual: float) -> st.SearchStrategy[float]:
-    """Mostly usual ones, which are evenly drawn; else any from 0 to 1."""
+    """Mostly usual values with equal chances, else any from 0 to 1."""
     return st.sampled_from(usual) | st.sampled_from(usual) | st.floats(1e-6, 1.0)
 
 
@@ -157,7 +157,7 @@ OPTIONS: dict[str, st.SearchStrategy[Any]] = {
 
 
 def options(**fixed: Any) -> st.SearchStrategy[Options]:
-    """Every option at random but for `fixed`; of those that exclude each other, some are taken back."""
+    """All options at random except `fixed`. Options that exclude each other are dropped."""
     strategies = {name: strategy for name, strategy in OPTIONS.items() if name not in fixed}
     taken_back = st.permutations([("dampening", 0.0), ("nesterov", False), ("skip_nonfinite", False)])
     return st.builds(_made_valid, st.fixed_dictionaries(strategies), taken_back, st.just(fixed))
@@ -174,7 +174,7 @@ def _made_valid(drawn: Options, taken_back: list[tuple[str, Any]], fixed: Option
 # ---------------------------------------------------------------- bits
 @st.composite
 def shuffles(draw: st.DrawFn, n: int) -> dict[str, Any]:
-    """Another order and grouping of n tensors, where the run is cut, and how the fused step is cut into stacks."""
+    """Another order and grouping of n tensors, another place to save, and other stacks in the fused step."""
     return {
         "order": draw(st.permutations(range(n))),
         "cuts": sorted(draw(st.sets(st.integers(1, max(1, n - 1)), max_size=3))),
@@ -188,7 +188,7 @@ UNSHUFFLED: dict[str, Any] = {"cuts": [], "saved_after": (), "threads": 1, "stac
 
 
 def bits_after(tensors: Sequence[Kind], chosen: Options, implementation: Options, way: dict[str, Any]) -> list[Any]:
-    """Parameters, then buffers, in the order of `tensors` whatever the way."""
+    """Parameters, then buffers, in the order of `tensors` for every arrangement."""
     order = way.get("order", range(len(tensors)))
     bounds = [0, *way["cuts"], len(tensors)]
     groups = [list(order[a:b]) for a, b in itertools.pairwise(bounds)]

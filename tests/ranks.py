@@ -1,7 +1,7 @@
-"""Processes for tests that need several: one start serves many tests, and one that hangs or fails takes all down.
+"""Processes for tests that need several. One start serves many tests, and if one process hangs or fails, all are ended.
 
-A test calls ``group.run(function, *arguments)``; every rank calls ``function(rank, *arguments)``, a function of a module
-of `tests`, between two barriers of its own making. What a rank raises, the test raises.
+A test calls ``group.run(function, *arguments)``. Every rank calls ``function(rank, *arguments)``, a function of a module in
+`tests`, between two barriers. The test raises what a rank raises.
 """
 
 import datetime
@@ -22,16 +22,16 @@ from typing import Any
 import pytest
 import torch
 
-# torch 2.4 has no fully_shard to import, that of 2.6 works on accelerators only, and on CPUs 2.7 and 2.8 add what they should average
+# torch 2.4 cannot import fully_shard, 2.6 needs an accelerator, and on CPUs 2.7 and 2.8 add where they should average
 FULLY_SHARDS_ON_CPU = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
 
 TIMEOUT = 100  # seconds for one function on all ranks; a collective that waits longer hangs
-START = 120  # seconds for the start, on a machine that does other things too
+START = 120  # seconds for the start, also on a busy machine
 
 
 @dataclass(frozen=True)
 class Rank:
-    """What a function is told of the process it runs in."""
+    """What a function is given about its process."""
 
     rank: int
     world: int
@@ -39,7 +39,7 @@ class Rank:
 
 
 def context() -> Any:
-    """Processes are forked from one that has imported torch, which takes seconds, and nothing else."""
+    """Forks processes from one that has imported torch, which takes seconds, and nothing else."""
     result = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
     result.set_forkserver_preload(
         ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch._dynamo", "numpy", "pytest"]
@@ -48,7 +48,7 @@ def context() -> Any:
 
 
 class Group:
-    """A process group on this machine, over gloo and the loopback device, or over NCCL on as many GPUs."""
+    """A process group on this machine, over gloo and loopback, or over NCCL with one GPU per rank."""
 
     def __init__(self, world: int, device: str) -> None:
         self.world, self.device = world, device
@@ -64,11 +64,11 @@ class Group:
         try:
             return self._answers(timeout, f"{function.__name__}{arguments}")
         except BaseException:
-            self.stop()  # what the others wait for will never come
+            self.stop()  # the other ranks would wait indefinitely
             raise
 
     def stop(self) -> None:
-        """End all processes, in whatever state they are."""
+        """End all processes."""
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:
@@ -79,7 +79,7 @@ class Group:
 
     def _start(self) -> None:
         forks = context()
-        # a file, not a port, which another process could take
+        # a file, because another process could take a port
         meeting = Path(tempfile.mkdtemp(prefix="ranks")) / "store"
         for rank in range(self.world):
             ours, theirs = forks.Pipe()
@@ -129,8 +129,8 @@ def group(world: int, device: str = "cpu") -> Iterator[Group]:
 
 
 def fixture(*worlds: int) -> Any:
-    """A module's fixture ``ranks``: the session's groups of these sizes, one after the other."""
-    # two show what another torch breaks
+    """A module's fixture ``ranks``: the session's groups of these sizes, one by one."""
+    # two ranks show what another torch breaks
     marks = {world: [pytest.mark.slow, *([pytest.mark.version] if world == 2 else [])] for world in worlds}
     params = [pytest.param((world, "cpu"), id=f"{world} ranks", marks=marks[world]) for world in worlds]
     params += [pytest.param((world, "cuda"), id=f"{world} GPUs", marks=pytest.mark.cuda) for world in worlds]
@@ -159,7 +159,7 @@ def _main(rank: Rank, meeting: str, pipe: Any) -> None:
     faulthandler.enable()
     torch.set_num_threads(1)
     warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", module=r"torch\.")  # of how it uses itself
+    warnings.filterwarnings("ignore", module=r"torch\.")  # in torch's use of its own API
     if sys.platform == "linux":
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     if rank.device == "cuda":
@@ -175,7 +175,7 @@ def _main(rank: Rank, meeting: str, pipe: Any) -> None:
     with suppress(EOFError, OSError):
         while True:
             function, arguments = pipe.recv()
-            # the parent ends us at about the same time: where each rank was is then on stderr
+            # the parent ends this process at about the same time, and stderr then shows where each rank was
             faulthandler.dump_traceback_later(TIMEOUT - 5)
             try:
                 answer = True, function(rank, *arguments)

@@ -1,4 +1,4 @@
-"""The tables of docs/recipes.md, read off what the recipes build: `python tests/recipes_table.py` writes them."""
+"""The tables of docs/recipes.md, from what the recipes build. `python tests/recipes_table.py` writes them."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from fastlars.options import NAMES, Options
 PAGE = Path(__file__).parent.parent / "docs" / "recipes.md"
 BEGIN = "<!-- written by tests/recipes_table.py from src/fastlars/recipes.py; edit that -->"
 END = "<!-- end -->"
-# of each recipe a run that was published: batch, epochs, steps an epoch
+# one published run of each recipe: batch, epochs, steps per epoch
 RUNS: dict[str, dict[str, Any]] = {
     "mlperf": {"batch_size": 32768, "steps_per_epoch": 40},
     "simclr": {"batch_size": 4096, "epochs": 100, "steps_per_epoch": 312},
@@ -26,7 +26,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def build(name: str, model: torch.nn.Module | None = None, **values: Any) -> recipes.Run:
-    """The published run of a recipe, with what is given in place of what it has."""
+    """The published run of a recipe, with these values overridden."""
     if model is None:
         model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.BatchNorm1d(4))
     run: recipes.Run = getattr(recipes, name)(model, **{**RUNS[name], **values})

@@ -1,6 +1,6 @@
-"""What a step does below Python: every aten op with its devices, and the memory that the step has made and holds.
+"""What a step does below Python: every aten op with its devices, and the memory that the step allocates and holds.
 
-Fake tensors say device cuda on a machine without one: a read of their value raises, a copy to another device shows.
+Fake tensors claim to be on CUDA on a machine without a GPU. Reading their value raises, and copies between devices show.
 """
 
 import contextlib
@@ -23,15 +23,17 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 class Recorder(TorchDispatchMode):
-    """Records from ``with`` on; what existed before is nobody's temporary."""
+    """Records inside ``with``. Memory that existed before does not count."""
 
     def __init__(self) -> None:
         super().__init__()
         self.reads: list[str] = []  # ops that bring a value from a device to the host
-        self.arrivals: list[bool] = []  # copies from a device to the CPU: whether the host goes on before they are done
-        self.departures: list[bool] = []  # and copies from the CPU to a device, for which a copy that blocks waits too
-        self.largest = 0  # elements of the largest tensor made, in units of float32
-        self.peak = 0  # the same of all that was alive at one time
+        self.arrivals: list[
+            bool
+        ] = []  # copies from a device to the CPU, with whether the host continues before they finish
+        self.departures: list[bool] = []  # and copies from the CPU to a device, where a blocking copy also waits
+        self.largest = 0  # elements of the largest tensor allocated, in units of float32
+        self.peak = 0  # the same for everything alive at one time
         self.names: set[str] = set()
         self._made: list[tuple[StorageWeakRef, int]] = []
 
@@ -61,7 +63,7 @@ class Recorder(TorchDispatchMode):
 
 
 class _WithoutDeviceGuards(TorchFunctionMode):
-    """Three of torch's Python bindings enter a CUDA device first, which fails where there is none (up to 2.13)."""
+    """Three of torch's Python bindings first enter a CUDA device, which fails without a GPU (up to 2.13)."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__getitem__ and isinstance(args[1], int):

@@ -1,7 +1,7 @@
-"""LARS in NumPy, float64 and complex128: what the tests compare every implementation with.
+"""LARS in NumPy, in float64 and complex128. The tests compare every implementation with it.
 
 Written from You, Gitman, Ginsburg, arXiv 1708.03888 (Eq. 6, Algorithm 1) and the table of options, in the paper's
-notation: w parameter, g gradient, lam trust ratio, d direction, v momentum. Imports nothing of the package.
+notation: w parameter, g gradient, lam trust ratio, d direction, v momentum. It imports nothing of the package.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,7 +39,7 @@ def to_array(value: Any) -> Array:
 
 
 def norm(x: Array) -> float:
-    """L2 norm of the whole tensor; scaled by the largest element, so that no square under- or overflows."""
+    """L2 norm of the whole tensor, scaled by the largest element so that no square under- or overflows."""
     largest = size(x)
     if largest == 0.0 or not np.isfinite(largest):
         return largest
@@ -57,7 +57,7 @@ def is_adapted(options: Mapping[str, Any]) -> bool:
 
 
 def trust_ratio(w: Array, g: Array, **options: Any) -> float:
-    """lam of one tensor: 1 where nothing is scaled. g: after grad_scale and maximize. lr matters to trust_clip only."""
+    """lam of one tensor, 1 if nothing is scaled. g is after grad_scale and maximize. lr matters only to trust_clip."""
     o = {**DEFAULTS, **options}
     joint = o["trust_denominator"] == "joint"
     w_norm = norm(w)
@@ -73,7 +73,7 @@ def trust_ratio(w: Array, g: Array, **options: Any) -> float:
 
 
 def direction(w: Array, g: Array, compensation: Array | float = 0.0, **options: Any) -> Array:
-    """d of one tensor: norms are of w, which the model sees, and the decay is of w + compensation."""
+    """d of one tensor. Norms are of w, which the model sees, and the decay is of w + compensation."""
     o = {**DEFAULTS, **options}
     decayed = g + o["weight_decay"] * (w + compensation)
     if not is_adapted(o):
@@ -84,12 +84,12 @@ def direction(w: Array, g: Array, compensation: Array | float = 0.0, **options: 
 
 
 class ReferenceLARS:
-    """A whole optimizer: ``ReferenceLARS([{"params": [...], "lr": 0.1}, ...])``; keywords are options of all groups.
+    """A whole optimizer: ``ReferenceLARS([{"params": [...], "lr": 0.1}, ...])``. Keywords are options of all groups.
 
-    ``params`` and ``momentum_buffers`` are flat, in the order of the groups; a buffer is None before a tensor's first
-    step with momentum. Steps round nothing: after one, ``params`` holds the sums of parameters and compensations, which
-    `store` takes apart, and `realign` gives. ``groups`` holds the options, read every step. ``param_sizes`` and ``buffer_sizes``: for each
-    tensor the largest number that the last step added up: an implementation rounds relative to it, not to the result.
+    ``params`` and ``momentum_buffers`` are flat, in the order of the groups. A buffer is None before a tensor's first step
+    with momentum. Steps do not round: after one, ``params`` holds the sums of parameters and compensations, which `store`
+    splits and `realign` sets. ``groups`` holds the options, which every step reads. ``param_sizes`` and ``buffer_sizes``
+    hold the largest number that the last step added up for each tensor. Implementations round relative to it.
     """
 
     def __init__(self, groups: Iterable[Mapping[str, Any]], **options: Any) -> None:
@@ -110,7 +110,7 @@ class ReferenceLARS:
         self._measure_sizes()
 
     def store(self, dtype: torch.dtype) -> None:
-        """Round parameters and buffers to a dtype, and what that takes from the parameters, which is kept, too."""
+        """Round parameters and buffers to a dtype, and keep the rounding errors of the parameters."""
 
         def rounded(x: Array) -> Array:
             return to_array(torch.as_tensor(x).to(dtype))
@@ -126,7 +126,7 @@ class ReferenceLARS:
         momentum_buffers: Sequence[Any] | None = None,
         compensations: Sequence[Any] | None = None,
     ) -> None:
-        """Goes on from these values, so that the next comparison sees the error of one step. No buffers: all None."""
+        """Continue from these values, so that the next comparison shows the error of one step. No buffers: all None."""
         buffers = [None] * len(self.params) if momentum_buffers is None else momentum_buffers
         kept = [None] * len(self.params) if compensations is None else compensations
         self.compensations = [0.0 if c is None else to_array(c) for c, _ in zip(kept, self.params, strict=True)]
@@ -134,7 +134,7 @@ class ReferenceLARS:
         self.momentum_buffers = [None if v is None else to_array(v) for v, _ in zip(buffers, self.params, strict=True)]
 
     def step(self, grads: Sequence[Any], *, grad_scale: Any = 1.0, found_inf: Any = False) -> None:
-        """One step. grads: flat like ``params``, None where a tensor has no gradient."""
+        """One step. grads: flat like ``params``, None for a tensor without a gradient."""
         self._measure_sizes()
         if float(found_inf) != 0:
             return

@@ -1,4 +1,4 @@
-"""What test_sharding.py runs on every rank: tensors laid out by hand, beside the float64 reference of the whole ones."""
+"""What test_sharding.py runs on every rank: hand-made sharded tensors next to the float64 reference of whole tensors."""
 
 import contextlib
 from collections.abc import Sequence
@@ -28,18 +28,18 @@ except ImportError:  # torch 2.4
 
 @dataclass(frozen=True)
 class Layout:
-    """A tensor's shape and where it is: a mesh by name, a placement for each of its dimensions; no mesh: a plain tensor."""
+    """A tensor's shape and place: the name of a mesh and a placement for each of its dimensions; no mesh: a plain tensor."""
 
     shape: tuple[int, ...]
     mesh: str = ""
     placements: tuple[Any, ...] = ()
 
 
-# of one dimension, over all ranks
+# one-dimensional, over all ranks
 FLAT = [
     Layout((6, 4), "all", (Shard(0),)),
     Layout((5, 3), "all", (Shard(0),)),  # uneven
-    Layout((1, 3), "all", (Shard(0),)),  # only rank 0 has any of it
+    Layout((1, 3), "all", (Shard(0),)),  # only rank 0 has elements of it
     Layout((3, 0), "all", (Shard(0),)),
     Layout((3, 7), "all", (Shard(1),)),
     Layout((), "all", (Replicate(),)),
@@ -68,20 +68,20 @@ _meshes: dict[str, DeviceMesh] = {}
 
 
 def meshes(rank: Rank) -> dict[str, DeviceMesh]:
-    """By name; made once, since each is a process group."""
+    """Meshes by name, created once, because each is a process group."""
     if not _meshes:
         _meshes["all"] = init_device_mesh(rank.device, (rank.world,), mesh_dim_names=("all",))
         if rank.world == 4:
             grid = _meshes["grid"] = init_device_mesh(rank.device, (2, 2), mesh_dim_names=("rows", "columns"))
             _meshes["rows"], _meshes["columns"] = grid["rows"], grid["columns"]
             _meshes["first two"] = DeviceMesh(rank.device, [0, 1])
-            # other process groups of the same ranks
+            # other process groups with the same ranks
             _meshes["again"] = init_device_mesh(rank.device, (2, 2), mesh_dim_names=("again", "and_again"))
     return _meshes
 
 
 def part_of(whole: Tensor, mesh: DeviceMesh, placements: Sequence[Any]) -> Tensor:
-    """This rank's part of a whole tensor, found without DTensor."""
+    """This rank's shard of a whole tensor, found without DTensor."""
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         return whole.new_empty(0)
@@ -94,7 +94,7 @@ def part_of(whole: Tensor, mesh: DeviceMesh, placements: Sequence[Any]) -> Tenso
 
 
 def place(whole: Tensor, layout: Layout, rank: Rank) -> Tensor:
-    """The whole tensor, plain or distributed; nothing is sent."""
+    """The whole tensor, plain or distributed. Nothing is sent."""
     if not layout.mesh:
         return whole
     mesh = meshes(rank)[layout.mesh]
@@ -110,7 +110,7 @@ def local_of(tensor: Tensor) -> Tensor:
 
 
 class Collectives(TorchDispatchMode):
-    """Records the collectives of a block: name, bytes."""
+    """Records the collectives inside a block, with their bytes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class Collectives(TorchDispatchMode):
 # ---------------------------------------------------------------- laid out by hand
 @dataclass
 class Setup:
-    """The same tensors, as the whole ones that the reference has and as this rank has them."""
+    """The same tensors twice: whole for the reference, and as this rank holds them."""
 
     layouts: list[Layout]
     wholes: list[Tensor]
@@ -175,7 +175,7 @@ def setup(rank: Rank, layouts: list[Layout], groups: int, dtype: torch.dtype, op
     wholes = [torch.randn(layout.shape, generator=generator, dtype=wide).to(rank.device, dtype) for layout in layouts]
     params = [torch.nn.Parameter(place(whole, layout, rank)) for whole, layout in zip(wholes, layouts, strict=True)]
     optimizer = LARS([{"params": params[i::groups]} for i in range(groups)], **options)
-    # in the order of the layouts, which options do not depend on
+    # in the order of the layouts, which does not depend on the options
     reference = ReferenceLARS(
         [{"params": wholes}], **{k: v for k, v in options.items() if k not in ("foreach", "fused")}
     )
@@ -185,7 +185,7 @@ def setup(rank: Rank, layouts: list[Layout], groups: int, dtype: torch.dtype, op
 def equals_reference(
     rank: Rank, layouts: str, history: str, options: Options, dtype: torch.dtype = torch.float32, groups: int = 1
 ) -> list[list[tuple[str, int]]]:
-    """Steps beside the reference; returns the collectives of each step."""
+    """Step next to the reference. Returns the collectives of each step."""
     s = setup(rank, LAYOUTS[layouts], groups, dtype, options)
     calls = []
     for step in range(3):
@@ -193,7 +193,7 @@ def equals_reference(
         for group in (*s.optimizer.param_groups, *s.reference.groups):
             group["lr"] = lr
         if history == "nonfinite":
-            # the last element only, which another rank may hold
+            # only the last element, which another rank may hold
             grads: list[Tensor | None] = [nonfinite(whole, step, i) for i, whole in enumerate(s.wholes)]
         else:
             grads = make_grads(history, s.wholes, step)
@@ -211,7 +211,7 @@ def equals_reference(
 
 
 def grads_of_any_layout(rank: Rank, options: Options) -> None:
-    """Gradients that autograd left replicated, or as sums that are still to be made, count like those laid out."""
+    """Gradients that autograd left replicated or partial count like sharded ones."""
     mesh = meshes(rank)["all"]
     layout = Layout((5, 4), "all", (Shard(0),))
     for placement in (Replicate(), Partial(), Shard(1)):
@@ -230,16 +230,16 @@ def grads_of_any_layout(rank: Rank, options: Options) -> None:
 
 
 def grads_on_some_ranks(rank: Rank, options: Options) -> list[list[tuple[str, int]]]:
-    """A rank without a gradient joins, leaves its part alone, and gives the others the norm of the whole parameter.
+    """A rank without a gradient takes part, leaves its shard alone, and contributes the norm of its shard of the parameter.
 
-    To them its part of the gradient is zero.
+    For the other ranks its shard of the gradient is zero.
     """
     layout = Layout((8, 3), "all", (Shard(0),))
     plain = Layout((4, 2))
     s = setup(rank, [layout, plain, layout, Layout((1, 3), "all", (Shard(0),))], 2, torch.float32, options)
     calls = []
     for step in range(2):
-        # rank 0 has no gradient of tensor 0, the last rank none at all (of tensor 3 it holds nothing anyway)
+        # rank 0 has no gradient of tensor 0, and the last rank has none at all (it holds nothing of tensor 3 anyway)
         has = [rank.rank != 0, rank.rank != rank.world - 1, rank.rank != rank.world - 1, rank.rank != rank.world - 1]
         has[0] &= rank.rank != rank.world - 1 or rank.world == 2
         grads = [g for g in make_grads("dense", s.wholes, step) if g is not None]
@@ -262,7 +262,7 @@ def grads_on_some_ranks(rank: Rank, options: Options) -> list[list[tuple[str, in
             if not there[rank.rank][i]:
                 assert torch.equal(local_of(p), before[i])
                 assert p not in s.optimizer.state or rank.world == 0
-        # the norms of the next step are those of what is there now
+        # the norms of the next step are those of the current values
         present = [i for i in range(4) if there[rank.rank][i]]
         for i in present:
             expected = torch.as_tensor(s.reference.params[i])
@@ -281,9 +281,9 @@ def gather(rank: Rank, param: Tensor, layout: Layout) -> Tensor:
 
 
 def skips_alike(rank: Rank, joint: bool, scaled: bool) -> None:
-    """One rank's gradient is not finite: no rank steps, of any group that asks, sharded or plain; others step.
+    """If one rank's gradient is not finite, no rank steps any group that asks, sharded or plain. Other groups step.
 
-    They do so too where a scaler says on its own that it has found nothing.
+    That also holds if a scaler has found nothing.
     """
     kind = {"trust_denominator": "joint"} if joint else {}
     layouts = [Layout((8, 3), "all", (Shard(0),)), Layout((4, 2)), Layout((6,), "all", (Replicate(),))]
@@ -314,7 +314,7 @@ def skips_alike(rank: Rank, joint: bool, scaled: bool) -> None:
 
 
 def on_some_ranks(rank: Rank, history: str, options: Options) -> None:
-    """Ranks outside a tensor's mesh hold nothing of it and have no part in its all-reduce; all step what they have."""
+    """Ranks outside a tensor's mesh hold nothing of it and take no part in its all-reduce. All ranks step what they hold."""
     layouts = [Layout((6, 4), "first two", (Shard(0),)), Layout((8, 3), "all", (Shard(0),)), Layout((4, 2))]
     s = setup(rank, layouts, 1, torch.float32, options)
     for step in range(3):
@@ -328,7 +328,7 @@ def on_some_ranks(rank: Rank, history: str, options: Options) -> None:
 
 
 def on_some_ranks_and_not_alike(rank: Rank, adapt: bool, listed: bool) -> None:
-    """Ranks send the same where some hold no float64 tensor, or do not even list it, or nothing adapted, and others do."""
+    """Ranks send the same, even if some hold no float64 tensor, do not list it, or have nothing adapted."""
     layouts = [Layout((6, 4), "first two", (Shard(0),)), Layout((8, 3), "all", (Shard(0),))]
     wide, narrow = (
         torch.nn.Parameter(place(torch.ones(layout.shape, dtype=dtype, device=rank.device), layout, rank))
@@ -347,7 +347,7 @@ def on_some_ranks_and_not_alike(rank: Rank, adapt: bool, listed: bool) -> None:
 
 
 def of_one_rank(rank: Rank, options: Options) -> None:
-    """Along a mesh dimension of one rank nothing is sent."""
+    """A mesh dimension of one rank sends nothing."""
     mesh = init_device_mesh(rank.device, (rank.world, 1), mesh_dim_names=("many", "one"))
     _meshes.setdefault("of one", mesh)
     s = setup(rank, [Layout((6, 4), "of one", (Shard(0), Shard(1)))], 1, torch.float32, options)
@@ -361,7 +361,7 @@ def of_one_rank(rank: Rank, options: Options) -> None:
 
 
 def stops_alike(rank: Rank, asks: str, options: Options) -> None:
-    """One rank's reason not to step is that of all, also where no norm of a sharded tensor is asked for."""
+    """If one rank has a reason to skip, all skip, even if no norm of a sharded tensor is needed."""
     layouts = [Layout((8, 3), "all", (Shard(0),)), Layout((4, 2))]
     params = [place(torch.ones(layout.shape, device=rank.device), layout, rank) for layout in layouts]
     buffers: list[Tensor | None] = [None, None]
@@ -385,7 +385,7 @@ def stops_alike(rank: Rank, asks: str, options: Options) -> None:
 
 
 def plain_tensors_of_another_dtype(rank: Rank) -> None:
-    """The message is as wide as the norms of sharded tensors, whatever plain tensors beside them are."""
+    """The message has the dtype of the sharded norms, whatever plain tensors there are."""
     for dtype, other, size in (
         (torch.float32, torch.float64, 4),
         (torch.float64, torch.float32, 8),
@@ -402,7 +402,7 @@ def plain_tensors_of_another_dtype(rank: Rank) -> None:
 
 
 def is_written_where_it_is(rank: Rank, options: Options, implementation: Options) -> None:
-    """No copies of tensors that nobody may skip."""
+    """No copies of tensors in steps that cannot be skipped."""
     layout = Layout((400, 64), "all", (Shard(0),))
     param = torch.nn.Parameter(place(torch.ones(400, 64, device=rank.device), layout, rank))
     optimizer = LARS([param], **options, **implementation)
@@ -414,7 +414,7 @@ def is_written_where_it_is(rank: Rank, options: Options, implementation: Options
 
 
 def trust_ratios(rank: Rank, options: Options) -> dict[str, float]:
-    """Those of the whole tensors, on every rank."""
+    """The ratios of the whole tensors, on every rank."""
     layouts = LAYOUTS["flat"] + (LAYOUTS["grid"] if rank.world == 4 else [])
     s = setup(rank, layouts, 2, torch.float32, options)
     whole = LARS([{"params": [torch.nn.Parameter(w) for w in s.wholes[i::2]]} for i in range(2)], **options)
@@ -425,7 +425,7 @@ def trust_ratios(rank: Rank, options: Options) -> dict[str, float]:
             param.grad = grad
     if rank.world > 1:  # on one rank every tensor is whole
         with pytest.raises(
-            RuntimeError, match=r"trust ratios of sharded tensors are those of the last step, .* ask after step"
+            RuntimeError, match=r"trust ratios of sharded tensors need a step, .* call trust_ratios\(\) after step"
         ):
             s.optimizer.trust_ratios()
     of_the_step = whole.trust_ratios()
@@ -437,12 +437,12 @@ def trust_ratios(rank: Rank, options: Options) -> dict[str, float]:
     }
     assert divided or rank.world == 1
     expected |= {name: ratio for name, ratio in of_the_step.items() if name in divided}
-    if rank.rank == 0:  # alone: with an exchange it would wait for the others
+    if rank.rank == 0:  # this rank alone, because with an exchange it would wait for the others
         assert s.optimizer.trust_ratios().keys() == expected.keys()
         with s.optimizer.relative_steps() as steps:
             pass
         assert set(steps.values()) == {0.0}
-    s.optimizer.zero_grad(set_to_none=False)  # those of the step do not need the gradients
+    s.optimizer.zero_grad(set_to_none=False)  # the ratios of the last step do not need gradients
     whole.zero_grad(set_to_none=False)
     ratios = s.optimizer.trust_ratios()
     expected |= {name: ratio for name, ratio in whole.trust_ratios().items() if name not in divided}
@@ -462,7 +462,7 @@ def wrong_input(rank: Rank) -> None:
         p = torch.nn.Parameter(param)
         other = torch.nn.Parameter(whole.clone())
         optimizer = LARS([other, p], **options, **more)
-        # set_ refuses what does not fit, and hooks do not
+        # set_ refuses tensors that do not fit, but hooks do not
         other.grad = torch.ones_like(other)
         if grad is not None:
             p.grad = grad
@@ -491,7 +491,7 @@ def wrong_input(rank: Rank) -> None:
     partial = DTensor.from_local(whole, mesh, (Partial(),), run_check=False)
     refused(RuntimeError, "redistribute it first", partial, partial)
     refused(RuntimeError, "differentiable=True", distributed, distributed, differentiable=True)
-    # what torch refuses as a .grad comes to the functional
+    # what torch refuses as .grad reaches the functional form
     plain = "the gradient or momentum_buffer of a plain parameter of shape \\(8, 3\\) is a DTensor"
     for grads, buffers, error, message in (
         ([distributed, distributed], [None, None], TypeError, plain),
@@ -506,7 +506,7 @@ def wrong_input(rank: Rank) -> None:
 
 
 def functional(rank: Rank, implementation: Options) -> None:
-    """The functional takes sharded tensors too, and makes sharded buffers."""
+    """The functional form takes sharded tensors too, and makes sharded buffers."""
     layouts = [Layout((5, 3), "all", (Shard(0),)), Layout((4, 2)), Layout((7,), "all", (Replicate(),))]
     options = {**OPTIONS["dampening"], "momentum": 0.9, **implementation}
     s = setup(rank, layouts, 1, torch.float32, options)
@@ -529,7 +529,7 @@ def functional(rank: Rank, implementation: Options) -> None:
 
 
 def versions(rank: Rank) -> None:
-    """Autograd is told what was written, of the tensors that it knows: a stale backward raises."""
+    """Version counters of written tensors move, so a stale backward raises."""
     param = torch.nn.Parameter(place(torch.ones(8, 3, device=rank.device), Layout((8, 3), "all", (Shard(0),)), rank))
     optimizer = LARS([param], lr=0.5, momentum=0.9, weight_decay=0.1)
     for _ in range(2):
@@ -546,7 +546,7 @@ def versions(rank: Rank) -> None:
 
 
 def large_and_small_numbers(rank: Rank) -> None:
-    """As far as float32 squares reach: norms of 1e18 and 1e-18, here as there."""
+    """Norms of 1e18 and 1e-18, at the limits of float32 squares."""
     for factor in (1e18, 1e-18):
         s = setup(rank, [Layout((5, 3), "all", (Shard(0),))], 1, torch.float32, {**OPTIONS["base"], "eps": 0.0})
         with torch.no_grad():
@@ -561,7 +561,7 @@ def large_and_small_numbers(rank: Rank) -> None:
 
 
 def precision(rank: Rank) -> None:
-    """The norm of a large tensor, parts of which differ by orders of magnitude, to 1e-6."""
+    """The norm of a large tensor whose shards differ by orders of magnitude, to 1e-6."""
     generator = torch.Generator().manual_seed(0)
     whole = torch.randn(1 << 20, generator=generator).to(rank.device)
     whole[: 1 << 18] *= 1e-3
@@ -577,7 +577,7 @@ def precision(rank: Rank) -> None:
 
 
 def keeps_compensations(rank: Rank, folder: str) -> None:
-    """Of a sharded parameter each rank keeps its part, as a DTensor, which checkpoints lay out in another way."""
+    """Each rank keeps the compensation of its shard as a DTensor, which checkpoints can redistribute."""
     mesh = init_device_mesh(rank.device, (rank.world,))
     whole = torch.randn(8, 12, generator=torch.Generator().manual_seed(0)).to(rank.device, torch.bfloat16)
     plain, sharded = torch.nn.Parameter(whole.clone()), torch.nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))

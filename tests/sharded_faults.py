@@ -10,7 +10,7 @@ from sharded import DTensor, Layout, Replicate, Shard, local_of, place
 
 
 def loads_only_what_it_can_step(rank: Rank) -> None:
-    """A buffer of other placements, or on a mesh of the ranks in another order."""
+    """A buffer with other placements, or on a mesh of the ranks in another order."""
     whole = torch.ones(8, 3, device=rank.device)
     param = torch.nn.Parameter(place(whole, Layout((8, 3), "all", (Shard(0),)), rank))
     turned = torch.distributed.device_mesh.DeviceMesh(rank.device, list(reversed(range(rank.world))))
@@ -33,7 +33,7 @@ def loads_only_what_it_can_step(rank: Rank) -> None:
 
 
 def frozen_with_a_gradient_on_one_rank(rank: Rank, implementation: Options) -> None:
-    """The other ranks' parts of the parameter count, whether or not it requires gradients."""
+    """The other ranks' shards of the parameter count, whether or not it requires gradients."""
     values = torch.arange(1.0, 25.0).view(8, 3)
     param = torch.nn.Parameter(place(values, Layout((8, 3), "all", (Shard(0),)), rank), requires_grad=False)
     optimizer = LARS([param], lr=1.0, trust_coefficient=0.1, eps=0.0, adapt=True, **implementation)

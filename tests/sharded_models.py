@@ -1,4 +1,4 @@
-"""What test_distributed.py runs on every rank: models that torch shards, beside the whole model on each rank."""
+"""What test_distributed.py runs on every rank: models sharded by torch, next to the whole model on each rank."""
 
 import contextlib
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def mesh(rank: Rank, *shape: int) -> DeviceMesh:
 
 
 class Net(nn.Module):
-    """Hidden sizes for tensor parallelism to divide; `second` is uneven over ranks, and most ranks have nothing of `last`."""
+    """Hidden sizes that tensor parallelism can divide. `second` is uneven over ranks, and most ranks hold nothing of `last`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ def tensor_parallel_and_fsdp(rank: Rank, model: Net) -> None:
     shard_all(rank, model, both["data"])
 
 
-# name -> how, over how many ranks the batch is spread, sharded mesh dimensions
+# name -> how, how many ranks share the batch, sharded mesh dimensions
 WAYS: dict[str, tuple[Callable[[Rank, Net], None], Callable[[int], int], Callable[[int], int]]] = {
     "fsdp": (fsdp, lambda world: world, lambda _: 1),
     "frozen": (frozen, lambda world: world, lambda _: 1),
@@ -158,7 +158,7 @@ WAYS: dict[str, tuple[Callable[[Rank, Net], None], Callable[[int], int], Callabl
 
 
 def shares(rank: Rank, x: Tensor, spread: int) -> Tensor:
-    """What this rank trains on, of a batch spread over so many ranks; those beside each other share it."""
+    """This rank's part of a batch that so many ranks share. Neighbouring ranks have the same part."""
     return x.chunk(spread)[rank.rank * spread // rank.world]
 
 
@@ -171,7 +171,7 @@ def backward(rank: Rank, model: nn.Module, x: Tensor, spread: int = 1) -> None:
 
 
 def equals_whole(rank: Rank, way: str, options: dict[str, Any], compiled: bool = False) -> dict[str, float]:
-    """A sharded model's steps are the reference's with the same gradients, and its run is that of the whole model."""
+    """A sharded model steps like the reference with the same gradients, and trains like the whole model."""
     shard, spread_of, dims_of = WAYS[way]
     spread = spread_of(rank.world)
     model, whole = new_model(rank), new_model(rank)
@@ -197,7 +197,7 @@ def equals_whole(rank: Rank, way: str, options: dict[str, Any], compiled: bool =
         grads = [None if p.grad is None else full(p.grad).clone() for p in params]
         reference.step([None if grad is None else grad.cpu() for grad in grads])
         if way == "mixed_precision":
-            set_grads(wholes, grads)  # gradients of bfloat16: those of the whole model are others
+            set_grads(wholes, grads)  # gradients are bfloat16, and differ from the whole model's
         with Collectives() if not compiled else contextlib.nullcontext() as collectives:
             step_function()
         ratios = optimizer.trust_ratios()
@@ -205,7 +205,7 @@ def equals_whole(rank: Rank, way: str, options: dict[str, Any], compiled: bool =
         rtol = 0.2 if "mixed" in way else 1e-4
         for names, group in zip(optimizer._names(), optimizer.param_groups, strict=True):
             for name, param in zip(names, group["params"], strict=True):
-                if name in ratios and is_divided(param):  # of this step; the others are of the weights after it
+                if name in ratios and is_divided(param):  # of this step; the others belong to the weights after it
                     torch.testing.assert_close(ratios[name], whole_ratios[name], rtol=rtol, atol=0)
         whole_optimizer.step()
         if collectives is not None:
@@ -233,7 +233,7 @@ def equals_whole(rank: Rank, way: str, options: dict[str, Any], compiled: bool =
 
 # ---------------------------------------------------------------- plain tensors, refusals
 def data_parallel_accumulates(rank: Rank) -> None:
-    """Two batches a step, the first without an exchange of gradients; the run of the whole model on the whole batch."""
+    """Two batches per step, the first without a gradient exchange. It trains like the whole model on the whole batch."""
     model, whole = new_model(rank), new_model(rank)
     parallel = DistributedDataParallel(model)
     optimizer, whole_optimizer = new_optimizer(model), new_optimizer(whole)
@@ -255,7 +255,7 @@ def data_parallel_accumulates(rank: Rank) -> None:
 
 
 def zero_redundancy(rank: Rank) -> None:
-    """Whole tensors, each stepped on one rank: the run of the whole model."""
+    """Whole tensors, each stepped on one rank, train like the whole model."""
     from torch.distributed.optim import ZeroRedundancyOptimizer  # noqa: PLC0415  it imports much
 
     model, whole = new_model(rank), new_model(rank)
@@ -276,7 +276,7 @@ def zero_redundancy(rank: Rank) -> None:
 
 
 def zero_redundancy_skips(rank: Rank) -> None:
-    """Decided rank by rank it would be half a step: refused wherever it is set. What the page says instead does it."""
+    """Deciding rank by rank would skip half a step, so it is refused everywhere. What the page recommends instead works."""
     from torch.distributed.optim import ZeroRedundancyOptimizer  # noqa: PLC0415  as above
 
     model = new_model(rank)
@@ -312,7 +312,7 @@ def refuses_flat_parameters(rank: Rank) -> None:
             with pytest.raises(RuntimeError, match=r"param group 0: .* FullyShardedDataParallel.* fully_shard"):
                 LARS([{"params": flat.parameters()}] if group == "a group" else flat.named_parameters(), **OPTIONS)
         if use_orig_params:
-            # the same parameters, of which FSDP has made slices
+            # the same parameters, which FSDP has sliced
             for param in model.parameters():
                 param.grad = torch.zeros_like(param)
             with pytest.raises(RuntimeError, match="fully_shard"):
@@ -332,16 +332,16 @@ def _state(model: nn.Module, optimizer: LARS, flat: bool) -> dict[str, Any]:
 def train_with_checkpoint(
     rank: Rank, way: str, folder: str, kind: str, loads: bool, options: dict[str, Any]
 ) -> tuple[list[list[float]], list[bytes]]:
-    """Four steps with a checkpoint after the second: written there, or the start of it.
+    """Four steps with a checkpoint after the second, which is written there or loaded at the start.
 
-    Returns the values of all whole tensors of model and optimizer, and the bits of this rank's parts.
+    Returns the values of all whole tensors of model and optimizer, and the bits of this rank's shards.
     """
     model = new_model(rank)
     spread = 1
     if way != "whole":
         WAYS[way][0](rank, model)
         spread = WAYS[way][1](rank.world)
-    # what a load must bring back is set differently
+    # set differently what loading must restore
     optimizer = new_optimizer(model, **(options if not loads else {"lr": 7.0, "momentum": 0.5, "eps": 1.0}))
     flat = kind == "flattened"
     if loads:
@@ -366,13 +366,13 @@ def train_with_checkpoint(
     for step in range(2 if loads else 0, 4):
         if step == 2 and not loads:
             if kind == "async":
-                # it gathers while training does: on a process group of its own
+                # it gathers during training, on its own process group
                 if "async" not in _groups:
                     _groups["async"] = torch.distributed.new_group(backend="gloo")
                 state = _state(model, optimizer, flat)
                 future = checkpoint.async_save(state, checkpoint_id=folder, process_group=_groups["async"])
                 if TORCH < (2, 8):
-                    future.result()  # torch 2.4 and 2.6 write CPU tensors from where they are, without a copy
+                    future.result()  # torch 2.4 and 2.6 write CPU tensors in place, without a copy
             else:
                 checkpoint.save(_state(model, optimizer, flat), checkpoint_id=folder)
         optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""LARS as the papers and packages write it that the rows of DIALECTS name, each in its own terms: float64, NumPy.
+"""The LARS of the papers and packages in DIALECTS, each in its own terms, in float64 NumPy.
 
 `w` parameter, `g` gradient, `v` momentum buffer (None before the first step), `c` trust coefficient, `decay` weight decay.
 """

@@ -1,4 +1,4 @@
-"""torch.amp.GradScaler: which protocol it takes, that both give the same bits, and what an overflow leaves behind."""
+"""torch.amp.GradScaler: which protocol is used, that both give the same bits, and what state an overflow leaves."""
 
 import copy
 import pickle
@@ -33,7 +33,7 @@ FEW = ["momentum", "nesterov-joint", "momentum-unadapted", "clip-maximize", "eve
 
 
 class DefaultProtocol(LARS):
-    """As an optimizer that knows nothing of scalers: gradients are unscaled in place, a step that overflows is not made."""
+    """Like an optimizer without AMP support: gradients are unscaled in place, and a step that overflows is skipped."""
 
     _step_supports_amp_scaling = False
 
@@ -43,7 +43,7 @@ def params_of(optimizer: LARS) -> list[Tensor]:
 
 
 def values_of(optimizer: LARS) -> list[Tensor]:
-    """Parameters and momentum buffers; zeros for a buffer that was not made."""
+    """Parameters and momentum buffers, with zeros for buffers that do not exist."""
     params = params_of(optimizer)
     buffers = [torch.zeros_like(p) if b is None else b for p, b in zip(params, buffers_of(optimizer), strict=True)]
     return [tensor.detach() for tensor in (*params, *buffers)]
@@ -64,7 +64,7 @@ def scaled_grads(params: list[Tensor], step: int, scale: float, *, overflow: boo
     return grads
 
 
-# What a user does between backward() and scaler.step(): nothing, or unscale and clip.
+# what a user does between backward() and scaler.step(): nothing, or unscale and clip
 def nothing(scaler: GradScaler, optimizer: LARS) -> None:
     pass
 
@@ -80,9 +80,9 @@ BEFORE_STEP = [nothing, clip]
 # ---------------------------------------------------------------- the bits
 @pairs("name dtype before_step", [*MAY_SKIP, "zero_lr"], DTYPES, BEFORE_STEP)
 def test_both_protocols_give_the_same_bits(name: str, dtype: torch.dtype, before_step: Callable[..., None]) -> None:
-    """Steps 0 and 3 overflow, and the scale is no power of two once it has grown.
+    """Steps 0 and 3 overflow, and the scale is not a power of two once it has grown.
 
-    Except for bfloat16: torch's CPU kernel that unscales rounds the reciprocal to bfloat16 in its vector loop.
+    bfloat16 is an exception, because torch's CPU kernel rounds the reciprocal to bfloat16 in its vector loop.
     """
     growth = 2.0 if dtype == torch.bfloat16 else 1.7
     optimizers = [cls(make_params(dtype), **OPTIONS[name], fused=True) for cls in (LARS, DefaultProtocol)]
@@ -103,7 +103,7 @@ def test_both_protocols_give_the_same_bits(name: str, dtype: torch.dtype, before
 
 
 def test_a_scale_beyond_the_squares_of_gradients() -> None:
-    """With bfloat16 autocast nothing overflows for long, and the scale grows until the squares would."""
+    """With bfloat16 autocast nothing overflows for a long time, and the scale grows until the squares would."""
     for name in FEW:
         optimizers = [cls(make_params(torch.float32), **OPTIONS[name], fused=True) for cls in (LARS, DefaultProtocol)]
         for optimizer in optimizers:
@@ -119,7 +119,7 @@ def test_a_scale_beyond_the_squares_of_gradients() -> None:
 @implementations
 @option_sets
 def test_equals_reference(name: str, implementation: Options) -> None:
-    """Also with dampening and momentum, for which the protocol is the default one whatever fused says."""
+    """Also with dampening and momentum, which use the default protocol whatever fused is."""
     params = make_params(torch.float32)
     optimizer = LARS(params, **OPTIONS[name], **implementation)
     reference = ReferenceLARS([{"params": params}], **OPTIONS[name])
@@ -152,7 +152,7 @@ def test_the_flagged_protocol_writes_no_gradient(dtype: torch.dtype) -> None:
 
 
 def test_float16_gradients_are_unscaled_in_float32() -> None:
-    """Unscaled, these are 5e-9, which float16 does not have: what the scale is for."""
+    """Unscaled they are 5e-9, which float16 cannot represent."""
     for name in ("base", "unadapted", "momentum"):
         results = []
         for dtype in (torch.float16, torch.float32):
@@ -172,10 +172,10 @@ def test_float16_gradients_are_unscaled_in_float32() -> None:
 # ---------------------------------------------------------------- overflows
 @loop_over("name dtype", [(name, REAL[i % len(REAL)]) for i, name in enumerate(MAY_SKIP)])
 def test_an_overflow_on_the_first_step(name: str, dtype: torch.dtype) -> None:
-    """No parameter changes, buffers are zeros if there are any, and the next step is a first step."""
+    """No parameter changes, existing buffers are zero, and the next step is a first step."""
     skipped, fresh = (LARS(make_params(dtype), **OPTIONS[name], fused=True) for _ in range(2))
     before = [p.detach().clone() for p in params_of(skipped)]
-    # what torch.empty_like would find, were a buffer made of it
+    # what a buffer from torch.empty_like would contain
     dirt = [torch.full_like(p, torch.nan) for p in params_of(skipped)]
     del dirt
     scaler = GradScaler("cpu")
@@ -191,7 +191,7 @@ def test_an_overflow_on_the_first_step(name: str, dtype: torch.dtype) -> None:
 
 
 def test_skip_nonfinite_and_a_scaler() -> None:
-    """Either may skip: the one sees the gradients of its groups, the other all of the optimizer."""
+    """Either may skip: skip_nonfinite sees the gradients of its groups, the scaler all of them."""
     for overflow in (0, 1):
         guarded, other = make_params(torch.float32, layouts=["matrix"]), make_params(torch.float32, layouts=["vector"])
         groups = [{"params": guarded, "skip_nonfinite": True}, {"params": other}]
@@ -199,7 +199,7 @@ def test_skip_nonfinite_and_a_scaler() -> None:
         before = [p.detach().clone() for p in (*guarded, *other)]
         set_grads([*guarded, *other], [torch.ones_like(p) for p in (*guarded, *other)])
         (guarded, other)[overflow][0].grad.fill_(torch.inf)
-        # found by nobody else: a scaler whose check came before the overflow
+        # only skip_nonfinite finds it, because the scaler checked before the overflow
         optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(0.0)
         optimizer.step()
         assert same_bits([guarded[0].detach()], before[:1]) == (overflow == 0)
@@ -211,7 +211,7 @@ def test_skip_nonfinite_and_a_scaler() -> None:
 
 
 def test_a_first_gradient_after_an_overflow() -> None:
-    """A layer unfrozen while steps overflow: its buffer is made, and its first step is still to come."""
+    """A layer is unfrozen while steps overflow: its buffer exists, but its first step is still to come."""
     results = []
     for cls in (LARS, DefaultProtocol):
         params = make_params(torch.float32, layouts=["matrix", "conv"])
@@ -238,7 +238,7 @@ def test_without_any_gradient() -> None:
 
 # ---------------------------------------------------------------- which protocol
 def flag(optimizer: torch.optim.Optimizer) -> bool:
-    """What GradScaler asks."""
+    """What GradScaler reads."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
@@ -255,7 +255,7 @@ FUSED: Options = {"fused": True}
     [
         (FUSED, FUSED, True),
         (FUSED, {**FUSED, "adapt": False}, True),
-        (FUSED, {}, False),  # fused by default is not asked for
+        (FUSED, {}, False),  # fused by default was not requested
         (FUSED, {"fused": False}, False),
         (FUSED, {"foreach": True}, False),
         ({}, {}, False),
@@ -283,7 +283,7 @@ def test_the_flag_follows_the_groups() -> None:
     assert flag(unfused)
     unfused.load_state_dict(two_groups({}, FUSED).state_dict())
     assert not flag(unfused)
-    # of SGD's, too, which brings its own `fused`
+    # also SGD's state dict, which has its own `fused`
     params = params_of(unfused)
     unfused.load_state_dict(
         torch.optim.SGD([{"params": params[:1]}, {"params": params[1:]}], lr=0.1, fused=True).state_dict()
@@ -346,7 +346,7 @@ def test_dampening_refuses_found_inf_before_anything_changes(implementation: Opt
 @pytest.mark.parametrize("foreach", [False, True])
 @pytest.mark.parametrize("name", FEW)
 def test_no_host_read_on_cuda(name: str, foreach: bool) -> None:
-    """The kernels cannot run on fake tensors: what they do not serve takes these ways, in a fused group too."""
+    """The kernels cannot run on fake tensors. These are the paths of tensors that they do not support, in a fused group too."""
     for dtype in (torch.float32, torch.float16, torch.float64):
         for shape in ((), (1,)):
             with fake_cuda():
@@ -364,7 +364,7 @@ def test_no_host_read_on_cuda(name: str, foreach: bool) -> None:
 # ---------------------------------------------------------------- training
 @implementations
 def test_training_under_autocast_equals_training_without_a_scaler(implementation: Options) -> None:
-    """Scales that are powers of two change no bit of a gradient, and the model has not overflowed."""
+    """Scales that are powers of two change no bit of a gradient, and the model does not overflow."""
     results = []
     for enabled in (False, True):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The house: every file imports from floors below it only, one step is one page, and a backend is one file and one entry."""
+"""Layers: a file imports only from layers below it, one step is one page, and a backend is one file and one entry."""
 
 import ast
 import copy
@@ -21,7 +21,7 @@ from fastlars.options import Options
 from harness import ignore_nothing_adapted
 
 SOURCE = Path(fastlars.__file__).parent
-# from the ground up; files of one line may not import each other
+# from the bottom up; files in one line may not import each other
 FLOORS = [
     ["compat", "dtypes"],
     ["options"],
@@ -50,7 +50,7 @@ def module_of(path: Path) -> str:
 
 
 def imported(module: str) -> set[str]:
-    """The files of the package that a file imports anywhere: in functions, and for types only, too."""
+    """The files of the package that a file imports, also inside functions and for types only."""
     path = path_of(module) if module != "__init__" else SOURCE / "__init__.py"
     package = ["fastlars", *path.relative_to(SOURCE).parts[:-1]]
     found: set[str] = set()
@@ -61,7 +61,7 @@ def imported(module: str) -> set[str]:
             start = package[: len(package) - node.level + 1] if node.level else []
             base = ".".join([*start, *([node.module] if node.module else [])])
             names = [f"{base}.{alias.name}" for alias in node.names]
-            # what is no file is a name in one
+            # anything that is not a file is a name in one
             names = [name if path_of(name.removeprefix("fastlars.")).exists() else base for name in names]
         else:
             continue
@@ -71,7 +71,7 @@ def imported(module: str) -> set[str]:
     return found - {module}
 
 
-def test_a_file_of_the_core_imports_from_floors_below_it() -> None:
+def test_a_file_of_the_core_imports_only_from_layers_below_it() -> None:
     below: set[str] = set()
     for floor in FLOORS:
         for module in floor:
@@ -100,7 +100,7 @@ def test_step_is_one_page_and_scripts_have_a_file_of_their_own() -> None:
 
 
 class NumPy:
-    """A toy backend: the step of float64 CPU tensors, through NumPy."""
+    """A toy backend: the step of float64 CPU tensors in NumPy."""
 
     name = "numpy"
     takes_scale = False

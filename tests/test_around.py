@@ -1,6 +1,6 @@
-"""What stands around a step in training: schedulers, averages, hooks, closures, gradients zeroed, accumulated or consumed.
+"""What surrounds a step in training: schedulers, averages, hooks, closures, and gradients zeroed, accumulated or consumed.
 
-Groups that are not adapted are compared with torch's SGD in the same place, bit for bit; adapted ones with the reference.
+Groups that are not adapted are compared with torch's SGD in the same place, bit for bit, and adapted ones with the reference.
 """
 
 import warnings
@@ -25,7 +25,7 @@ MOMENTUM: Options = {**BASE, "momentum": 0.9}
 
 
 def sgd_of(options: Options) -> Options:
-    """Options of torch's SGD that make it what LARS is with adapt=False."""
+    """Options of torch's SGD that equal LARS with adapt=False."""
     return {key: value for key, value in options.items() if key not in ("trust_coefficient", "adapt")}
 
 
@@ -66,10 +66,10 @@ def test_these_are_all_schedulers() -> None:
     assert SCHEDULERS.keys() == {*lr_scheduler.__all__, "SWALR"} - {"LRScheduler"}
 
 
-@pytest.mark.filterwarnings("ignore:The epoch parameter:UserWarning")  # torch 2.4's SequentialLR, of its own code
+@pytest.mark.filterwarnings("ignore:The epoch parameter:UserWarning")  # in torch 2.4's SequentialLR itself
 @pairs("name how tensor_lr", SCHEDULERS, IMPLEMENTATIONS, [False, True])
 def test_schedulers(name: str, how: str, tensor_lr: bool) -> None:
-    """Each step is the reference's at the lr and momentum that the same scheduler gives torch's SGD."""
+    """Each step equals the reference at the lr and momentum that the same scheduler gives torch's SGD."""
     lr = torch.tensor(BASE["lr"]) if tensor_lr else BASE["lr"]
     for nesterov in (False, True):
         options = {**MOMENTUM, "nesterov": nesterov}
@@ -87,7 +87,7 @@ def test_schedulers(name: str, how: str, tensor_lr: bool) -> None:
         for step in range(6):
             group = optimizer.param_groups[0]
             assert type(group["lr"]) is type(sgd.param_groups[0]["lr"])
-            # where an old scheduler writes a float beside a tensor lr, ours becomes a float32 tensor
+            # if an old scheduler writes a float while lr is a tensor, ours becomes a float32 tensor
             assert float(group["lr"]) == pytest.approx(float(sgd.param_groups[0]["lr"]), rel=1e-7)
             assert group["momentum"] == sgd.param_groups[0]["momentum"]
             history.append((float(group["lr"]), group["momentum"]))
@@ -107,7 +107,7 @@ def test_schedulers(name: str, how: str, tensor_lr: bool) -> None:
 
 @implementations
 def test_a_scheduler_that_brings_momentum_later(implementation: Options) -> None:
-    """The buffers start when momentum does, and a step without momentum leaves them as they are."""
+    """Buffers start when momentum does, and a step without momentum leaves them unchanged."""
     params = make_params(torch.float32, layouts=LAYOUTS)
     optimizer = LARS(params, **BASE, **implementation)
     reference = ReferenceLARS([{"params": params}], **BASE)
@@ -124,7 +124,7 @@ def test_a_scheduler_that_brings_momentum_later(implementation: Options) -> None
 
 @implementations
 def test_a_scheduler_finds_a_step_to_count(implementation: Options) -> None:
-    """Called before step(), or never followed by one, schedulers warn; they look at the wrapped method."""
+    """Schedulers warn if called before step(), or if no step() follows. They look at the wrapped method."""
     for optimizer in (
         LARS(make_params(torch.float32, layouts=["matrix"]), **BASE, **implementation),
         SGD(make_params(torch.float32, layouts=["matrix"]), lr=0.1),
@@ -143,7 +143,7 @@ def test_a_scheduler_finds_a_step_to_count(implementation: Options) -> None:
 @implementations
 @pytest.mark.parametrize("ema", [False, True])
 def test_averages(ema: bool, implementation: Options) -> None:
-    """SWA and EMA: of what every implementation wrote, through the version counters or not."""
+    """SWA and EMA of the parameters that each implementation wrote, with and without version counters."""
     model = small_model()
     optimizer = LARS(model.parameters(), **MOMENTUM, **implementation)
     scheduler = swa_utils.SWALR(optimizer, swa_lr=0.2, anneal_epochs=2)
@@ -168,7 +168,7 @@ def test_averages(ema: bool, implementation: Options) -> None:
 
 # ---------------------------------------------------------------- hooks
 def log_of(make: Callable[[list[nn.Parameter]], Optimizer]) -> list[Any]:
-    """Everything that is called around two steps, a save and a load, in order, with the values seen there."""
+    """Every callback around two steps, a save and a load, in order, with the values seen there."""
     (param,) = make_params(torch.float32, layouts=["matrix"])
     optimizer = make([param])
     log: list[Any] = []
@@ -259,7 +259,7 @@ def test_a_hook_may_replace_what_is_saved_and_loaded(implementation: Options) ->
 
 @implementations
 def test_names_in_the_profiler(implementation: Options) -> None:
-    """As torch's own: Optimizer.step#LARS.step."""
+    """Named like torch's own: Optimizer.step#LARS.step."""
     names = []
     for cls in (LARS, SGD):
         params = make_params(torch.float32, layouts=LAYOUTS)
@@ -276,7 +276,7 @@ def test_names_in_the_profiler(implementation: Options) -> None:
 @implementations
 @option_sets
 def test_gradients_set_to_zero_take_a_step(name: str, implementation: Options) -> None:
-    """d is 0 (with decay where the formula keeps it) and v goes on; without a gradient the tensor is left alone."""
+    """d is 0 (or the decay, where the formula keeps it) and v continues. Without a gradient the tensor does not change."""
     params = make_params(torch.float32)
     optimizer = LARS(params, **OPTIONS[name], **implementation)
     reference = ReferenceLARS([{"params": params}], **OPTIONS[name])
@@ -319,7 +319,7 @@ def test_accumulated_gradients_are_those_of_the_large_batch(implementation: Opti
 @implementations
 @pytest.mark.parametrize("name", ["momentum", "dampening", "nesterov-joint", "momentum-unadapted", "clip-paper"])
 def test_one_optimizer_a_parameter_inside_backward(name: str, implementation: Options) -> None:
-    """The same bits as of one step after backward; a weight that is used twice steps once."""
+    """The same bits as one step after backward. A weight that is used twice steps once."""
 
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -359,7 +359,7 @@ def test_one_optimizer_a_parameter_inside_backward(name: str, implementation: Op
 
 @implementations
 def test_training_around_is_that_of_torch_sgd(implementation: Options) -> None:
-    """All of it together, bit for bit: schedule, clipping, accumulation, frozen and unfrozen layer, save and load."""
+    """All of it together, bit for bit: schedule, clipping, accumulation, a layer frozen and unfrozen, save and load."""
     results = []
     for adapted in (False, None):
         model = small_model()
@@ -372,7 +372,7 @@ def test_training_around_is_that_of_torch_sgd(implementation: Options) -> None:
 
         optimizer = make()
         scheduler = lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=9)
-        model[0].requires_grad_("fused" in implementation)  # torch's fused SGD fails at a layer unfrozen later
+        model[0].requires_grad_("fused" in implementation)  # torch's fused SGD fails if a layer is unfrozen later
         for step in range(6):
             if step == 3:
                 model[0].requires_grad_(True)

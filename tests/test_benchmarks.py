@@ -1,4 +1,4 @@
-"""The benchmarks: shapes are the models', contenders are what they stand for, and what is computed from a run is right. Nothing is timed."""
+"""The benchmarks: models' shapes, contenders that are what their names say, and derived figures. Nothing is timed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("rich", reason="the benchmarks have their own dependencies: group bench")
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT))  # benchmarks/ is no part of the package; it is run from the repository root
+sys.path.append(str(ROOT))  # benchmarks/ is not part of the package and is run from the repository root
 
 from benchmarks import long_run, performance, render
 from benchmarks.counting import bytes_moved
@@ -39,7 +39,7 @@ MACHINE |= {"versions": {"torch": "2.13.0"}, "commit": "0", "date": "2026-01-01"
 
 
 def a_run(factor: float = 1.0, device: str = "cpu", case: str = "ResNet-50") -> Results:
-    """Milliseconds by hand; everyone moves 20 MB."""
+    """Made-up milliseconds; every contender moves 20 MB."""
     samples = {YARDSTICK: [1.0, 2.0, 4.0], OURS[0]: [factor, 2 * factor, 4 * factor], LOOP: [3.0, 6.0, 8.0]}
     samples |= {COPY: [2.0, 2.0, 2.0], "lightly": [5.0, 5.0, 5.0]}
     rows = [Row(case, who, 10, 1_000_000, ms, bytes_moved=20_000_000) for who, ms in samples.items()]
@@ -51,7 +51,7 @@ def test_shapes_have_the_published_totals() -> None:
 
 
 def test_bytes_are_those_of_the_design_and_of_the_picture() -> None:
-    """One tensor past any stacking: 20 bytes a parameter for fused SGD, 28 for ours, 52 for foreach."""
+    """One tensor too large to be stacked: 20 bytes per parameter for fused SGD, 28 for ours, 52 for foreach."""
     counted = {}
     for name in (YARDSTICK, "sgd-loop", "fastlars-fused", "fastlars-foreach", "fastlars-single", LOOP):
         param = torch.nn.Parameter(torch.ones(1000, 1000))
@@ -108,7 +108,7 @@ def test_everyone_makes_one_step_a_round() -> None:
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One small model, and yardsticks that fit a cache."""
+    """One small model, and yardsticks that fit in a cache."""
     model = type(MODELS["small"])("ResNet-50", lambda: [(3, 4), (4,)])
     monkeypatch.setattr("benchmarks.performance.MODELS", {"resnet50": model})
     monkeypatch.setattr("benchmarks.rounds.COPY_ELEMENTS", 64)
@@ -129,7 +129,7 @@ def test_a_run_is_stored_and_shown_and_peers_that_lack_are_named(
     monkeypatch.setitem(CONTENDERS, "timm", Contender("timm", "timm", lambda p: Writer(p, 0.1), "timm"))
     peer = CONTENDERS["lightly"].make
     monkeypatch.setitem(CONTENDERS, "lightly", Contender("lightly", "lightly", peer, "no_such"))
-    monkeypatch.setitem(sys.modules, "lightly", None)  # as where it is not installed
+    monkeypatch.setitem(sys.modules, "lightly", None)  # as if it were not installed
     only = [YARDSTICK, *OURS[:2], LOOP, "lightly", "timm"]
     assert performance.main(["--models", "resnet50", "--rounds", "2", "--out", str(tmp_path), "--only", *only]) == 0
     run = load(tmp_path / "step_time-cpu.json")
@@ -147,20 +147,20 @@ def test_a_run_is_stored_and_shown_and_peers_that_lack_are_named(
 
 
 def test_figures_are_computed_round_by_round(tmp_path: Path) -> None:
-    """And one more read in the same rounds: 20 MB by fused SGD, so 8 MB more, at 16 MB in 2, 4 and 2 ms."""
+    """With one more read in the same rounds: 20 MB by fused SGD, so 8 MB more, at 16 MB in 2, 4 and 2 ms."""
     run = a_run()
     save(run, tmp_path / "run.json")
     assert load(tmp_path / "run.json") == run
-    assert run.ratio("ResNet-50", LOOP, YARDSTICK) == 3.0  # of 3, 3, 2
+    assert run.ratio("ResNet-50", LOOP, YARDSTICK) == 3.0  # of 3, 3 and 2
     row = run.find("ResNet-50", YARDSTICK)
     assert row is not None
     assert (row.bytes_per_parameter, row.gb_s, run.share_of_copy(row)) == (20.0, 10.0, 1.0)
-    assert run.and_a_read("ResNet-50", YARDSTICK) is None  # in results from before
+    assert run.and_a_read("ResNet-50", YARDSTICK) is None  # in older results
     run.rows.append(Row("ResNet-50", READ, 10, 1_000_000, [2.0, 4.0, 2.0], bytes_moved=16_000_000))
     row = run.and_a_read("ResNet-50", YARDSTICK)
     assert row is not None
     assert (row.ms, row.bytes_moved) == ([2.0, 4.0, 5.0], 28_000_000)
-    assert run.relative(row, YARDSTICK) == 2.0  # of 2, 2, 1.25
+    assert run.relative(row, YARDSTICK) == 2.0  # of 2, 2 and 1.25
 
 
 def test_the_page_and_readme_say_what_was_measured_where() -> None:
@@ -203,7 +203,7 @@ def test_pytest_benchmark_times_and_compares(tmp_path: Path) -> None:
         ({"resident_mib": 109.0}, "memory grew by 9.0 MiB"),
         ({"foreach_drift": 2e-5}, "foreach drifted by 2.0e-05"),
         ({"single_us": 140.0}, "single became slower, 1.40 times"),
-        # the machine became slower
+        # a machine that has become slower
         ({"single_us": 140.0, "foreach_us": 140.0, "fused_us": 140.0, "torch SGD_us": 70.0}, None),
     ],
 )

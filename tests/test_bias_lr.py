@@ -1,4 +1,4 @@
-"""What is not adapted has an lr of its own, and who leaves it at LARS's without normalisation layers is told so."""
+"""Tensors that are not adapted have their own lr, and there is a warning if LARS's lr is left without normalisation layers."""
 
 import warnings
 from typing import Any
@@ -14,11 +14,11 @@ from fastlars.schedules import warmup_cosine, warmup_polynomial
 
 
 class RMSScale(nn.Module):
-    """A normalisation layer that nobody can recognize."""
+    """A normalisation layer that cannot be recognised."""
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """As torchvision's: neither torch's class nor a name that ends in Norm."""
+    """Like torchvision's: neither torch's class nor a name that ends in Norm."""
 
 
 def mlp(*more: nn.Module) -> nn.Module:
@@ -33,8 +33,8 @@ def warned(model: Any, **options: Any) -> list[warnings.WarningMessage]:
 
 
 @pytest.mark.parametrize("own", [0.05, torch.tensor(0.05), 0])
-def test_an_lr_of_their_own(own: float | Tensor) -> None:
-    """Which schedules keep in proportion; a tensor is kept, not copied."""
+def test_biases_get_their_own_lr(own: float | Tensor) -> None:
+    """Schedules keep it in proportion. A tensor is kept, not copied."""
     adapted, rest = param_groups(mlp(), 0.1, bias_lr=own, unadapted={"momentum": 0.5})
     assert rest["lr"] is own and "lr" not in adapted
     optimizer = LARS([adapted, rest], lr=8.0, momentum=0.9)
@@ -44,7 +44,7 @@ def test_an_lr_of_their_own(own: float | Tensor) -> None:
     assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([2.0, before / 4])
 
 
-def test_the_same_lr_is_todays() -> None:
+def test_same_keeps_the_lr_of_lars() -> None:
     for options in ({"bias_lr": "same"}, {}):
         _, rest = param_groups(mlp(nn.LayerNorm(3)), 0.1, **options)
         assert "lr" not in rest and LARS([rest], lr=8.0).param_groups[0]["lr"] == 8.0
@@ -55,18 +55,18 @@ def test_the_same_lr_is_todays() -> None:
     [
         (mlp(), True),
         (mlp(RMSScale()), True),
-        (mlp(weight_norm(nn.Linear(3, 3))), True),  # of weights, not of what flows through
+        (mlp(weight_norm(nn.Linear(3, 3))), True),  # it normalises weights, not activations
         (mlp(nn.BatchNorm1d(3)), False),
         (mlp(nn.BatchNorm1d(3, affine=False)), False),
         (mlp(nn.InstanceNorm1d(3)), False),
         (mlp(FrozenBatchNorm2d()), False),
-        (mlp().named_parameters(), False),  # names alone do not tell
-        (nn.Linear(4, 3, bias=False), False),  # nothing takes an lr that is too large
-        (nn.ParameterList([torch.ones(3)]), False),  # all of it SGD
+        (mlp().named_parameters(), False),  # names alone cannot tell
+        (nn.Linear(4, 3, bias=False), False),  # no tensor takes an lr that is too large
+        (nn.ParameterList([torch.ones(3)]), False),  # all of it is SGD
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, bool) else str(value),
 )
-def test_who_is_warned(model: Any, warns: bool) -> None:
+def test_when_it_warns(model: Any, warns: bool) -> None:
     caught = warned(model)
     assert len(caught) == warns
     for warning in caught:
@@ -75,7 +75,7 @@ def test_who_is_warned(model: Any, warns: bool) -> None:
 
 
 @pytest.mark.parametrize("chosen", [{"bias_lr": "same"}, {"bias_lr": 8.0}, {"unadapted": {"lr": 0.1}}], ids=str)
-def test_who_has_chosen_is_not_warned(chosen: Any) -> None:
+def test_no_warning_after_a_choice(chosen: Any) -> None:
     assert not warned(mlp(), **chosen)
 
 
@@ -86,17 +86,17 @@ def test_who_has_chosen_is_not_warned(chosen: Any) -> None:
         ({"bias_lr": -0.1}, ValueError, "param_groups: bias_lr must be a finite number >= 0, got -0.1"),
         ({"bias_lr": True}, TypeError, "bias_lr must be a finite number >= 0, got True"),
         ({"bias_lr": torch.ones(2)}, ValueError, r"Tensor bias_lr must be 1-element .* got shape \(2,\)"),
-        ({"bias_lr": "same", "unadapted": {"lr": 1.0}}, ValueError, "both give an lr; leave one out"),
+        ({"bias_lr": "same", "unadapted": {"lr": 1.0}}, ValueError, "both set an lr; leave one out"),
     ],
 )
-def test_what_is_no_lr(options: Any, error: type[Exception], message: str) -> None:
+def test_wrong_bias_lrs_are_refused(options: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         param_groups(mlp(), 0.1, **options)
 
 
 @pytest.mark.parametrize("norm", [True, False])
-def test_it_is_why_a_net_without_normalisation_trains(norm: bool) -> None:
-    """Digits, all in one batch: what README shows trains either way; with one lr for all, the net without them does not."""
+def test_a_net_without_normalisation_trains_only_with_its_own_bias_lr(norm: bool) -> None:
+    """Digits in one batch. With bias_lr=0.1 networks with and without norm layers train; with one lr, only with them."""
     digits = load_digits()
     images = torch.tensor(digits.data, dtype=torch.float32) / 16
     labels = torch.tensor(digits.target)

@@ -1,4 +1,4 @@
-"""check() names what will go wrong before it does, with the way out, and finds nothing in what the documentation recommends."""
+"""check() finds mistakes before training and says how to fix them, and finds none in what the documentation recommends."""
 
 import re
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def good(model: nn.Module, lr: float = 8.0, warm: bool = True, **options: Any) -
 def headless() -> tuple[nn.Module, LARS]:
     model = mlp()
     optimizer = good(model)
-    model.append(nn.Linear(2, 2))  # made after the optimizer
+    model.append(nn.Linear(2, 2))  # created after the optimizer
     return model, optimizer
 
 
@@ -44,7 +44,7 @@ def zero_head() -> nn.Module:
     return model
 
 
-# finding, model and optimizer that have it and nothing else, its tensors, the same with its way out taken
+# finding -> a model and optimizer with only that mistake, its tensors, and the same with the mistake fixed
 CASES: dict[str, tuple[Callable[[], tuple[nn.Module, LARS]], tuple[str, ...], Callable[[], tuple[nn.Module, LARS]]]] = {
     "parameters in no group": (headless, ("3.weight", "3.bias"), lambda: with_(headless()[0], good)),
     "nothing is adapted": (
@@ -73,7 +73,7 @@ CASES: dict[str, tuple[Callable[[], tuple[nn.Module, LARS]], tuple[str, ...], Ca
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_finding_and_its_way_out(name: str) -> None:
+def test_a_finding_and_its_fix(name: str) -> None:
     broken, tensors, fixed = CASES[name]
     (finding,) = check(*broken())
     assert (finding.name, finding.tensors) == (name, tensors)
@@ -94,8 +94,8 @@ def test_recipes_have_no_findings(name: str) -> None:
     assert not check(model, build(name, model)[0])
 
 
-def test_what_is_no_fault() -> None:
-    """Biases that start at zero, frozen parameters, normalisation layers at LARS's lr, LARC, a run that has begun, meta."""
+def test_no_findings_without_a_mistake() -> None:
+    """Biases that start at zero, frozen parameters, normalisation layers at LARS's lr, LARC, a run that has started, meta."""
     model = mlp(nn.LayerNorm(3))
     nn.init.zeros_(model[0].bias)
     model[0].weight.requires_grad_(False).zero_()
@@ -124,7 +124,7 @@ def test_it_prints_readably() -> None:
 
 def test_through_wrappers() -> None:
     class Wrapper(torch.optim.Optimizer):
-        """As Accelerate's."""
+        """Like Accelerate's."""
 
         def __init__(self, optimizer: LARS) -> None:
             self.optimizer = optimizer
@@ -140,11 +140,11 @@ def test_through_wrappers() -> None:
 @pytest.mark.parametrize(
     ("model", "optimizer", "message"),
     [
-        (mlp(), torch.optim.SGD(mlp().parameters(), lr=0.1), "check needs a fastlars.LARS, got SGD"),
-        (mlp(), "LARS", "check needs a fastlars.LARS, got str"),
-        (list(mlp().parameters()), None, "check needs the module that trains, got list"),
+        (mlp(), torch.optim.SGD(mlp().parameters(), lr=0.1), "optimizer must be a fastlars.LARS, got SGD"),
+        (mlp(), "LARS", "optimizer must be a fastlars.LARS, got str"),
+        (list(mlp().parameters()), None, "model must be the module that trains, got list"),
     ],
 )
-def test_what_it_cannot_check(model: Any, optimizer: Any, message: str) -> None:
+def test_wrong_arguments_are_refused(model: Any, optimizer: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         check(model, optimizer)

@@ -1,6 +1,6 @@
-"""Code of the Bolts, quadra or lightly LARS changes its import only; their checkpoints and torch SGD's go on exactly.
+"""Code for the LARS of Bolts, quadra or lightly changes only its import. Their checkpoints, and torch SGD's, resume exactly.
 
-Constructors and state dicts of the others are written here as data: lightning-bolts 0.7, quadra 2, lightly 1.5.
+Their constructors and state dicts are written here as data: lightning-bolts 0.7, quadra 2, lightly 1.5.
 """
 
 import copy
@@ -32,7 +32,7 @@ OPTION_SETS: dict[str, Options] = {
     "unadapted": OPTIONS["dampening-unadapted"],
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.float64]
-# name, default: the same in all three but for lr, which lightly requires in the call
+# name, default; the same in all three except for lr, which lightly requires in the call
 PEERS = {
     "lr": None,
     "momentum": 0,
@@ -67,7 +67,7 @@ def all_bits(optimizer: torch.optim.Optimizer) -> list[list[int] | None]:
 
 
 def clones(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Groups of copied parameters and nothing else: every option must come from the state dict."""
+    """Groups of copied parameters and nothing else, so that every option must come from the state dict."""
     return [{"params": [Parameter(p.detach().clone()) for p in group["params"]]} for group in optimizer.param_groups]
 
 
@@ -99,7 +99,7 @@ def test_a_round_trip_at_any_step_changes_no_bit(chosen: str, dtype: torch.dtype
         assert restored.param_groups[1]["lr"] is not optimizer.param_groups[1]["lr"]
         for each in (optimizer, restored):
             go_on(each, range(saved_at, STEPS - 1))
-            each.param_groups[1]["lr"].mul_(0.5)  # a scheduler's way; a float that replaced the tensor would raise
+            each.param_groups[1]["lr"].mul_(0.5)  # as a scheduler writes it; a float in place of the tensor would raise
             go_on(each, range(STEPS - 1, STEPS))
         assert all_bits(restored) == all_bits(optimizer)
 
@@ -132,7 +132,7 @@ def test_lr_is_still_required_after_a_copy(way: Callable[[LARS], LARS]) -> None:
 
 
 def test_hooks_around_loading_are_called_and_may_rename_keys() -> None:
-    """A checkpoint of Barlow Twins or VICReg: buffers named mu, the trust coefficient eta."""
+    """A checkpoint of Barlow Twins or VICReg, with buffers named mu and the trust coefficient named eta."""
     optimizer = LARS(make_params(torch.float32, layouts=LAYOUTS), **OPTION_SETS["momentum"])
     go_on(optimizer, range(2))
     saved = through_a_file(optimizer.state_dict())
@@ -164,7 +164,7 @@ def test_keys_that_a_state_dict_lacks_keep_their_values() -> None:
         "trust_clip": True, "trust_denominator": "joint", "lr_in_momentum": True, "skip_nonfinite": True,
         "maximize": True, "foreach": True,
     }  # fmt: skip
-    # of the group, not of the call: those of the call are other ones
+    # the group's values, not the call's, which differ
     optimizer = LARS([{"params": model.named_parameters(), **mine}], lr=0.1)
     before = dict(optimizer.param_groups[0])
     optimizer.load_state_dict({"state": {}, "param_groups": [{"lr": 0.5, "params": [0, 1]}]})
@@ -174,7 +174,7 @@ def test_keys_that_a_state_dict_lacks_keep_their_values() -> None:
 
 
 # ---------------------------------------------------------------- of Bolts, quadra, lightly
-def test_constructor_takes_what_theirs_take() -> None:
+def test_constructor_accepts_their_arguments() -> None:
     parameters = list(inspect.signature(LARS).parameters.values())
     assert [p.name for p in parameters[: len(PEERS) + 1]] == ["params", *PEERS]
     assert {p.name: p.default for p in parameters[2 : len(PEERS) + 1]} == {k: v for k, v in PEERS.items() if k != "lr"}
@@ -187,7 +187,7 @@ def test_constructor_takes_what_theirs_take() -> None:
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0, 1e-4]
 
 
-# the group keys of their state dicts; quadra holds the last two on self, so that no checkpoint has them
+# the group keys of their state dicts; quadra keeps the last two on self, so no checkpoint has them
 FORMATS = {
     "bolts_and_lightly": tuple(PEERS),
     "quadra": tuple(PEERS)[:5],
@@ -204,7 +204,7 @@ MOMENTUM: list[Options] = [
 
 
 @pairs("options of how", MOMENTUM, FORMATS, IMPLEMENTATIONS)
-def test_their_checkpoints_go_on(options: Options, of: str, how: str) -> None:
+def test_their_checkpoints_resume(options: Options, of: str, how: str) -> None:
     keys = FORMATS[of]
     values = {**PEERS, "lr": 0.5, "initial_lr": 0.5, "trust_coefficient": 0.1, "eps": 1e-6, **options}
     params = make_params(torch.float64, layouts=LAYOUTS)
@@ -212,7 +212,7 @@ def test_their_checkpoints_go_on(options: Options, of: str, how: str) -> None:
     reference = ReferenceLARS(groups, **values)
     for step in range(2):
         reference.step(make_grads("late", params, step))
-    # theirs have no state without momentum, nor for tensors that have had no gradient: "late" has some
+    # they keep no state without momentum, nor for tensors without a gradient, so "late" sometimes has none
     buffers = {i: torch.as_tensor(v) for i, v in enumerate(reference.momentum_buffers) if v is not None}
     assert len(buffers) == (len(params) // 2 if options else 0)
     saved = {
@@ -263,18 +263,18 @@ def goes_on_as_sgd(
 
 
 @pairs("of dtype foreach", SGD_OPTIONS, DTYPES, [None, False, True])
-def test_checkpoints_of_sgd_go_on(of: str, dtype: torch.dtype, foreach: bool | None) -> None:
+def test_checkpoints_of_sgd_resume(of: str, dtype: torch.dtype, foreach: bool | None) -> None:
     sgd = torch.optim.SGD(make_params(dtype, layouts=LAYOUTS), **{"lr": 0.5, **SGD_OPTIONS[of]}, foreach=foreach)
-    # torch._foreach_mul_ rounds its factor to a half dtype on the CPU and mul_ does not: in torch's SGD with momentum,
-    # whether one tensor is at its first step changes the bits of the others
+    # torch._foreach_mul_ rounds its factor to a half dtype on CPU and mul_ does not. So in torch's SGD with momentum, whether
+    # one tensor is at its first step changes the bits of the others
     history = "dense" if foreach and dtype.itemsize == 2 else "late"
     go_on(sgd, range(2), history)
     group = goes_on_as_sgd(sgd, history=history).param_groups[0]
     assert (group["adapt"], group["trust_coefficient"], group["foreach"]) == (False, 0.7, foreach)
 
 
-def test_checkpoints_of_older_versions_of_sgd_go_on() -> None:
-    """They wrote an entry for every tensor, None without a buffer, and knew no maximize, foreach, fused."""
+def test_checkpoints_of_older_versions_of_sgd_resume() -> None:
+    """They wrote an entry for every tensor, None without a buffer, and had no maximize, foreach or fused."""
 
     def edit(saved: dict[str, Any]) -> None:
         saved["state"] = {i: {"momentum_buffer": None} for i in range(len(LAYOUTS))}
@@ -290,15 +290,15 @@ def test_checkpoints_of_older_versions_of_sgd_go_on() -> None:
 
 
 @loop_over("options", SGD_OPTIONS.values())
-def test_checkpoints_of_fused_sgd_go_on(options: Options) -> None:
-    # no late gradients: torch's fused SGD raises where only some tensors are at their first step
+def test_checkpoints_of_fused_sgd_resume(options: Options) -> None:
+    # no late gradients, because torch's fused SGD raises if only some tensors are at their first step
     sgd = torch.optim.SGD(make_params(torch.float32, layouts=LAYOUTS), **{"lr": 0.5, **options}, fused=True)
     go_on(sgd, range(2), "dense")
     assert goes_on_as_sgd(sgd, history="dense").param_groups[0]["fused"] is True
 
 
-def test_a_wrapper_that_would_keep_what_it_loads() -> None:
-    """As LightningOptimizer: of the optimizer's class, with what the optimizer has, and nothing of its own."""
+def test_a_wrapper_that_would_not_pass_on_its_state_is_refused() -> None:
+    """Like LightningOptimizer: of the optimizer's class, with its attributes, but without param groups of its own."""
 
     class Wrapper:
         def __init__(self, optimizer: LARS) -> None:

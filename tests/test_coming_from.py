@@ -1,4 +1,4 @@
-"""The settings that docs/coming-from.md gives for open-lars are that package's steps, and its state goes on."""
+"""The settings that docs/coming-from.md gives for open-lars reproduce its steps, and its state can be resumed."""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ DECAY, MOMENTUM = 0.05, 0.9
 
 
 def open_lars(w: Tensor, g: Tensor, v: Tensor, lr: float) -> None:
-    """As its authors describe it: the paper's recurrence, vectors decayed and not adapted."""
+    """As its authors describe it: the paper's recurrence, with vectors decayed and not adapted."""
     ratio = 0.001 * w.norm() / (g.norm() + DECAY * w.norm() + 1e-8) if w.ndim > 1 else 1.0
     v.mul_(MOMENTUM).add_(lr * ratio * (g + DECAY * w))
     w.sub_(v)
@@ -26,7 +26,7 @@ def test_open_lars_is_the_paper_with_decayed_vectors() -> None:
     optimizer = LARS(groups, lr=0.5, momentum=MOMENTUM, dialect="paper", eps=1e-8)
     for step in range(6):
         lr = 0.5 + step
-        if step == 3:  # from here on it goes on from their state
+        if step == 3:  # from here on with their state
             saved = {
                 "state": {i: {"momentum_buffer": v.clone()} for i, v in enumerate(buffers)},
                 "param_groups": [{"lr": lr, "lr_in_momentum": True, "params": list(range(len(theirs)))}],

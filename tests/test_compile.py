@@ -1,4 +1,4 @@
-"""A compiled step is the eager one, for no more breaks and compilations than torch's SGD needs."""
+"""A compiled step equals the eager one, with no more graph breaks and compilations than torch's SGD needs."""
 
 import copy
 import gc
@@ -33,7 +33,7 @@ RECOMPILE_LIMIT = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_
 slow, version = pytest.mark.slow, pytest.mark.version
 pytestmark = [
     ignore_nothing_adapted,
-    # torch's own, from inside its compiler
+    # torch's own warnings, from inside its compiler
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:Skipping serialization of:UserWarning"),
     pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning"),
@@ -121,7 +121,7 @@ def trained(
     net = Net()
     groups = groups_of(net, **options)
     optimizer = LARS(groups, lr=lr, momentum=0.9, weight_decay=0.01, trust_coefficient=0.1)
-    scheduler = LambdaLR(optimizer, lambda step: 0.5 if step % 2 else 1.0)  # no third value: no third compilation
+    scheduler = LambdaLR(optimizer, lambda step: 0.5 if step % 2 else 1.0)  # no third value, so no third compilation
     train = wrap(net, optimizer, how)
     for i in range(steps):
         net.first.bias.requires_grad_(i != 4)  # its gradient is missing once
@@ -154,7 +154,7 @@ OPTIONS: dict[str, Options] = {"plain": {}, "dampening": {"dampening": 0.25}, "s
 @pytest.mark.parametrize(
     ("implementation", "name", "wrap"),
     [
-        # whole steps take longest to compile, and the options meet one no otherwise than a compiled step
+        # compiling whole steps takes long, and options behave as in any compiled step
         ("single", "plain", whole_step),
         ("foreach", "plain", function_that_steps),
         ("foreach", "dampening", whole_step),
@@ -166,25 +166,25 @@ OPTIONS: dict[str, Options] = {"plain": {}, "dampening": {"dampening": 0.25}, "s
 )
 def test_compiled_equals_eager(implementation: str, name: str, wrap: Callable[..., Any]) -> None:
     options = {**IMPLEMENTATIONS.get(implementation, {}), **OPTIONS[name]}
-    # a float lr and a tensor
+    # a float lr and a tensor lr
     assert_compiled_equals_eager(wrap, "eager", float if name == "plain" else torch.tensor, options)
 
 
 def with_state_that_comes_and_goes(how: Callable[..., Any], foreach: bool, dampening: float) -> list[Tensor | None]:
-    """Steps of two groups between which state is loaded, dropped and added: the first step of some tensors is a later one."""
+    """Steps of two groups with state loaded, dropped and added between them, so some tensors have their first step later."""
     torch.compiler.reset()
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(3, 4)) for _ in range(6)]
-    # the compiler guards of its own accord the state of the first tensor of each group: in each, others come late
+    # the compiler guards the state of the first tensor of each group anyway, so other tensors of each group come late
     groups = [{"params": params[:3], "dampening": 0.5 * dampening}, {"params": params[3:5], "adapt": False}]
     optimizer = LARS(groups, lr=0.1, momentum=0.9, dampening=dampening, weight_decay=0.1, foreach=foreach)
     step = how(optimizer.step)
     for i, stepped in enumerate(["03", "03", "0123", "0123", "01234", "01234", "01234", "01234", "012345", "012345"]):
-        # gradients that are missing are guarded: what was a first step comes again with the same ones
+        # missing gradients are guarded, so an earlier first step returns with the same ones missing
         if i == 6:
             state = copy.deepcopy(optimizer.state_dict())
             for j in (1, 3):
-                state["state"][j]["momentum_buffer"] = None  # of an SGD without momentum
+                state["state"][j]["momentum_buffer"] = None  # from an SGD without momentum
             del state["state"][4]
             optimizer.load_state_dict(state)
         if i == 7:
@@ -202,19 +202,19 @@ def with_state_that_comes_and_goes(how: Callable[..., Any], foreach: bool, dampe
 @pytest.mark.parametrize("foreach", [False, True])
 def test_a_graph_serves_first_steps_and_later_ones(foreach: bool, dampening: float) -> None:
     eager = with_state_that_comes_and_goes(lambda step: step, foreach, dampening)
-    with torch._dynamo.config.patch({RECOMPILE_LIMIT: 64}):  # each of these steps is compiled anew
+    with torch._dynamo.config.patch({RECOMPILE_LIMIT: 64}):  # each of these steps is recompiled
         compiled = with_state_that_comes_and_goes(lambda step: torch.compile(step, backend="eager"), foreach, dampening)
     torch.testing.assert_close(compiled, eager)
 
 
 @pytest.mark.parametrize("foreach", [False, True])
 def test_a_first_step_of_half_types_that_are_not_adapted(foreach: bool) -> None:
-    """Eager it is torch's SGD, which knows a first step by its missing buffer."""
+    """In eager mode this is torch's SGD, which recognises a first step by its missing buffer."""
     param = torch.nn.Parameter(torch.tensor([2.0, 4.0], dtype=torch.bfloat16))
     param.grad = torch.ones_like(param)
     options: Options = {"momentum": 0.5, "dampening": 0.5, "adapt": False, "foreach": foreach}
     step = torch.compile(LARS([param], lr=0.5, **options).step, backend="eager")
-    for expected in ([1.5, 3.5], [1.0, 3.0]):  # by a buffer of 1, then of 0.5 * 1 + (1 - 0.5) * 1
+    for expected in ([1.5, 3.5], [1.0, 3.0]):  # with a buffer of 1, then of 0.5 * 1 + (1 - 0.5) * 1
         step()
         assert param.tolist() == expected
 
@@ -226,7 +226,7 @@ def with_momentum(optimizer: LARS) -> None:
 
 @slow
 @pairs("foreach again then", [False, True], ["eager", "compiled"], ["nothing", "load", "clear"])
-def test_a_first_step_that_does_not_compile_comes_again(foreach: bool, again: str, then: str) -> None:
+def test_a_first_step_that_does_not_compile_can_be_retried(foreach: bool, again: str, then: str) -> None:
     def fails(_graph: Any, _inputs: Any) -> Any:
         raise ArithmeticError
 
@@ -265,7 +265,7 @@ def test_a_first_step_that_does_not_compile_comes_again(foreach: bool, again: st
 def test_other_backends(backend: str, implementation: str) -> None:
     if backend == "inductor" and shutil.which("g++") is None:
         pytest.skip("inductor needs a C++ compiler")
-    # what is compiled again after the second step is compiled as it was
+    # what is recompiled after the second step is compiled the same way
     assert_compiled_equals_eager(compiled_step, backend, torch.tensor, IMPLEMENTATIONS[implementation], steps=2)
 
 
@@ -339,7 +339,7 @@ def test_the_fused_functional_is_in_no_graph() -> None:
     ],
 )
 def test_launches_on_a_gpu(case: str, dtype: str, launches: int, moved: float, tmp_path: Path) -> None:
-    """Of 40 tensors, counted in generated code; in a process of its own, which is shown a GPU that is not there."""
+    """For 40 tensors, counted in generated code, in a separate process that is shown a GPU that does not exist."""
     pytest.importorskip("triton")
     path = tmp_path / "counts.json"
     options = ["--models", "resnet50", "--tensors", "40", "--dtypes", dtype, "--cases", case, "--out", str(path)]
@@ -362,7 +362,7 @@ def test_launches_on_a_gpu(case: str, dtype: str, launches: int, moved: float, t
     ],
 )
 def test_norms_and_coefficients_are_a_few_nodes_however_many_tensors(foreach: bool, denominator: str) -> None:
-    """Inductor would trace a dozen operations for each norm, and repeat the formula in the loop over each tensor."""
+    """Inductor would trace a dozen operations per norm, and repeat the formula in the loop over each tensor."""
     graphs: list[torch.fx.GraphModule] = []
 
     def keep(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
@@ -377,7 +377,7 @@ def test_norms_and_coefficients_are_a_few_nodes_however_many_tensors(foreach: bo
     nodes = Counter(str(node.target) for graph in graphs for node in graph.graph.nodes)
     ours = {name: n for name, n in nodes.items() if name.startswith("fastlars.")}
     norms = {"separate": {"norms": 2}, "joint": {"norms": 1, "joint_norms": 1}}[denominator]
-    assert ours == {f"fastlars.{name}.default": n for name, n in {**norms, "realized": 2}.items()}  # of b and c
+    assert ours == {f"fastlars.{name}.default": n for name, n in {**norms, "realized": 2}.items()}  # for b and c
     assert not any("norm" in name for name in nodes.keys() - ours.keys())
 
 
@@ -393,7 +393,7 @@ def nodes_of(step: Callable[..., Any], *args: Any) -> Counter[str]:
 
 
 @pytest.mark.parametrize("denominator", ["separate", "joint"])
-def test_nodes_are_for_compiled_steps_on_the_cpu(denominator: str) -> None:
+def test_operators_are_only_in_compiled_steps(denominator: str) -> None:
     def step(params: list[Tensor], grads: list[Tensor], lr: Tensor, differentiable: bool = False) -> None:
         options: Options = {"weight_decay": 0.1, "trust_denominator": denominator, "differentiable": differentiable}
         fastlars.lars(params, grads, [], lr, foreach=False, **options)
@@ -416,7 +416,7 @@ def test_nodes_are_for_compiled_steps_on_the_cpu(denominator: str) -> None:
         step([new], grads, lr, differentiable=True)
         return new.square().sum()
 
-    # autograd does not see through a node
+    # autograd cannot see through a node
     derivatives = []
     for function in (moved, torch.compile(moved, backend="eager", fullgraph=True)):
         start = torch.arange(1.0, 4.0, requires_grad=True)
@@ -426,7 +426,7 @@ def test_nodes_are_for_compiled_steps_on_the_cpu(denominator: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_torch_finds_no_fault_in_the_nodes(dtype: torch.dtype) -> None:
-    """What the compiler is told of their results, and that these share no memory with what is given."""
+    """The declared results of the operators, and that they do not alias the inputs."""
     tensors, others = ([torch.rand(size, dtype=dtype) for size in (1, 5, 2000)] for _ in range(2))
     for node, args in (
         (torch.ops.fastlars.norms, (tensors,)),
@@ -437,7 +437,7 @@ def test_torch_finds_no_fault_in_the_nodes(dtype: torch.dtype) -> None:
 
 
 class Counted:
-    """An optimizer whose step is compiled, and what its calls cost."""
+    """An optimizer with a compiled step, and the cost of its calls."""
 
     def __init__(self, kind: type[torch.optim.Optimizer], implementation: Options, lr: Any, **options: Any) -> None:
         torch.compiler.reset()
@@ -452,7 +452,7 @@ class Counted:
         self.step = torch.compile(self.optimizer.step, backend="eager")
 
     def compilations(self, steps: int, scheduled: bool = False) -> int:
-        """Frames that these steps compile, the graphs in them and what is between."""
+        """Frames that these steps compile, with their graphs and the code between."""
         before = counters["frames"]["total"]
         for _ in range(steps):
             self.step()
@@ -464,10 +464,10 @@ class Counted:
         return sum(counters["graph_break"].values())
 
 
-# without dampening, and with it
+# without dampening and with it
 COUNTED = pytest.mark.parametrize(
     ("implementation", "dampening"),
-    # with dampening the step leaves the graph, as the fused one does
+    # with dampening the step leaves the graph, like the fused one
     [("single", 0.0), ("foreach", 0.0), ("foreach", 0.25), ("fused", 0.0)],
 )
 
@@ -481,8 +481,8 @@ def test_no_more_breaks_and_compilations_than_sgd(implementation: str, dampening
         counted = Counted(kind, IMPLEMENTATIONS[implementation], 0.5, dampening=dampening)
         first.append(counted.compilations(3))
         breaks.append(counted.breaks())
-        # up to torch 2.5 every value of a float lr compiles anew, up to a limit of 8; then torch compiles inner functions,
-        # of which ours has more
+        # up to torch 2.5 every value of a float lr recompiles, up to a limit of 8; then torch compiles inner functions, of which
+        # we have more
         later.append(counted.compilations(6 if TORCH < (2, 6) else 20, scheduled=True))
     assert breaks[1] <= breaks[0] + (dampening != 0)
     assert first[1] > 0
@@ -516,7 +516,7 @@ def test_a_tensor_lr_compiles_once(implementation: str, dampening: float) -> Non
 
 
 class Scheduled:
-    """Two groups, the second with a float lr of its own beside the optimizer's tensor; a graph for a step, which is counted."""
+    """Two groups, the second with a float lr while the optimizer's is a tensor, and a counted graph per step."""
 
     def __init__(self, foreach: bool, lr: float | Tensor) -> None:
         self.graphs = 0
@@ -543,7 +543,7 @@ class Scheduled:
 
 @pytest.mark.parametrize("foreach", [False, True])
 def test_one_graph_under_a_schedule(foreach: bool) -> None:
-    """Every float lr beside a tensor becomes one: as a constant of the graph it would make a graph a value, up to 8."""
+    """Every float lr next to a tensor lr becomes a tensor. As a constant it would make a graph for each value, up to 8."""
     saved = Scheduled(foreach, 0.5).optimizer.state_dict()
     run = Scheduled(foreach, torch.tensor(0.5))
     assert run.graphs_of(lambda i: None) == 1
@@ -559,7 +559,7 @@ def test_one_graph_under_a_schedule(foreach: bool) -> None:
     assert run.graphs_of(lambda i: None) <= 1
 
     run.scheduler = LambdaLR(run.optimizer, lambda step: 1.0)
-    for allowed in (2, 0):  # one that breaks where the lr becomes a tensor, and one without
+    for allowed in (2, 0):  # one that breaks where the lr becomes a tensor, and one that does not
         assert run.graphs_of(lambda i: groups[1].update(lr=1 / (i + 3))) <= allowed
     before = groups[1]["params"][0].clone()
     groups[1]["lr"] = 0.0

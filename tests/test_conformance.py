@@ -1,8 +1,8 @@
-"""What torch's own suite asks of every optimizer (test/test_optim.py, class TestOptimRenewed), asked of LARS.
+"""What torch's own suite asks of every optimizer (test/test_optim.py, class TestOptimRenewed), applied to LARS.
 
-Driven by torch's own description of an optimizer, an OptimizerInfo, which optimizer_info.py fills in. Behaviours that another
-file holds to stricter standards are not repeated; the table in torch_optimizers.md says which test holds which, and the last
-tests of this file check the table.
+It uses torch's own description of an optimizer, an OptimizerInfo, which optimizer_info.py fills in. Behaviour that another
+file tests more strictly is not repeated. The table in torch_optimizers.md says which test covers what, and the last tests
+of this file check the table.
 """
 
 import copy
@@ -36,18 +36,18 @@ inputs = loop_over("given", INPUTS.values())
 
 
 def everywhere(**given: Any) -> Iterator[Options]:
-    """The options with each implementation, on copies: schedulers write into a tensor lr."""
+    """The options with each implementation, on copies, because schedulers write into a tensor lr."""
     for implementation in IMPLEMENTATIONS.values():
         yield {**copy.deepcopy(given), **implementation}
 
 
 SCHEDULES = [[], *INFO.scheduler_inputs]
-# with each implementation and each of torch's sets of schedulers, two at a time
+# each implementation with each of torch's sets of schedulers, pairwise
 SCHEDULED = pairwise(INPUTS, range(len(SCHEDULES)), IMPLEMENTATIONS, [True, False])
 
 
 def scheduled(desc: str) -> Iterator[tuple[Options, list[Any], bool]]:
-    """The options of these inputs, makers of schedulers, and whether tensors are contiguous."""
+    """The options of these inputs, factories of schedulers, and whether tensors are contiguous."""
     for _, schedule, implementation, contiguous in (row for row in SCHEDULED if row[0] == desc):
         yield {**copy.deepcopy(INPUTS[desc]), **IMPLEMENTATIONS[implementation]}, SCHEDULES[schedule], contiguous
 
@@ -93,7 +93,7 @@ def goes_right(optimizer: LARS, weight: Tensor, bias: Tensor, x: Tensor, schedul
 # ---------------------------------------------------------------- the right direction
 @devices
 @pytest.mark.parametrize("desc", INPUTS)
-def test_goes_in_the_right_direction_under_schedulers(desc: str, device: str) -> None:
+def test_descends_under_schedulers(desc: str, device: str) -> None:
     for options, schedule, contiguous in scheduled(desc):
         weight, bias, x = weights(contiguous, device)
         optimizer = LARS([weight, bias], **options)
@@ -102,7 +102,7 @@ def test_goes_in_the_right_direction_under_schedulers(desc: str, device: str) ->
 
 @pytest.mark.parametrize("desc", INPUTS)
 def test_groups_have_their_own_lr_and_decay(desc: str) -> None:
-    """With schedulers; an lr of nearly 0 leaves the other group where it is."""
+    """With schedulers. At an lr of nearly 0 the other group does not move."""
     for options, schedule, _ in scheduled(desc):
         weight, bias, x = weights()
         idle = Parameter(torch.ones(2))
@@ -122,7 +122,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
     ("desc", "dtype"), [(desc, DTYPES[(i + j) % 4]) for i, desc in enumerate(INPUTS) for j in (0, 1)]
 )
 def test_foreach_and_fused_are_the_loop(desc: str, dtype: torch.dtype, device: str) -> None:
-    """Seven steps from equal values, one without gradients, a layer frozen for two; a 0-dim tensor; state key by key."""
+    """Seven steps from equal values, one without gradients, a layer frozen for two, a 0-dim tensor, and state key by key."""
     every = everywhere(**INPUTS[desc])
     first, *others = [i for i in every if device == "cpu" or not i.get("fused") or dtype != torch.float64]
     for options in others:
@@ -155,7 +155,7 @@ def test_foreach_and_fused_are_the_loop(desc: str, dtype: torch.dtype, device: s
 
 @inputs
 def test_a_complex_tensor_is_its_pairs_of_reals(given: Options) -> None:
-    """Beside a real one. Viewed as pairs it has the same norm, so that every step is the same."""
+    """Next to a real tensor. Viewed as pairs, a complex tensor has the same norm, so every step is the same."""
     for options in everywhere(**given):
         torch.manual_seed(0)
         mine = [Parameter(torch.randn(10, 5, dtype=torch.complex64)), Parameter(torch.randn(7))]
@@ -175,7 +175,7 @@ def test_a_complex_tensor_is_its_pairs_of_reals(given: Options) -> None:
 
 @implementations
 def test_a_complex_tensor_is_not_two_real_ones(implementation: Options) -> None:
-    """What torch asks of optimizers without norms. The two real tensors have norms of their own: two ratios, not one."""
+    """torch asks this of optimizers without norms. Two real tensors have their own norms, so two ratios instead of one."""
     for adapt in (True, False):
         whole = Parameter(torch.tensor([3 + 1j, 4 - 2j]))
         real, imag = Parameter(whole.detach().real.clone()), Parameter(whole.detach().imag.clone())
@@ -239,7 +239,7 @@ def test_zero_gradients_without_decay_change_nothing(given: Options) -> None:
 # ---------------------------------------------------------------- state
 @loop_over("named desc", pairwise([(False, False), (True, False), (False, True), (True, True)], INPUTS)[::2])
 def test_state_dicts_are_deterministic_with_and_without_names(named: tuple[bool, bool], desc: str) -> None:
-    """A run goes on from a state dict, of named tensors or not, as if it had not stopped; names, if any, stay."""
+    """A run resumes from a state dict as if it had not stopped, with or without names. Existing names stay."""
     for options in everywhere(**INPUTS[desc]):
         runs = []
         for with_names in named:
@@ -319,8 +319,8 @@ def test_deepcopy_copies_all_public_attributes(given: Options) -> None:
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @inputs
-def test_state_from_the_cpu_goes_on_on_cuda(given: Options) -> None:
-    """And a state dict of CPU tensors that says fused=True."""
+def test_state_from_the_cpu_resumes_on_cuda(given: Options) -> None:
+    """Also with a state dict of CPU tensors that has fused=True."""
     for fused in (None, True):
         model, moved = small_model(), small_model(device="cuda")
         optimizer = LARS(model.parameters(), **copy.deepcopy(given))
@@ -344,8 +344,8 @@ def test_state_from_the_cpu_goes_on_on_cuda(given: Options) -> None:
 
 # ---------------------------------------------------------------- what every optimizer refuses
 @pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
-def test_what_every_optimizer_refuses(error: Any) -> None:
-    """Whatever torch's table of errors has for all, in torch's words."""
+def test_common_errors(error: Any) -> None:
+    """Every entry of torch's error table for all optimizers, with torch's messages."""
     expected = pytest.warns if issubclass(error.error_type, Warning) else pytest.raises
     given = error.optimizer_error_input
     with expected(error.error_type, match=error.error_regex):
@@ -355,7 +355,7 @@ def test_what_every_optimizer_refuses(error: Any) -> None:
 
 
 # ---------------------------------------------------------------- the table
-# the tests of torch's class, in its order; as of torch 2.6, then what newer copies add
+# the tests of torch's class in their order, as of torch 2.6, then those that newer versions add
 TORCH = """
 optim_infos_do_not_specify_global_cliquey_kwargs errors forloop_goes_right_direction forloop_goes_right_direction_multigpu
 param_group_with_lrscheduler_goes_right_direction tensor_lr rosenbrock_sparse complex complex_2d foreach_matches_forloop
@@ -369,13 +369,13 @@ load_state_dict_pre_post_hook step_post_hook step_pre_hook step_all_hooks deepco
 second_order_optims_return_consistent_types fused_cpu_matches_cuda defaults_changed_to_foreach non_empty_state
 grads_are_never_inplaced_into adamw_serialization
 """.split()  # noqa: SIM905  lines of words, not of quotes
-# what LARS cannot hold, or need not: their rows say why
+# tests that LARS cannot or need not satisfy; their rows give the reason
 EXCEPTIONS = {
     "complex_2d", "rosenbrock_sparse", "optim_infos_do_not_specify_global_cliquey_kwargs",
     "second_order_optims_return_consistent_types", "fused_does_not_step_if_foundinf", "cpu_load_state_dict",
     "adamw_serialization",
 }  # fmt: skip
-# of these, those of which a part is held
+# of these, the tests that hold in part
 IN_PART = {"complex_2d", "rosenbrock_sparse", "fused_does_not_step_if_foundinf", "cpu_load_state_dict"}
 TABLE = pages.ROOT / "tests" / "torch_optimizers.md"
 ROW = re.compile(r"^\| `(\w+)` \|[^|]*\| (.*) \|$", re.MULTILINE)
@@ -396,7 +396,7 @@ def test_the_table_has_every_behaviour_and_its_test() -> None:
         assert ("cannot" in held_by or "does not apply" in held_by) == (behaviour in EXCEPTIONS), behaviour
 
 
-def test_the_table_and_the_page_name_tests_that_are_there_and_the_page_one_for_every_promise() -> None:
+def test_the_table_and_the_page_name_existing_tests_and_the_page_one_for_every_promise() -> None:
     page = (pages.ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
     for module, test in HELD_BY.findall(TABLE.read_text(encoding="utf-8") + page):
         text = (pages.ROOT / "tests" / f"{module}.py").read_text(encoding="utf-8")
@@ -410,6 +410,6 @@ def test_the_table_and_the_page_name_tests_that_are_there_and_the_page_one_for_e
 
 def test_inputs_use_every_option() -> None:
     used = {name for options in INPUTS.values() for name in options}
-    # test_differentiable.py and test_kahan_sum.py have the others
+    # test_differentiable.py and test_kahan_sum.py cover the others
     assert used | {"eps", "kahan_sum", *INFO.supported_impls} == {*NAMES}
     assert {name.removeprefix("test_") for name in CANNOT} <= {*TORCH}

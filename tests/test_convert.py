@@ -1,6 +1,6 @@
-"""A run of another optimizer goes on with LARS from its converted state; state that LARS would ignore is refused.
+"""A run of another optimizer resumes with LARS from its converted state. State that LARS would ignore is refused.
 
-The others' runs are the formulas of sources.py; their state dicts are written here as their code writes them.
+The other optimizers run the formulas of sources.py. Their state dicts are written here as their code writes them.
 """
 
 from collections.abc import Callable, Iterable
@@ -37,7 +37,7 @@ def is_vector(values: Array | Tensor) -> bool:
 
 
 class Theirs:
-    """The other optimizer over the model's parameters, in their order; it leaves vectors unadapted and undecayed."""
+    """The other optimizer over the model's parameters in their order, with vectors neither adapted nor decayed."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -72,13 +72,13 @@ def assert_same(model: torch.nn.Module, theirs: Theirs, where: str) -> None:
         np.testing.assert_allclose(to_array(p), expected, rtol=1e-11, atol=1e-13, err_msg=where)
 
 
-# ---------------------------------------------------------------- the same dialect goes on exactly
+# ---------------------------------------------------------------- the same dialect resumes exactly
 Buffers = list[Tensor]
 Group = dict[str, Any]
 
 
 def one_group(key: str, **group: Any) -> Callable[[Buffers, float], dict[str, Any]]:
-    """All parameters in one group, as in MoCo v3, which tells vectors by their dimensions."""
+    """All parameters in one group, as in MoCo v3, which recognises vectors by their dimensions."""
 
     def state_dict(buffers: Buffers, lr: float) -> dict[str, Any]:
         return {
@@ -90,7 +90,7 @@ def one_group(key: str, **group: Any) -> Callable[[Buffers, float], dict[str, An
 
 
 def two_groups(key: str, vectors_first: bool = False, **group: Any) -> Callable[[Buffers, float], dict[str, Any]]:
-    """Keys count over the groups: those of the second group are not the model's positions."""
+    """Keys count across groups, so those of the second group are not positions in the model."""
 
     def state_dict(buffers: Buffers, lr: float) -> dict[str, Any]:
         halves = [[b for b in buffers if is_vector(b) == vectors] for vectors in (vectors_first, not vectors_first)]
@@ -104,14 +104,14 @@ def two_groups(key: str, vectors_first: bool = False, **group: Any) -> Callable[
 
 
 def by_hand(buffers: Buffers, lr: float) -> dict[str, Any]:
-    """As the documentation shows it for optax: optax subtracts lr * d from its trace, and adds that to the parameter."""
+    """As the documentation shows for optax, which subtracts lr * d from its trace and adds the trace to the parameter."""
     return {"state": {i: {"trace": -buffer} for i, buffer in enumerate(buffers)}}
 
 
 class Run(NamedTuple):
     source: str
     state_dict: Callable[[Buffers, float], dict[str, Any]]
-    # in which order the other optimizer has the model's parameters, None for that of param_groups
+    # the order of the model's parameters in the other optimizer, or None for that of param_groups
     order: Callable[[list[Parameter]], list[Parameter]] | None
 
 
@@ -142,7 +142,7 @@ RUNS: dict[str, Run] = {
 
 
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
-def test_the_run_of_another_optimizer_goes_on_exactly(run: Run) -> None:
+def test_the_run_of_another_optimizer_resumes_exactly(run: Run) -> None:
     source = SOURCES[run.source]
     theirs = Theirs(source)
     for step in range(SWITCH):
@@ -169,7 +169,7 @@ def test_the_run_of_another_optimizer_goes_on_exactly(run: Run) -> None:
         assert_same(model, theirs, f"step {step}")
 
 
-def test_nothing_of_a_graph_is_kept() -> None:
+def test_no_autograd_graph_is_kept() -> None:
     w = Parameter(torch.ones(2))
     optimizer = LARS([w], lr=torch.tensor(0.5, requires_grad=True), momentum=M, adapt=True, lr_in_momentum=True)
     saved = {"state": {0: {"mu": torch.ones(2, requires_grad=True)}}}
@@ -182,7 +182,7 @@ def test_nothing_of_a_graph_is_kept() -> None:
 @pytest.mark.parametrize(("saved_in", "goes_on_in"), [("bolts", "paper"), ("paper", "bolts"), ("simclr", "byol")])
 @pytest.mark.parametrize("tensor_lr", [False, True])
 def test_lr_enters_or_leaves_the_buffer(saved_in: str, goes_on_in: str, tensor_lr: bool) -> None:
-    """v_in = lr * v_out: from the switch on, at a constant lr, both dialects take the same steps."""
+    """v_in = lr * v_out: after the switch, at a constant lr, both dialects take the same steps."""
     source = SOURCES[{"byol": "moco-v3"}.get(saved_in, saved_in)]
     theirs = Theirs(source)
     for step in range(SWITCH):
@@ -204,7 +204,7 @@ def test_lr_enters_or_leaves_the_buffer(saved_in: str, goes_on_in: str, tensor_l
 
 @pytest.mark.parametrize("goes_on_in", ["bolts", "paper"])
 def test_keep_lr_keeps_what_momentum_moves(goes_on_in: str) -> None:
-    """From SGD with lr 0.1 to LARS with lr 5 and 0.2: without a gradient, both move by momentum * (last update)."""
+    """From SGD with lr 0.1 to LARS with lr 5 and 0.2. Without a gradient both move by momentum * (last update)."""
     model = a_model()
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=M)
     for step in range(SWITCH):
@@ -225,8 +225,8 @@ def test_keep_lr_keeps_what_momentum_moves(goes_on_in: str) -> None:
         np.testing.assert_allclose(to_array(p) - old, M * last, rtol=1e-10, atol=1e-14)
 
 
-def test_a_new_schedule_goes_on_where_the_old_one_was() -> None:
-    """As docs/coming-from.md says: schedule first, then the state with its lr, then the steps that are done."""
+def test_a_new_schedule_resumes_where_the_old_one_stopped() -> None:
+    """As docs/coming-from.md says: first the schedule, then the state with its lr, then the steps already done."""
     w = Parameter(torch.ones(3))
     optimizer = LARS([w], lr=8.0, momentum=M, adapt=True)
     scheduler = schedules.warmup_polynomial(optimizer, 2, 12)
@@ -246,7 +246,7 @@ def test_a_new_schedule_goes_on_where_the_old_one_was() -> None:
     ("key", "group", "limit"),
     [("state1", {}, 0.02), ("state1", {"max_unorm": 0.5}, 0.5), ("momentum_buffer", {"max_unorm": 0.5}, 0.5)],
 )
-def test_a_capped_sum_of_gradients_moves_on_as_capped(key: str, group: dict[str, Any], limit: float) -> None:
+def test_a_capped_sum_of_gradients_stays_capped(key: str, group: dict[str, Any], limit: float) -> None:
     long, short, still = Parameter(torch.ones(4)), Parameter(torch.full((2, 2), 1e3)), Parameter(torch.ones(3))
     optimizer = LARS([long, short, still], lr=9.0, momentum=M, adapt=True)
     buffers = [torch.arange(4.0), torch.ones(2, 2), torch.zeros(3)]
@@ -263,12 +263,12 @@ def test_a_capped_sum_of_gradients_moves_on_as_capped(key: str, group: dict[str,
 
 # ---------------------------------------------------------------- whose state it is
 def named_apart(model: torch.nn.Module) -> list[dict[str, Any]]:
-    """Two groups of names, in another order than the model's."""
+    """Two named groups, in another order than the model's."""
     named = list(model.named_parameters())
     return [{"params": named[3:]}, {"params": named[:3]}]
 
 
-def test_names_tell_whose_state_it_is() -> None:
+def test_names_assign_state_to_parameters() -> None:
     model = a_model()
     names = [name for name, _ in model.named_parameters()]
     buffers = [torch.full_like(p, i) for i, p in enumerate(model.parameters())]
@@ -286,14 +286,14 @@ def test_names_tell_whose_state_it_is() -> None:
 
 
 def test_parameters_without_state_stay_without() -> None:
-    """A frozen encoder, which the other optimizer had and this one has not; and a parameter without gradients."""
+    """A frozen encoder that the other optimizer had and this one lacks, and a parameter without gradients."""
     model = a_model()
     saved = one_group("mu")([torch.ones_like(p) for p in model.parameters()], 0.1)
     for i in (0, 1, 2):
         del saved["state"][i]
     *_, norm_bias, weight, bias = model.parameters()
     optimizer = LARS([norm_bias, weight, bias], lr=0.1, momentum=M, adapt=True)
-    saved["state"][3] = {"momentum_buffer": None}  # as SGD of torch 1.x
+    saved["state"][3] = {"momentum_buffer": None}  # like SGD in torch 1.x
     optimizer.load_state_dict(convert_state_dict(saved, optimizer, params=model.parameters()))
     assert [p in optimizer.state for p in (norm_bias, weight, bias)] == [False, True, True]
 
@@ -327,23 +327,23 @@ def by_bitsandbytes(*states: dict[str, Any]) -> dict[str, Any]:
 TWO = [torch.ones(2), torch.ones(2, 2)]
 GOOD = [{"mu": t} for t in TWO]
 LR_0 = {"state": {0: {"trace": TWO[0]}, 1: {"trace": TWO[1]}}, "param_groups": [{"lr": 0.0, "params": [0, 1]}]}
-# the state dict, how many of the parameters are given (None: none are), message
+# state dict, how many parameters are passed (None: params is not passed), message
 ERRORS: dict[str, tuple[dict[str, Any], list[int] | None, str]] = {
-    "adam": (state_of(adam((2,)), adam((2, 2))), None, "holds exp_avg, exp_avg_sq, and none of momentum_buffer, mu"),
-    "unknown": (state_of(*({"velocity": t} for t in TWO)), None, "parameter 0 of param group 0 holds velocity, and none"),
+    "adam": (state_of(adam((2,)), adam((2, 2))), None, "must hold one of momentum_buffer, mu, .*, got exp_avg, exp_avg_sq, with"),
+    "unknown": (state_of(*({"velocity": t} for t in TWO)), None, "parameter 0 of param group 0 must hold one of .*, got velocity, with"),
     "shape": (state_of(GOOD[1], GOOD[0]), None, r"mu of parameter 0 .* shape \(2,\), got \(2, 2\) and torch.float32"),
     "scalar": (state_of({"mu": 1.0}, GOOD[1]), None, r"mu of parameter 0 of param group 0 must be .*, got float"),
-    "8 bits": (by_bitsandbytes(*({"state1": t.byte()} for t in TWO)), None, "torch.uint8; .* not one of 8 bits"),
-    "lamb": (by_bitsandbytes(*({"state1": t, "state2": t} for t in TWO)), None, "holds state1, state2, and none"),
+    "8 bits": (by_bitsandbytes(*({"state1": t.byte()} for t in TWO)), None, "torch.uint8; .*8-bit state cannot"),
+    "lamb": (by_bitsandbytes(*({"state1": t, "state2": t} for t in TWO)), None, "must hold one of .*, got state1, state2, with"),
     "sizes": (state_of(*GOOD, GOOD[0]), None, r"have \[3\] parameters, those of the optimizer \[2\]; pass params"),
-    "too many": (state_of(*GOOD), [0, 1, 2], "params has 3 parameters, the state dict 2"),
-    "another": (state_of(*GOOD), [0, 2], "params lacks 1 of the optimizer's 2 parameters, the first at 1"),
-    "left over": (state_of(*GOOD, GOOD[0]), [0, 1, 2], "optimizer lacks 1 parameters that have saved state, .* at 2"),
-    "lr 0": (LR_0, None, "lr is 0, by which the trace of parameter 0 of param group 0 must be divided"),
+    "too many": (state_of(*GOOD), [0, 1, 2], "params must have the 2 parameters of the state dict, got 3"),
+    "another": (state_of(*GOOD), [0, 2], "params must have all 2 parameters of the optimizer, 1 are missing, the first at position 1"),
+    "left over": (state_of(*GOOD, GOOD[0]), [0, 1, 2], "optimizer must have every parameter with saved state, 1 are missing, .* at position 2 of"),
+    "lr 0": (LR_0, None, "lr must not be 0, because the trace of parameter 0 of param group 0 is divided by it"),
     "two lr": (
         {"state": {}, "param_groups": [{"lr": 0.1, "params": [0]}, {"lr": 0.2, "params": [1]}]},
         [0, 1],
-        r"param group 0 has parameters whose saved lr are \[0.1, 0.2\]; split it, or pass keep_lr",
+        r"param group 0 can have one lr, but its parameters were saved with \[0.1, 0.2\]; split it, or pass keep_lr",
     ),
 }  # fmt: skip
 
@@ -385,19 +385,19 @@ def test_loading_refuses_state_of_other_optimizers(state: dict[str, Any], moment
     ):
         optimizer.load_state_dict(state_of(state))
     assert repr(optimizer.state_dict()) == before
-    optimizer.load_state_dict({**state_of(state), "state": {}})  # the way out that the message tells
+    optimizer.load_state_dict({**state_of(state), "state": {}})  # the fix that the message names
 
 
 @pytest.mark.parametrize(
     "extra",
     [
         {"ema": torch.ones(2, 3), "step": 3, "note": "hook"},
-        {"mu": 0.5, "trace": torch.tensor(3.0), "sum": 7, "exp_avg": None},  # known names, but no tensors like w
+        {"mu": 0.5, "trace": torch.tensor(3.0), "sum": 7, "exp_avg": None},  # known names, but not tensors like w
         {"momentum_buffer": torch.ones(2, 3), "mu": torch.ones(2, 3), "exp_avg": torch.ones(2, 3)},
         {"__bnb_optimizer_quant_state__": 5},
     ],
 )
-def test_loading_keeps_what_hooks_put_into_the_state(extra: dict[str, Any]) -> None:
+def test_loading_keeps_entries_of_hooks(extra: dict[str, Any]) -> None:
     w = Parameter(torch.ones(2, 3))
     optimizer = LARS([w], lr=0.5, momentum=M, adapt=True)
     optimizer.load_state_dict(state_of(extra))

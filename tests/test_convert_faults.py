@@ -1,4 +1,4 @@
-"""Converted momentum belongs to the parameter that it was saved for, or is refused: never lost, never another's."""
+"""Converted momentum reaches the parameter it was saved for, or is refused. It is never lost or given to another one."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def optimizer_of(names: list[str] | None) -> LARS:
 
 
 def saved_under(keys: list[Any], groups: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Momentum i of parameter i under keys[i]; without groups as written by hand."""
+    """Momentum i of parameter i under keys[i], written by hand if there are no groups."""
     state_dict: dict[str, Any] = {"state": {key: {"mu": values(i)} for i, key in enumerate(keys)}}
     if groups is not None:
         state_dict["param_groups"] = [{"lr": 0.1, "params": list(range(len(keys))), **groups}]
@@ -30,7 +30,7 @@ def saved_under(keys: list[Any], groups: dict[str, Any] | None = None) -> dict[s
 
 
 def text_order(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """As json.dumps(sort_keys=True) writes it."""
+    """In the order of json.dumps(sort_keys=True)."""
     return {**state_dict, "state": dict(sorted(state_dict["state"].items()))}
 
 
@@ -86,28 +86,26 @@ DIFFERENT = "name their parameters differently"
         ),
     ],
 )
-def test_momentum_of_no_parameter_for_certain_is_refused(
-    names: list[str] | None, state_dict: Any, message: str
-) -> None:
+def test_ambiguous_momentum_is_refused(names: list[str] | None, state_dict: Any, message: str) -> None:
     optimizer = optimizer_of(names)
     with pytest.raises(ValueError, match=message):
         convert_state_dict(state_dict, optimizer)
 
 
-def test_text_keys_are_refused_with_params_too() -> None:
-    """The order of a dict's texts is not that of the parameters."""
+def test_string_keys_are_refused_with_params_too() -> None:
+    """The order of string keys in a dict is not that of the parameters."""
     optimizer = optimizer_of(NAMES)
     with pytest.raises(ValueError, match=r"must be positions, got '0\.weight'"):
         convert_state_dict(text_order(saved_under(NAMES)), optimizer, params=optimizer.param_groups[0]["params"])
 
 
 @pytest.mark.parametrize("state", [None, 5, torch.ones(2)], ids=lambda state: type(state).__name__)
-def test_a_state_that_is_no_dict(state: Any) -> None:
+def test_a_state_must_be_a_dict(state: Any) -> None:
     with pytest.raises(TypeError, match="the state under 0 must be a dict"):
         convert_state_dict({"state": {0: state}}, optimizer_of(None))
 
 
-def test_a_parameter_that_comes_twice_has_one_state() -> None:
+def test_a_parameter_listed_twice_has_one_state() -> None:
     param = Parameter(torch.ones(2))
     with pytest.warns(UserWarning, match="duplicate"):
         optimizer = LARS([param, param], 0.1, momentum=0.9, adapt=True)
@@ -116,7 +114,7 @@ def test_a_parameter_that_comes_twice_has_one_state() -> None:
     assert torch.equal(optimizer.state[param]["momentum_buffer"], values(3))
 
 
-def test_a_whole_checkpoint_is_told_by_load_state_dict_too() -> None:
+def test_load_state_dict_recognises_a_whole_checkpoint_too() -> None:
     optimizer = optimizer_of(None)
     with pytest.raises(ValueError, match="looks like a whole checkpoint, pass its entry 'optimizer'"):
         optimizer.load_state_dict({"model": {}, "optimizer": optimizer.state_dict()})

@@ -1,4 +1,4 @@
-"""LARS on an NVIDIA GPU, fused=True above all: numbers, bits, launches, memory, host reads, streams, graphs, scaling."""
+"""LARS on an NVIDIA GPU, fused=True above all: numbers, bits, launches, memory, host reads, streams, graphs and scaling."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +27,7 @@ SOME = ["momentum", "nesterov-joint", "clip-paper", "unadapted", "everything", "
 
 @contextlib.contextmanager
 def no_host_reads() -> Iterator[None]:
-    """Whatever waits for the device raises: reads, and copies from memory that is not pinned."""
+    """Anything that waits for the device raises: reads, and copies from memory that is not pinned."""
     torch.cuda.synchronize()
     try:
         torch.cuda.set_sync_debug_mode("error")
@@ -42,7 +42,7 @@ def mixed_grads(params: Sequence[Tensor], step: int, offset: int) -> list[Tensor
 
 
 def optimizer_of(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any) -> LARS:
-    """With tensors that the kernels serve: chunks with and without tail, unaligned, transposed, empty."""
+    """Tensors that the kernels support: chunks with and without a tail, unaligned, transposed, empty."""
     layouts = [layout for layout in LAYOUTS if layout not in ("strided", "columns")]
     params = make_params(dtype, layouts=layouts, seed=seed, device=DEVICE)
     return LARS(params, **{"fused": True, **OPTIONS[name], **options})
@@ -81,7 +81,7 @@ def test_equals_reference(name: str, dtype: torch.dtype, implementation: str) ->
 
 
 def test_norms_of_large_tensors() -> None:
-    # every implementation within 1e-5 of double precision, in the coefficient that it takes: adapt alone, lr 1
+    # every implementation is within 1e-5 of double precision, seen in its coefficient: only adapt, lr 1
     n = 50_000_001
     generator = torch.Generator(DEVICE).manual_seed(0)
     for implementation in IMPLEMENTATIONS.values():
@@ -135,7 +135,7 @@ class DefaultProtocol(LARS):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", [name for name in OPTIONS if not OPTIONS[name].get("dampening")])
 def test_both_protocols_of_a_scaler_give_the_same_bits(name: str, dtype: torch.dtype, clips: bool) -> None:
-    """Where both run our kernels, that is, and the scale is a power of two: a group that is not adapted is torch's SGD."""
+    """If both run our kernels and the scale is a power of two. A group that is not adapted is torch's SGD."""
     flagged = optimizer_of(name, dtype=dtype)
     default = DefaultProtocol(params_of(optimizer_of(name, dtype=dtype)), **OPTIONS[name], fused=True)
     scalers = [torch.amp.GradScaler("cuda", init_scale=2.0**10, growth_interval=1) for _ in range(2)]
@@ -168,7 +168,7 @@ def test_the_flagged_protocol_reads_nothing_on_the_host(name: str) -> None:
     scaler.scale(torch.zeros((), device=DEVICE))
     set_grads(params_of(optimizer), [torch.ones_like(p) for p in params_of(optimizer)])
     with no_host_reads():
-        scaler.step(optimizer)  # the first step: state and tables are made
+        scaler.step(optimizer)  # the first step, which creates state and tables
 
 
 @pytest.mark.parametrize("dtype", FUSED, ids=str)
@@ -222,7 +222,7 @@ def test_no_host_read_and_no_allocation(name: str) -> None:
         for _ in range(3):
             optimizer.step()
     made = torch.cuda.memory_stats()["allocation.all.allocated"] - before
-    # the gate is made of all norms by torch's operations, whose results are of one element
+    # torch's operations compute the gate from all norms, with results of one element
     assert made == 0 or (made < 60 and OPTIONS[name].get("skip_nonfinite"))
 
 
@@ -262,7 +262,7 @@ def test_three_launches(name: str, count: int) -> None:
     set_grads(params, [torch.ones_like(p) for p in params])
     launched = launches(optimizer.step)
     assert [kernel for kernel in launched if kernel in KERNELS] == KERNELS
-    # with skip_nonfinite torch makes the gate, in operations on a bucket's norms
+    # with skip_nonfinite torch computes the gate, in operations on a bucket's norms
     assert launched == KERNELS or (len(launched) < 20 and OPTIONS[name].get("skip_nonfinite"))
 
 
@@ -272,13 +272,13 @@ def test_foreach_makes_few_launches(name: str) -> None:
     params = [torch.nn.Parameter(torch.randn(1000 * i + 7, device=DEVICE)) for i in range(161)]
     optimizer = LARS(params, **{**OPTIONS[name], "lr": torch.tensor(0.1, device=DEVICE)}, foreach=True)
     set_grads(params, [torch.ones_like(p) for p in params])
-    assert len(launches(optimizer.step)) < 100  # an operation over the list takes two or three
+    assert len(launches(optimizer.step)) < 100  # an operation over the list takes two or three launches
 
 
 def test_moving_gradients_cost_one_copy() -> None:
     params = [torch.nn.Parameter(torch.randn(1000, device=DEVICE)) for _ in range(20)]
     optimizer = LARS(params, **OPTIONS["momentum"], fused=True)
-    held: list[Tensor] = []  # so that addresses are never used again
+    held: list[Tensor] = []  # so that addresses are never reused
     reference = ReferenceLARS([{"params": params}], **OPTIONS["momentum"])
     for step in range(40):
         grads = [torch.randn_like(p) for p in params]
@@ -312,7 +312,7 @@ def test_runs_on_the_current_stream() -> None:
         param.grad.fill_(torch.nan)  # type: ignore[union-attr]
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream), no_host_reads():
-        torch.cuda._sleep(50_000_000)  # what follows on another stream would come before the gradients
+        torch.cuda._sleep(50_000_000)  # work on another stream would run before the gradients are there
         torch._foreach_copy_([p.grad for p in params_of(actual)], arriving)
         actual.step()
         after = values_of(actual)
@@ -369,7 +369,9 @@ def test_graph_of_a_step_with_lr_on_the_device(name: str, implementation: str) -
         assert_same_bits(values_of(captured), values_of(eager))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # torch's own
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)  # torch's own warnings
 @pytest.mark.parametrize("implementation", ["foreach", "fused"])
 def test_reduce_overhead_with_a_schedule(implementation: str) -> None:
     results = []
@@ -412,10 +414,10 @@ def test_graph_of_forward_backward_and_step() -> None:
     warm_up(eager_step)
     graph = torch.cuda.CUDAGraph()
     captured.zero_grad(set_to_none=True)
-    with torch.cuda.graph(graph):  # gradients are in the graph's own memory from here on
+    with torch.cuda.graph(graph):  # gradients are in the graph's memory from here on
         captured_step()
     for i in range(6):
-        if i == 3:  # an eager step in between moves the gradients, not those of the graph
+        if i == 3:  # an eager step in between moves the gradients, but not those of the graph
             captured_step()
         else:
             graph.replay()

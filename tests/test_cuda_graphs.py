@@ -1,6 +1,6 @@
-"""What a CUDA graph needs of a step, seen without a GPU: no host read, so no branch on a value, and lr in one place.
+"""What a CUDA graph needs of a step, checked without a GPU: no host read, so no branch on a value, and lr in one place.
 
-Fake CUDA tensors have no values: whatever asks for one raises. Graphs themselves are captured in test_cuda.py.
+Fake CUDA tensors have no values, so reading one raises. test_cuda.py captures real graphs.
 """
 
 import ast
@@ -32,11 +32,11 @@ SCHEDULERS: dict[str, Callable[[LARS], Any]] = {
 }
 
 if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
-    # there torch's schedulers read a tensor lr on the host, between the steps; what the steps do is the same
+    # there torch's schedulers read a tensor lr on the host between the steps; the steps do the same as elsewhere
     SCHEDULERS = {name: lambda optimizer: _Halving(optimizer.param_groups[0]["lr"]) for name in SCHEDULERS}
 
 
-# what `update` is launched with: triton_kernels.py may not be imported where there is no triton
+# the arguments of `update`; triton_kernels.py cannot be imported without triton
 (UPDATE,) = (
     [argument.arg for argument in node.args.args]
     for node in ast.parse(Path(triton.__file__).with_name("triton_kernels.py").read_text(encoding="utf-8")).body
@@ -45,7 +45,7 @@ if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
 
 
 class _Halving:
-    """A schedule that reads nothing."""
+    """A schedule that reads nothing on the host."""
 
     def __init__(self, lr: Tensor) -> None:
         self.lr = lr
@@ -55,7 +55,7 @@ class _Halving:
 
 
 class _Kernels:
-    """In place of Triton's: keeps what each is launched with."""
+    """Replaces Triton's kernels and records their arguments."""
 
     def __init__(self) -> None:
         self.launches: list[tuple[str, tuple[Any, ...]]] = []
@@ -72,7 +72,7 @@ class _Kernels:
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> _Kernels:
-    """The fused step for fake tensors: these have no address, and their device cannot be entered."""
+    """The fused step for fake tensors, which have no address and whose device cannot be entered."""
     kernels = _Kernels()
 
     def table(_tables: triton.Tables, bucket: Bucket, _now: int) -> Any:
@@ -107,7 +107,7 @@ def test_scheduled_steps_read_nothing(name: str, implementation: str, scheduler:
         lr = torch.full((), 0.5, device="cuda")
         optimizer = LARS(params, **{**OPTIONS[name], "lr": lr}, **IMPLEMENTATIONS[implementation])
         schedule = SCHEDULERS[scheduler](optimizer)
-        for _ in range(3):  # state is made, and the list gets known
+        for _ in range(3):  # state is created, and the list becomes known
             optimizer.step()
             schedule.step()
         seen = []
@@ -118,7 +118,7 @@ def test_scheduled_steps_read_nothing(name: str, implementation: str, scheduler:
             assert not recorder.reads and not recorder.arrivals
             seen.append((recorder.names, [kernel for kernel, _ in kernels.launches[launched:]]))
             schedule.step()
-        # a graph reads lr where it was when it was captured
+        # a graph reads lr at the address it had during capture
         assert optimizer.param_groups[0]["lr"] is lr
     assert seen == [seen[0]] * 3
     if implementation == "fused":
@@ -134,7 +134,7 @@ def test_scheduled_steps_read_nothing(name: str, implementation: str, scheduler:
 @pytest.mark.parametrize("implementation", ["single", "foreach"])
 @pytest.mark.parametrize("name", ["momentum", "momentum-unadapted", "dampening"])
 def test_a_captured_step_makes_no_state(name: str, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The graph would make it, and every replay would fill it with zeros."""
+    """The graph would create it, and every replay would reset it to zeros."""
     options = {**OPTIONS[name], **IMPLEMENTATIONS[implementation]}
     capturing = True
     for module in (checks, triton):
@@ -153,7 +153,7 @@ def test_a_captured_step_makes_no_state(name: str, implementation: str, monkeypa
         optimizer.step()
         capturing = True
         optimizer.step()
-        optimizer.state[params[2]].clear()  # as loaded from an optimizer without momentum
+        optimizer.state[params[2]].clear()  # as after loading from an optimizer without momentum
         with refused:
             optimizer.step()
         optimizer.load_state_dict(optimizer.state_dict())
@@ -163,7 +163,7 @@ def test_a_captured_step_makes_no_state(name: str, implementation: str, monkeypa
         assert params[1] not in optimizer.state
 
         without = {**options, "momentum": 0.0, "dampening": 0.0}
-        LARS(params, **without).step()  # there is no state to make
+        LARS(params, **without).step()  # no state has to be created
         grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
         with torch.no_grad():
             lars(params, grads, [], **without)

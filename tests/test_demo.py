@@ -1,4 +1,4 @@
-"""The demo: it runs, refuses files it cannot read in one line, and gives every method the same search."""
+"""The demo: it runs, rejects unreadable files with one line, and gives every method the same search."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ for module in ("sklearn", "matplotlib", "rich"):
     pytest.importorskip(module, reason="the demo has its own dependencies: group demo")
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT))  # benchmarks/ is no part of the package; it is run from the repository root
+sys.path.append(str(ROOT))  # benchmarks/ is not part of the package and is run from the repository root
 
 from rich.console import Console
 
@@ -43,7 +43,7 @@ def labels(count: int) -> bytes:
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """A small whole data set; the train files gzipped, the test files not."""
+    """A small complete data set, with gzipped train files and plain test files."""
     for which, count in (("train", 200), ("test", 30)):
         for name, content in zip(FILES[which], (images(count), labels(count)), strict=True):
             zipped = which == "train"
@@ -124,7 +124,7 @@ def test_equal_accuracies_are_told_apart_by_the_loss() -> None:
 
 
 def test_the_search_and_the_runs_are_written_and_read_again(directory: Path, tmp_path: Path) -> None:
-    """Of everything only the processes are not real: training is in this one."""
+    """Everything is real except the processes: training runs in this one."""
 
     def here(protocol: Protocol, dataset: Dataset) -> contextlib.AbstractContextManager[SimpleNamespace]:
         def train(runs: list[Run], finished: Callable[[Result], None]) -> list[Result]:

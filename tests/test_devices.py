@@ -1,6 +1,6 @@
-"""LARS on a device that is not the CPU: what every such device has to do right, whatever its kernels.
+"""LARS on devices other than the CPU: what every device must get right, whatever its kernels.
 
-Each device beside the CPU that this machine has runs all of it, under its own mark: `pytest -m vulkan`.
+Every device besides the CPU that this machine has runs all of it, under its own mark: `pytest -m vulkan`.
 """
 
 import io
@@ -61,7 +61,7 @@ def skip_missing_dtype(device: torch.device, dtype: torch.dtype) -> None:
 @not_fused
 @pytest.mark.parametrize("name", SWEEP)
 def test_equals_reference(name: str, implementation: str, device: torch.device) -> None:
-    """All options, memory layouts and histories of gradients, in float32."""
+    """All options, memory layouts and gradient histories, in float32."""
     offset = list(OPTIONS).index(name)
     harness.run(
         [{"params": make_params(torch.float32, device=device)}],
@@ -71,11 +71,11 @@ def test_equals_reference(name: str, implementation: str, device: torch.device) 
     )
 
 
-# torchvulkan leaves some operations on bfloat16 and most on complex numbers to the CPU, and says so once
+# torchvulkan runs some bfloat16 and most complex operations on the CPU, and says so once
 @pytest.mark.filterwarnings("ignore:torchvulkan:UserWarning")
 @pytest.mark.parametrize("name", SWEEP)
 def test_equals_reference_in_other_dtypes(name: str, device: torch.device) -> None:
-    """Each set of options in one dtype and one implementation, so that each dtype meets 16 sets and both."""
+    """Each option set in one dtype and one implementation, so that each dtype meets 16 sets and both implementations."""
     index = list(OPTIONS).index(name)
     dtype = OTHER_DTYPES[index % len(OTHER_DTYPES)]
     implementation = NOT_FUSED[index // len(OTHER_DTYPES) % 2]
@@ -104,7 +104,7 @@ def test_memory_beside_a_strided_tensor_is_not_written(name: str, implementation
 
 
 def test_groups_of_several_dtypes_and_devices_skip_together(device: torch.device) -> None:
-    """A NaN in one tensor stops every group with skip_nonfinite, that on the CPU too, and no other."""
+    """A NaN in one tensor stops every group with skip_nonfinite, also on the CPU, and no other group."""
     groups: list[dict[str, Any]] = [
         {"params": make_params(torch.float32, layouts=["matrix", "conv"], seed=1, device=device)},
         {"params": make_params(torch.bfloat16, layouts=["scalar"], seed=2, device=device), "adapt": False},
@@ -159,7 +159,7 @@ def test_the_default_is_that_of_torch(device: torch.device) -> None:
     assert f"adapted, {expected}\n" in repr(optimizer)
 
 
-def test_fused_is_refused_where_there_is_no_fused_step(device: torch.device) -> None:
+def test_fused_is_refused_without_a_fused_step(device: torch.device) -> None:
     if device.type == "cuda":
         pytest.skip("there is one")
     params = make_params(torch.float32, layouts=["matrix"], device=device)
@@ -255,7 +255,7 @@ def test_no_host_reads(name: str, implementation: str, device: torch.device) -> 
     params += make_params(torch.bfloat16, layouts=["matrix"], device=device)
     lr = torch.tensor(0.1, device=device)
     optimizer = LARS(params, **{**OPTIONS[name], "lr": lr}, **IMPLEMENTATIONS[implementation])
-    for step in range(2):  # the first makes the state
+    for step in range(2):  # the first step creates the state
         set_grads(params, make_grads("dense", params, step))
         with Recorder() as recorder:
             optimizer.step()
@@ -283,7 +283,7 @@ def test_trust_ratios(device: torch.device) -> None:
 # ---------------------------------------------------------------- AMP
 @pytest.mark.parametrize("name", ["momentum", "nesterov-joint", "clip-paper", "unadapted"])
 def test_gradient_scaler(name: str, device: torch.device) -> None:
-    """Scaled gradients step as unscaled ones; an overflow, in step 1, changes nothing and halves the scale."""
+    """Scaled gradients step like unscaled ones. An overflow in step 1 changes nothing and halves the scale."""
     if device.type == "xla":
         pytest.skip("torch.amp.GradScaler does not know XLA, which has a scaler of its own")
     params = make_params(torch.float32, layouts=LAYOUTS, device=device)

@@ -1,4 +1,4 @@
-"""Each dialect is the LARS it is named after, and differs from it where its row says so."""
+"""Each dialect is the LARS that it is named after, and differs from it where its entry says so."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,13 +16,13 @@ from harness import loop_over
 from reference import Array, norm, to_array
 from sources import SOURCES, Direction, M, Momentum, Source, torch_sgd
 
-# lr changes, or its place would not show; it exceeds 1, or some clips would not
+# lr changes, so that its place shows, and exceeds 1, so that all clips show
 LRS = (0.5, 2.0, 0.25, 0.0, 1.5, 0.1, 3.0)
 RNG = np.random.default_rng(0)
 W = RNG.standard_normal((3, 5))
 GRADS = RNG.standard_normal((len(LRS), 3, 5))
 
-# tensors of one run: first values, and the gradient of each step
+# tensors of one run: initial values, and the gradient of each step
 TENSORS: dict[str, tuple[Array, Array]] = {
     "dense": (W, GRADS),
     "small gradient": (W, 1e-3 * GRADS),
@@ -34,7 +34,7 @@ TENSORS: dict[str, tuple[Array, Array]] = {
 
 
 def ours(w: Array, grads: Array, lrs: Sequence[float] = LRS, **options: Any) -> list[tuple[Array, Array]]:
-    """Parameter and buffer after each step, from a copy of w."""
+    """Parameter and buffer after each step, starting from a copy of w."""
     param = torch.nn.Parameter(torch.tensor(w))
     optimizer = LARS([param], lr=1.0, momentum=M, **options)
     states = []
@@ -81,7 +81,7 @@ def test_every_row_says_something_new_and_has_a_source() -> None:
 def test_a_row_is_the_formula_of_its_source(name: str, nesterov: bool) -> None:
     source = SOURCES[name]
     row = DIALECTS[source.dialect]
-    # ratios on either side of lr, so that a clip shows; and the row's own coefficient
+    # ratios on either side of lr, so that a clip shows, and the dialect's own coefficient
     for c in (0.1, 5.0, row.get("trust_coefficient", 0.001)):
         for decay, implementation in ((0.05, {"foreach": False}), (1e-4, {"foreach": True}), (0.05, {"fused": True})):
             options = {**row, "trust_coefficient": c, "weight_decay": decay, "nesterov": nesterov}
@@ -94,7 +94,7 @@ def test_a_row_is_the_formula_of_its_source(name: str, nesterov: bool) -> None:
 @loop_over("source", SOURCES.values())
 def test_without_weight_decay_a_row_adapts_what_its_source_adapts(source: Source) -> None:
     options = {**DIALECTS[source.dialect], "trust_coefficient": 0.1}
-    options.setdefault("adapt", False)  # as None means here, but the first step would warn
+    options.setdefault("adapt", False)  # as None means here, except that the first step would warn
     assert_equal(ours(W, GRADS, **options), theirs(source, W, GRADS, 0.0, 0.1), "no decay")
 
 
@@ -163,7 +163,7 @@ def test_a_source_differs_as_its_row_says(difference: Difference) -> None:
     np.testing.assert_allclose(difference.momentum(w, d, None, LR, False, dampening)[0], difference.theirs, rtol=1e-12)
     options = {**DIALECTS[difference.dialect], "weight_decay": DECAY, "trust_coefficient": C, "dampening": dampening}
     ((stepped, _),) = ours(w, g[None], [LR], **options)
-    np.testing.assert_allclose(stepped, difference.ours, rtol=1e-7)  # written without eps, which some rows have
+    np.testing.assert_allclose(stepped, difference.ours, rtol=1e-7)  # written without eps, which some dialects have
 
 
 # ---------------------------------------------------------------- the page

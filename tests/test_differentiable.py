@@ -1,4 +1,4 @@
-"""differentiable=True: autograd runs through several steps, to parameters, buffers, gradients and lr, by gradcheck."""
+"""differentiable=True: autograd runs through several steps, to parameters, buffers, gradients and lr, checked by gradcheck."""
 
 import inspect
 import sys
@@ -26,9 +26,9 @@ def steps(
     momentum_buffers: Sequence[Tensor] = (),
     cls: Any = LARS,
 ) -> list[Tensor]:
-    """New parameters and buffers, as functions of all arguments; gradient i is of step i // len(params)."""
+    """New parameters and buffers as functions of all arguments. Gradient i belongs to step i // len(params)."""
     new = [param.clone() for param in params]
-    if options.get("kahan_sum"):  # nothing for these dtypes, and refused with differentiable
+    if options.get("kahan_sum"):  # no effect for these dtypes, and refused with differentiable
         options = {**options, "kahan_sum": None}
     optimizer = cls(new, **{**options, "lr": lr}, differentiable=True)
     for param, buffer in zip(new, momentum_buffers, strict=False):
@@ -45,7 +45,7 @@ def randn(shape: Sequence[int], dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def check(options: Options, shape: Sequence[int], dtype: torch.dtype, *, tensor_lr: bool, late: bool) -> None:
-    """late: the steps are not a tensor's first ones, and its buffer is an input."""
+    """late: the steps are not the tensor's first, and its buffer is an input."""
     late = late and bool(options.get("momentum"))
     inputs = [randn(shape, dtype) for _ in range(1 + STEPS + late)]
     lr = torch.tensor(options["lr"] or 0.1, dtype=torch.float64, requires_grad=tensor_lr)
@@ -60,7 +60,7 @@ def check(options: Options, shape: Sequence[int], dtype: torch.dtype, *, tensor_
 @pairs("name late tensor_lr", PAIRWISE, [True, False], [True, False])
 def test_gradients_through_steps(name: str, late: bool, tensor_lr: bool) -> None:
     torch.manual_seed(0)
-    # the last: more than a row of the norms
+    # the last one: more than a row of the norms
     for shape, dtype in (
         ((5, 3), torch.float64),
         ((2, 3), torch.complex128),
@@ -82,8 +82,8 @@ def test_every_entry_of_the_jacobian(name: str) -> None:
 # ---------------------------------------------------------------- zero norms
 @pairs("name zero tensor_lr", [*PAIRWISE, *SPECIAL], ["param", "grad", "both"], [True, False])
 def test_zero_norms(name: str, zero: str, tensor_lr: bool) -> None:
-    """The formula jumps there; what is asked for is the derivative of the branch that is taken: d = g, or with decay."""
-    # without eps, a division by zero on the side that is not taken would bring NaN to the derivative
+    """The formula jumps there. The derivative is that of the branch taken: d = g, or with decay."""
+    # without eps, a division by zero in the branch not taken would make the derivative NaN
     for size, eps in ((3, 1e-8), (3, 0.0), (1500, 0.0)):
         options = {**OPTIONS[name], "lr": OPTIONS[name]["lr"] or 0.1, "eps": eps}
         param = torch.linspace(1, 2, size, dtype=torch.float64).mul(zero == "grad").requires_grad_()
@@ -101,7 +101,7 @@ def test_zero_norms(name: str, zero: str, tensor_lr: bool) -> None:
         decay = options.get("weight_decay", 0.0)
         joint = options.get("trust_denominator") == "joint"
         if adapted and joint and zero == "grad" and decay != 0:
-            continue  # |g + weight_decay * w| is not zero: nothing special
+            continue  # |g + weight_decay * w| is not zero, so this is the regular case
         factor = 1 + options["momentum"] if options.get("nesterov") else 1.0
         sign = -1.0 if options.get("maximize") else 1.0
         decayed = decay if not adapted or joint else 0.0
@@ -117,7 +117,7 @@ def assert_equal(actual: Tensor, expected: float) -> None:
 
 
 def test_a_zero_norm_beside_others_and_later() -> None:
-    """A zero tensor in the list and a zero gradient in the second step: no NaN reaches the others."""
+    """A zero tensor in the list, and a zero gradient in the second step. No NaN reaches the others."""
     torch.manual_seed(0)
     for name in PAIRWISE:
         params = [randn((3,)), torch.zeros(3, dtype=torch.float64, requires_grad=True)]
@@ -147,9 +147,9 @@ def test_a_zero_norm_beside_others_and_later() -> None:
     ids=str,
 )
 def test_unadapted_groups_have_the_derivatives_of_torch_sgd(options: Options, tensor_lr: bool) -> None:
-    """From given buffers: torch's SGD takes the buffer that it makes in a first step off the graph.
+    """From given buffers, because torch's SGD detaches the buffer that it creates in a first step.
 
-    One step where lr has a gradient and momentum is not Nesterov's: torch's second one writes what autograd has kept.
+    One step if lr has a gradient and momentum is not Nesterov's, because torch's second step overwrites what autograd saved.
     """
     torch.manual_seed(0)
     if tensor_lr and "requires_grad" not in inspect.getsource(sys.modules[torch.optim.SGD.__module__]):
@@ -178,7 +178,7 @@ def test_the_numbers_are_those_of_an_ordinary_step(name: str) -> None:
         ordinary = param.clone()
         # differentiable keeps no compensation
         optimizer = LARS([ordinary], **{**OPTIONS[name], "kahan_sum": False}, foreach=False)
-        optimizer._looked_for_adapted = True  # no warning that such steps round away
+        optimizer._looked_for_adapted = True  # no warning that such steps are rounded away
         for grad in grads:
             ordinary.grad = grad
             optimizer.step()
@@ -196,7 +196,7 @@ def test_what_was_given_is_not_written() -> None:
 
 
 def test_a_hypergradient_trains_the_learning_rate() -> None:
-    """lr is learned by descending the loss after five steps; its derivative is that of finite differences."""
+    """lr is learned by descending the loss after five steps. Its derivative equals finite differences."""
     target = torch.tensor([3.0, -1.0], dtype=torch.float64)
 
     def loss_after(log_lr: Tensor) -> Tensor:

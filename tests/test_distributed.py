@@ -1,4 +1,4 @@
-"""Models that torch shards over ranks train as the whole model on one, in every way that torch shards them."""
+"""Models that torch shards over ranks train like the whole model on one rank, for every way of sharding."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Checkpoints of torch.distributed.checkpoint go on: on the same ranks without a changed bit, on others within rounding."""
+"""Checkpoints of torch.distributed.checkpoint resume: bit for bit on the same ranks, within rounding on others."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -50,10 +50,10 @@ def resume(
 
 
 @kinds
-def test_other_ranks_go_on_within_rounding(
+def test_other_ranks_resume_within_rounding(
     process_groups: Callable[[int], Group], tmp_path: Path, kind: str, options: Options
 ) -> None:
-    # tensor parallelism of torch 2.4 is not for one rank
+    # tensor parallelism of torch 2.4 does not support one rank
     on_one = [(1, WAY), (1, "whole")] if FULLY_SHARDS_ON_CPU else [(1, "whole")]
     resume(process_groups, tmp_path / "4", 4, [(2, WAY), *on_one], WAY, kind, options)
     resume(process_groups, tmp_path / "2", 2, [(4, WAY)], WAY, kind, options)
@@ -62,7 +62,7 @@ def test_other_ranks_go_on_within_rounding(
 
 @pytest.mark.version
 @kinds
-def test_the_same_ranks_go_on_without_a_changed_bit(
+def test_the_same_ranks_resume_without_a_changed_bit(
     process_groups: Callable[[int], Group], tmp_path: Path, kind: str, options: Options
 ) -> None:
     run = sharded_models.train_with_checkpoint
@@ -73,7 +73,7 @@ def test_the_same_ranks_go_on_without_a_changed_bit(
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_flattened_checkpoint_from_before_kahan_sum(tmp_path: Path) -> None:
-    """Without the key and without compensations: loaded in part, the group keeps what it says and sums start at zero."""
+    """Without the key and compensations. Loaded in part, the group keeps its option and the sums start at zero."""
     flat = StateDictOptions(flatten_optimizer_state_dict=True)
 
     def trained(steps: int) -> tuple[torch.nn.Module, LARS]:

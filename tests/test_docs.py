@@ -1,4 +1,4 @@
-"""What the documentation shows runs: every docstring's examples, and README's Python, read from top to bottom."""
+"""The examples of the documentation run: every docstring's, and each page's Python from top to bottom."""
 
 import doctest
 import importlib
@@ -20,7 +20,7 @@ import pages
 from fastlars.options import NAMES
 
 MODULES = ["fastlars", *(f"fastlars.{module.name}" for module in pkgutil.iter_modules(fastlars.__path__))]
-# docs/frameworks has packages of its own, and sessions that run it
+# docs/frameworks needs packages of its own, and has its own sessions
 PAGES = [pages.ROOT / "README.md", *sorted((pages.ROOT / "docs").glob("*.md"))]
 
 
@@ -40,7 +40,7 @@ def test_docstrings(
 ) -> None:
     if module == "fastlars.plots":
         pytest.importorskip("matplotlib", reason="an extra")
-    monkeypatch.chdir(tmp_path)  # pictures are saved
+    monkeypatch.chdir(tmp_path)  # pictures are saved there
     monkeypatch.setenv("MPLBACKEND", "Agg")
     runner = doctest.DocTestRunner()
     for test in examples(module):
@@ -64,11 +64,11 @@ PUBLIC = public_names()
 
 @pytest.mark.parametrize("name", list(PUBLIC))
 def test_a_public_name_is_documented(name: str) -> None:
-    """With every argument, what it returns and raises, and an example, which runs above; and the reference shows it."""
+    """With every argument, return value and error, and an example, which runs above. The reference page shows it."""
     value = PUBLIC[name]
     reference = (pages.ROOT / "docs" / "reference.md").read_text("utf-8")
     assert re.search(rf"\b{name.removeprefix('LARS.')}\b", reference)
-    if isinstance(value, dict):  # data, described in a comment that Sphinx reads; its module's example shows it
+    if isinstance(value, dict):  # data, described in a comment that Sphinx reads and shown in the example of its module
         source = (Path(fastlars.__file__).parent / f"{name.lower()}.py").read_text("utf-8")
         assert re.search(rf"^#: .*\n(#: .*\n)*{name}\b", source, re.MULTILINE)
         assert any(name in example.source for test in examples(f"fastlars.{name.lower()}") for example in test.examples)
@@ -78,7 +78,7 @@ def test_a_public_name_is_documented(name: str) -> None:
     contents = dict(zip(sections[1::2], sections[2::2], strict=True))
     assert len(sections[0]) > 30 and {"Raises", "Example"} <= contents.keys()
     signature = inspect.signature(value)
-    # lars says that its options are those of LARS
+    # lars refers to LARS for its options
     left_out = {"self", *(NAMES[1:] if name == "lars" else ())}
     for argument in signature.parameters.keys() - left_out:
         assert f"\n    {argument}: " in contents["Args"], argument
@@ -88,29 +88,34 @@ def test_a_public_name_is_documented(name: str) -> None:
 
 
 def test_public_names_are_found() -> None:
-    """A way of looking for them that finds none would pass every one."""
+    """A search that finds nothing would pass every test."""
     assert PUBLIC.keys() >= {"LARS", "LARS.step", "LARS.load_state_dict", "lars", "DIALECTS", "schedules.warmup_cosine"}
     assert len(PUBLIC) >= 14 and "LARS.zero_grad" not in PUBLIC  # torch's
 
 
 def test_help_teaches() -> None:
-    """What a newcomer must know is there: formula, scale of lr, groups, every option with its meaning, an example."""
+    """What a newcomer must know: formula, scale of lr, groups, every option with its meaning, an example."""
     text = pydoc.plain(pydoc.render_doc(fastlars.LARS))
     lines = [line.removeprefix(" |").strip() for line in text.splitlines()]
     assert text.index("ratio = trust_coefficient * |w|") < text.index("Args:") < text.index("Methods defined here")
-    for taught in ("no drop-in for SGD", "of the order of 1 to 30", "fastlars.param_groups", "arXiv 1708.03888"):
+    for taught in (
+        "not a drop-in replacement for SGD",
+        "a typical ``lr`` is 1 to 30",
+        "fastlars.param_groups",
+        "arXiv 1708.03888",
+    ):
         assert taught in text, taught
     for option in ("params", *NAMES):
         assert any(line.startswith(f"{option}: ") and len(line) > len(option) + 12 for line in lines), option
     assert ">>> optimizer = fastlars.LARS(groups, lr=4.8, momentum=0.9)" in lines
 
 
-# torch's own: that scripting is deprecated, and from inside its compiler
+# torch's own warnings: scripting is deprecated, and from inside its compiler
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_pages(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each as one program: later blocks may use what earlier ones have made. Errors show the page's line numbers."""
+    """Each page as one program, in which later blocks may use earlier ones. Errors show the page's line numbers."""
     program, session = pages.examples(page, "python"), pages.examples(page, "pycon")
     for module in ("matplotlib", "tensorboard"):
         if module in program or (module == "matplotlib" and "fastlars.plots" in program):
@@ -130,13 +135,13 @@ def test_pages(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_pages_show_something() -> None:
-    """A way of looking for them that finds none would pass every one."""
+    """A search that finds nothing would pass every test."""
     shown = {page.stem for page in PAGES if pages.examples(page, "python") + pages.examples(page, "pycon")}
     assert shown >= {"README", "modes", "groups", "schedules", "ratios", "which-lr", "troubleshooting"}
 
 
 def test_links_lead_to_files() -> None:
-    """As on a code host, where nothing is built; Sphinx looks at the headings that they name."""
+    """As on a code host, without a build. Sphinx checks the headings that links name."""
     texts = [pages.ROOT / "README.md", pages.ROOT / "CONTRIBUTING.md", *sorted((pages.ROOT / "docs").rglob("*.md"))]
     links = [
         (text, link) for text in texts for link in re.findall(r"\]\((?!https:)([^)#\s]+)", text.read_text("utf-8"))
@@ -176,7 +181,7 @@ def test_pictures_have_text_alternatives() -> None:
     assert {file.resolve() for file, _ in shown} == pictures
 
 
-# Whose paper it is: a wrong digit leads to another one.
+# The authors of each paper, because a wrong digit leads to another paper.
 PAPERS = {
     "1404.5997": "Krizhevsky",
     "1706.02677": "Goyal",
@@ -192,7 +197,7 @@ PAPERS = {
 
 
 def test_links_to_elsewhere_say_where_they_lead() -> None:
-    """Nothing is fetched: of papers the authors stand beside the number, of issues the number is the link's."""
+    """Nothing is downloaded. Papers need their authors next to the number, and issue links their number."""
     files = [
         pages.ROOT / "README.md",
         *(pages.ROOT / "docs").rglob("*.md"),

@@ -1,5 +1,5 @@
-"""All at once: a recipe, bias_lr, a compiled step, a tensor lr under its schedule, autocast with a GradScaler,
-accumulation, and a checkpoint from which a second process ends in the same bits.
+"""Everything together: a recipe, bias_lr, a compiled step, a tensor lr under its schedule, autocast with a GradScaler,
+accumulation, and a checkpoint from which a second process reaches the same bits.
 
 Run as a program, this file is that second process.
 """
@@ -20,11 +20,11 @@ STEPS, SAVED_AT, ACCUMULATED = 8, 5, 2
 
 
 def run(backend: str, checkpoint: Path, resume: bool) -> dict[str, Tensor]:
-    """The training; saves at `SAVED_AT`, or goes on from there. Returns weights, momentum and lr at the end."""
+    """The training. It saves at `SAVED_AT`, or resumes from there. Returns weights, momentum and lr at the end."""
     torch.manual_seed(0)
     inputs = torch.randn(STEPS, ACCUMULATED, 32, 8)
     labels = (inputs @ torch.randn(8, 4)).argmax(-1)
-    torch.manual_seed(7 if resume else 1)  # what is not loaded shows
+    torch.manual_seed(7 if resume else 1)  # anything that is not loaded shows
     model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 4))
     optimizer, scheduler = fastlars.recipes.simclr(
         model, batch_size=4096, epochs=4, steps_per_epoch=2, warmup_epochs=1,
@@ -47,13 +47,13 @@ def run(backend: str, checkpoint: Path, resume: bool) -> dict[str, Tensor]:
                 loss = nn.functional.cross_entropy(model(x), y) / ACCUMULATED
             scaler.scale(loss).backward()
         if i == 2 and not resume:
-            model[0].weight.grad[0, 0] = torch.inf  # an overflow: this step is skipped
+            model[0].weight.grad[0, 0] = torch.inf  # an overflow, so this step is skipped
         scaler.step(optimizer)
         scaler.update()
         with warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", message="Detected call of `lr_scheduler.step"
-            )  # it does not see the compiled one
+            )  # it cannot see the compiled one
             scheduler.step()
         if i + 1 == SAVED_AT and not resume:
             parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
@@ -69,7 +69,7 @@ def run(backend: str, checkpoint: Path, resume: bool) -> dict[str, Tensor]:
     }
 
 
-# torch's own: from inside its compiler
+# torch's own warnings, from inside its compiler
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_everything_together_resumes_to_the_same_bits_in_another_process(backend: str, tmp_path: Path) -> None:

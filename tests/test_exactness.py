@@ -50,7 +50,7 @@ pytestmark = ignore_nothing_adapted
 @implementations
 @pytest.mark.parametrize("name", SETS)
 def test_equals_reference(name: str, implementation: Options) -> None:
-    """Two dtypes at a time, one after the other over the option sets."""
+    """Two dtypes at a time, cycling over the option sets."""
     offset = SETS.index(name)
     groups = [{"params": make_params(DTYPES[(offset + i) % len(DTYPES)], seed=i)} for i in (0, 1)]
     run(groups, OPTIONS[name], lambda ps, step: mixed_grads(ps, step, offset), implementation)
@@ -69,7 +69,7 @@ def test_equals_reference_in_every_history(name: str, history: str, implementati
 @pytest.mark.slow
 @implementations
 def test_equals_reference_for_every_combination_of_options(implementation: Options) -> None:
-    """Dtypes, layouts and histories move over the combinations."""
+    """Dtypes, layouts and histories cycle over the combinations."""
     names = list(LAYOUTS)
     for i, options in enumerate(all_options()):
         layouts = [names[(i + 4 * j) % len(names)] for j in range(4)]
@@ -118,7 +118,7 @@ def test_skip_nonfinite_leaves_its_groups_alone(name: str, dtype: torch.dtype, i
 
     options = {"momentum": 0.9, **OPTIONS[name], "skip_nonfinite": True}
     optimizer = run(groups, options, grads_of, IMPLEMENTATIONS[implementation], 3)
-    # the reference agreed with it on which groups move; here, that those which must not keep their bits
+    # the reference has agreed on which groups move; here, those that must not move keep their bits
     params = optimizer.param_groups[0]["params"] + optimizer.param_groups[1]["params"]
     before = [(p.detach().clone(), b.clone()) for p, b in zip(params, buffers_of(optimizer), strict=False)]
     set_grads(params, grads_of(params, 1))
@@ -143,7 +143,7 @@ def test_a_gradient_that_is_not_finite_shows_without_skip_nonfinite(implementati
 @implementations
 @loop_over("feature", [name for name in FEATURES if name not in ("adapt", "skip_nonfinite")])
 def test_flipping_an_option_changes_the_result(feature: str, implementation: Options) -> None:
-    """adapt=True says what weight decay already does; skip_nonfinite needs a gradient that is not finite."""
+    """adapt=True only repeats what weight decay implies; skip_nonfinite needs a gradient that is not finite."""
     needs = {
         "no_decay": {"adapt": True}, "paper": {"momentum": 0.9}, "dampening": {"momentum": 0.9}, "kahan": {"adapt": False},
     }  # fmt: skip
@@ -163,7 +163,7 @@ def test_flipping_an_option_changes_the_result(feature: str, implementation: Opt
 @implementations
 @dtypes
 def test_joint_norm_of_zero_keeps_the_decay(dtype: torch.dtype, implementation: Options) -> None:
-    """Where the gradient is -weight_decay * w, decay and gradient cancel: the tensor stays where it is."""
+    """If the gradient is -weight_decay * w, decay and gradient cancel and the tensor does not move."""
     params = [torch.nn.Parameter(torch.full((size,), 3.0, dtype=dtype)) for size in (2, 20_000)]
     optimizer = LARS(params, lr=1.0, weight_decay=0.5, trust_denominator="joint", **implementation)
     set_grads(params, [-0.5 * p.detach() for p in params])

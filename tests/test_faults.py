@@ -1,4 +1,4 @@
-"""What goes wrong around a step: processes that die, errors inside it, numbers at the ends of their range, 64-bit indices."""
+"""Faults around a step: processes that die, errors inside a step, numbers at the ends of their range, 64-bit indices."""
 
 import contextlib
 import copy
@@ -31,13 +31,13 @@ INF, NAN = float("inf"), float("nan")
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no kill -9")
 def test_a_run_survives_kill_9_during_a_write(tmp_path: Path) -> None:
-    """The page's own program, killed again and again, ends with the bits of a run that nobody disturbed."""
+    """The page's own program is killed repeatedly and ends with the bits of an undisturbed run."""
     program = tmp_path / "train.py"
     program.write_text(pages.examples(pages.ROOT / "docs" / "checkpoints.md", "python"), encoding="utf-8")
     source = Path(fastlars.__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
 
-    # Dies inside torch.save, after some of the bytes: at every write the file is a torn one.
+    # Die inside torch.save, after some of the bytes, so that every write leaves a torn file.
     dying = tmp_path / "dying.py"
     dying.write_text(
         "import os, runpy, signal, sys, torch\n"
@@ -83,7 +83,7 @@ def fails(*_: object, **__: object) -> Any:
 
 
 def disturbed(options: Options) -> tuple[LARS, list[Parameter]]:
-    """Two groups with state, and a tensor that has had no gradient so far."""
+    """Two groups with state, and a tensor that has had no gradient yet."""
     params = make_params(torch.float32, layouts=["matrix", "conv", "vector", "strided", "vector_4097"])
     groups = [{"params": params[:2]}, {"params": params[2:]}]
     optimizer = LARS(groups, **{**BASE, "momentum": 0.9, **options})
@@ -101,7 +101,7 @@ def everything(optimizer: LARS, params: list[Parameter]) -> list[Any]:
 
 
 def changes_nothing(optimizer: LARS, params: list[Parameter], error: type[Exception]) -> None:
-    """No number; a momentum buffer may have been made, of zeros."""
+    """No value changes. A momentum buffer may have been created, with zeros."""
     before = everything(optimizer, params)
     with pytest.raises(error):
         optimizer.step()
@@ -117,7 +117,7 @@ def changes_nothing(optimizer: LARS, params: list[Parameter], error: type[Except
 def test_no_memory_for_the_norms(name: str, implementation: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     joint = name == "joint_norms"
     chosen = {"trust_denominator": "joint" if joint else "separate", "skip_nonfinite": not joint}
-    # strided tensors of a fused step go the way of single ones: the norms that fail are theirs, or of skip_nonfinite
+    # strided tensors of a fused step take the single path; the failing norms are theirs, or those of skip_nonfinite
     optimizer, params = disturbed({**chosen, **implementation})
     twin = copy.deepcopy(optimizer)
     set_grads([p for group in twin.param_groups for p in group["params"]], [p.grad for p in params])
@@ -127,7 +127,7 @@ def test_no_memory_for_the_norms(name: str, implementation: Options, monkeypatch
         changes_nothing(optimizer, params, RuntimeError)
     for each in (optimizer, twin):
         each.step()
-    # not to the bit: deepcopy makes strided tensors dense, which the fused step takes otherwise
+    # not bit for bit, because deepcopy makes strided tensors dense, and the fused step treats those differently
     torch.testing.assert_close(*([p for group in o.param_groups for p in group["params"]] for o in (optimizer, twin)))
 
 
@@ -165,7 +165,7 @@ def test_sparse_gradients(implementation: Options) -> None:
 @implementations
 @loop_over("skip_nonfinite", [False, True])
 def test_a_gradient_on_another_device(skip_nonfinite: bool, implementation: Options) -> None:
-    """Assigned to .grad torch refuses it; the functional finds it while it measures."""
+    """torch refuses it as .grad. The functional form finds it while it measures."""
     options = {**BASE, "momentum": 0.9, "skip_nonfinite": skip_nonfinite, **implementation}
     params = [torch.ones(20), torch.ones(3, 4), torch.ones(20_000)]
     for bad in range(3):
@@ -187,8 +187,8 @@ def test_a_gradient_on_another_device(skip_nonfinite: bool, implementation: Opti
         IMPLEMENTATIONS,
     ),
 )
-def test_what_is_not_finite_stays_in_its_tensor(name: str, of: str, value: float, how: str) -> None:
-    """It shows there, whichever way the tensor is computed, and its neighbours step as if it were not there."""
+def test_nan_and_inf_stay_in_their_tensor(name: str, of: str, value: float, how: str) -> None:
+    """NaN or inf shows in that tensor, whichever way it is computed, and its neighbours step as if it were not there."""
     sizes = [(20,), (20,), (20_000,), (3, 4), (3, 4)]
     results = []
     for bad in (None, 0, 2, 3):
@@ -213,11 +213,11 @@ def test_what_is_not_finite_stays_in_its_tensor(name: str, of: str, value: float
 @loop_over("size", [20, 20_000])
 @loop_over("momentum", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}])
 def test_without_decay_no_weight_enters_the_step(momentum: Options, size: int, implementation: Options) -> None:
-    """0 * inf would be NaN: an inf stays one, and an infinite ratio moves by inf."""
+    """0 * inf would be NaN. An inf stays inf, and an infinite ratio moves by inf."""
     generator = torch.Generator().manual_seed(0)
     weight, grad = (torch.randn(size, generator=generator) for _ in range(2))
     weight[0] = INF
-    options: Options = {"lr": 0.5, "lr_in_momentum": True, **momentum, **implementation}  # torch's SGD lacks the second
+    options: Options = {"lr": 0.5, "lr_in_momentum": True, **momentum, **implementation}  # torch's SGD fails the second
     param = Parameter(weight.clone())
     optimizer = LARS([param], **options, adapt=False)
     set_grads([param], [grad])
@@ -232,12 +232,12 @@ def test_without_decay_no_weight_enters_the_step(momentum: Options, size: int, i
 
 @loop_over("value", [NAN, INF, -1.0])
 @implementations
-def test_an_lr_that_is_none_is_refused_where_it_is_given(value: float, implementation: Options) -> None:
+def test_an_invalid_lr_is_refused_at_once(value: float, implementation: Options) -> None:
     param = Parameter(torch.ones(3))
     for lr in (value, torch.tensor(value)):
         with pytest.raises(ValueError, match="lr must be a finite number >= 0"):
             LARS([param], lr=lr, **implementation)
-    # a schedule that writes it later is not asked: it shows in the weights
+    # a schedule may write it later without a check, and it shows in the weights
     optimizer = LARS([param], **{**BASE, "momentum": 0.9}, **implementation)
     param.grad = torch.ones(3)
     optimizer.param_groups[0]["lr"] = NAN
@@ -268,7 +268,7 @@ def test_norms_from_1e_minus_15_to_1e15(name: str, implementation: Options) -> N
 def test_float32_squares_that_underflow_make_a_norm_of_zero(
     size: int, denominator: str, implementation: Options
 ) -> None:
-    """Gradients and weights of 1e-30: the tensor takes its gradient as it is. In float64 they are ordinary numbers."""
+    """Gradients and weights of 1e-30: the tensor takes the plain gradient. In float64 they are ordinary numbers."""
     options: Options = {"lr": 1.0, "weight_decay": 0.0, "adapt": True, "trust_denominator": denominator, "eps": 0.0}
     for dtype, w_scale, g_scale in itertools.product((torch.float32, torch.float64), (1e-30, 1.0), (1e-30, 1e-40, 1.0)):
         if w_scale == g_scale == 1.0:
@@ -286,7 +286,7 @@ def test_float32_squares_that_underflow_make_a_norm_of_zero(
 @implementations
 @loop_over("size", [3, 20_000])
 def test_float32_squares_that_overflow_make_a_norm_of_inf(size: int, implementation: Options) -> None:
-    """A gradient of 1e30 does not move an adapted tensor, and counts as not finite; a weight of 1e30 is lost."""
+    """A gradient of 1e30 does not move an adapted tensor and counts as not finite. A weight of 1e30 is lost."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(size, generator=generator)
     for options in (
@@ -317,19 +317,19 @@ def test_float32_squares_that_overflow_make_a_norm_of_inf(size: int, implementat
 @implementations
 @loop_over("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_denormals(dtype: torch.dtype, implementation: Options) -> None:
-    """A gradient, weight or lr * ratio below the smallest normal number; nothing is flushed but by rounding."""
+    """A gradient, weight or lr * ratio below the smallest normal number. Only rounding makes it 0."""
     smallest = torch.finfo(dtype).smallest_normal
     for w_scale, g_scale in itertools.product((smallest / 4, 1.0), repeat=2):
         params = [Parameter((torch.arange(1.0, 40.0).double() / 20 * w_scale).to(dtype))]
         grads = [(torch.arange(40.0, 1.0, -1.0).double() / 20 * g_scale).to(dtype)]
-        # without adaptation where norms are too small for float32
+        # without adaptation, if norms are too small for float32
         adapt = dtype == torch.float16
         run([{"params": params}], {**BASE, "adapt": adapt, "momentum": 0.9}, lambda *_, g=grads: g, implementation)
 
 
 @implementations
 def test_float16_at_its_limits(implementation: Options) -> None:
-    """Norms beyond 65504 are right; a step that leaves the range is an inf, as it is in torch's SGD."""
+    """Norms above 65504 are right. A step that leaves the range gives inf, as in torch's SGD."""
     largest = torch.finfo(torch.float16).max
     for size in (40, 20_000):
         params = [Parameter(torch.full((size,), value, dtype=torch.float16)) for value in (largest, 60000.0, 6e-8, 1.0)]
@@ -347,7 +347,7 @@ HUGE = (1 << 31) + 4096 + 3
 
 
 def test_tables_of_huge_tensors() -> None:
-    """Sizes and ends are 64-bit; the chunks of 2^43 elements would overflow their 32 bits, and no machine holds them."""
+    """Sizes and ends are 64-bit. The chunks of 2^43 elements would overflow 32 bits, and no machine can hold them."""
     sizes = (HUGE, 5, 3 * HUGE)
     table = triton._new_table(
         triton._host_table(torch.device("cpu"), (1 << 45, *range(2, 13)), sizes), 3, torch.device("cpu")
@@ -361,7 +361,7 @@ def test_tables_of_huge_tensors() -> None:
 
 
 def test_blocks_and_stacks_of_huge_tensors() -> None:
-    """Shapes are enough: where they are cut, every element is in one piece."""
+    """Shapes are enough: wherever they are cut, every element is in exactly one piece."""
     with torch.device("meta"):
         huge = torch.empty(HUGE)
         assert sum(block.numel() for block in torch.split(fused_cpu._flat(huge), fused_cpu.STACK)) == HUGE
@@ -377,7 +377,7 @@ def test_blocks_and_stacks_of_huge_tensors() -> None:
 
 
 def test_the_norm_of_more_than_2_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of shapes: the pieces that are measured are all of it."""
+    """With shapes only: the measured pieces cover everything."""
     pieces: list[int] = []
 
     def norms_of_rows(tensor: Tensor, _row: int) -> Tensor:

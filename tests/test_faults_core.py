@@ -1,4 +1,4 @@
-"""Gradients and histories that are unusual but legal: every implementation takes the step that torch's SGD would scale."""
+"""Unusual but legal gradients and histories: every implementation takes the step that torch's SGD would scale."""
 
 import copy
 import functools
@@ -33,7 +33,7 @@ def tensors(dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
 
 
 def equals_reference(params: list[Tensor], grads: list[Tensor], buffers: list[Any], options: Options) -> None:
-    """One functional step. What shares memory is read by the reference before anything is written."""
+    """One functional step. The reference reads shared memory before anything is written."""
     names = {key: value for key, value in options.items() if key not in ("foreach", "fused")}
     reference = ReferenceLARS([{"params": params}], **names)
     reference.realign(params, buffers)
@@ -58,7 +58,7 @@ def equals_reference(params: list[Tensor], grads: list[Tensor], buffers: list[An
 # ---------------------------------------------------------------- real gradients of complex parameters
 @implementations
 def test_a_real_gradient_of_a_complex_parameter(implementation: Options) -> None:
-    """Of shape (..., 2) too, which is no list of pairs. torch's SGD takes its imaginary part for zero."""
+    """Also of shape (..., 2), which is not a list of pairs. torch's SGD treats its imaginary part as zero."""
     for momentum, adapt in itertools.product(MOMENTA.values(), (True, False)):
         options = {**OPTIONS, **momentum, "adapt": adapt, **implementation}
         params = [torch.complex(a, b) for a, b in zip(tensors(), tensors(seed=1), strict=True)]
@@ -69,7 +69,7 @@ def test_a_real_gradient_of_a_complex_parameter(implementation: Options) -> None
 @implementations
 @pytest.mark.parametrize("of", ["param", "buffer", "next element of param", "element of param before"])
 def test_a_gradient_that_shares_memory(of: str, implementation: Options) -> None:
-    """With its own parameter or momentum buffer: it is read before what it shares is written."""
+    """With its own parameter or momentum buffer. The gradient is read before that memory is written."""
     for momentum, adapt, dtype in itertools.product(MOMENTA.values(), (True, False), (torch.float32, torch.bfloat16)):
         options = {**OPTIONS, **momentum, "adapt": adapt, **implementation}
         if of == "buffer" and options["momentum"] == 0:
@@ -139,7 +139,7 @@ def test_a_differentiable_step_of_leaves_is_refused_whole(call: str, momentum: O
     optimizer = LARS(params, **options)
     for param, grad, buffer in zip(params, tensors(seed=2), buffers, strict=True):
         param.grad, optimizer.state[param]["momentum_buffer"] = grad, buffer
-    with pytest.raises(RuntimeError, match="cannot step a leaf that requires gradients"):
+    with pytest.raises(RuntimeError, match="cannot update a leaf that requires gradients"):
         optimizer.step() if call == "LARS" else fastlars.lars([*params], tensors(seed=2), [*buffers], **options)
     assert all(map(torch.equal, before, [*params, *buffers]))
 
@@ -147,7 +147,7 @@ def test_a_differentiable_step_of_leaves_is_refused_whole(call: str, momentum: O
 # ---------------------------------------------------------------- a parameter that comes twice
 @pytest.mark.parametrize("adapt", [True, False])
 @momenta
-def test_a_parameter_that_comes_twice_steps_alike_in_every_implementation(momentum: Options, adapt: bool) -> None:
+def test_a_parameter_listed_twice_steps_alike_in_every_implementation(momentum: Options, adapt: bool) -> None:
     """One step after the other with one buffer, as in torch's single-tensor SGD."""
     results = []
     for implementation in IMPLEMENTATIONS.values():
@@ -164,7 +164,7 @@ def test_a_parameter_that_comes_twice_steps_alike_in_every_implementation(moment
 
 
 def test_the_reference_is_used() -> None:
-    """Of the comparison above: a wrong step is found."""
+    """The comparison above finds a wrong step."""
     params = tensors()
     reference = ReferenceLARS([{"params": params}], **OPTIONS)
     optimizer = LARS([Parameter(p.clone()) for p in params], **{**OPTIONS, "lr": 0.6})

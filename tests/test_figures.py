@@ -1,4 +1,4 @@
-"""Every figure that was measured is the stored one: rendered again, or counted again here. And every other has a ground."""
+"""Every measured figure on a page is the stored one, rendered or counted again here. Every other figure has a source."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ for module in ("rich", "matplotlib", "sklearn"):
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-sys.path.append(str(ROOT))  # benchmarks/ is no part of the package; it is run from the repository root
+sys.path.append(str(ROOT))  # benchmarks/ is not part of the package and is run from the repository root
 
 from benchmarks import long_run, render
 from benchmarks.demo import __main__ as demo
@@ -51,7 +51,7 @@ def test_the_long_run_of_the_page_is_that_of_its_blocks() -> None:
         blocks = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
     for block in blocks:
         block["step"] = int(block["step"])
-    about = {"versions": {"torch": "0"}, "load": 0, "cores": 0, "date": ""}  # of that day
+    about = {"versions": {"torch": "0"}, "load": 0, "cores": 0, "date": ""}  # on that day
     text, faults = long_run.summary(blocks, about)
     shown, expected = (render.FOLDER / "long_run.md").read_text("utf-8").splitlines(), text.splitlines()
     assert not faults
@@ -63,7 +63,7 @@ def test_the_long_run_of_the_page_is_that_of_its_blocks() -> None:
 
 
 def test_ours_is_faster_than_every_other_lars() -> None:
-    """README's first sentence and the text of its picture; docs/frameworks/lightly.md says that it is faster."""
+    """README's first sentence and its picture's text say so, and docs/frameworks/lightly.md."""
     results = render.find(STORED, "cpu")
     assert results is not None
     for case in results.cases:
@@ -113,17 +113,17 @@ def test_what_the_page_on_several_processes_counts() -> None:
     text = (DOCS / "distributed.md").read_text("utf-8").replace("\n", " ")
     assert f"all of ResNet-50's {resnet.tensors} tensors under FSDP2" in text
     sent, reduced = f"{(8 * resnet.tensors + 8) / 1e3:.1f} kB", f"{4 * resnet.elements / 1e6:.0f} MB"
-    assert f"all-reduce of {sent} a step; their gradients, which torch reduces, are {reduced}" in text
+    assert f"all-reduce of {sent} per step. The gradients that torch reduces take {reduced}" in text
 
 
-# A number with a unit, or a number of times.
+# a number with a unit, or a multiple
 UNIT = r"ms|us|s|GB/s|GB|MB|MiB|kB|GiB|%|points?|seconds?|minutes?|hours?|times|steps/s|x(?= faster| as)"
 WORDS = "half|twice|two|three|four|five|six|seven|eight|nine|ten|twenty|a hundred|a thousand|a third|a quarter|several"
 FIGURE = re.compile(
     rf"(?<![\w.])[0-9][0-9.,]*(?:e-?[0-9]+)?\s?(?:{UNIT})(?![\w])|\b(?:{WORDS})(?: an?)? (?:seconds?|minutes?|hours?|times)\b"
 )
 
-# Those that nobody measured, or that a test holds: page, the figure, what holds it.
+# figures that nobody measured, or that a test checks: page, figure, what checks it
 GROUNDS = {
     ("README.md", "0.2 GB"): "the size of torch's CPU wheel, as in CONTRIBUTING.md",
     ("README.md", "1.5 times"): "above",
@@ -162,9 +162,9 @@ def test_no_other_figure_is_typed_by_hand() -> None:
 
 
 def written_by_hand(page: Path) -> str:
-    """Without what programs write or run. (CONTRIBUTING, which is not searched, shows what commands have printed.)"""
+    """Without text that programs write or run. CONTRIBUTING, which is not searched, shows what commands printed."""
     if page.name in ("performance.md", "precision.md", "table.md", "study.md") or page.parent.name == "study":
-        return ""  # compared as a whole, those of the study by its own tests
+        return ""  # compared as a whole, or by the study's own tests
     text = page.read_text("utf-8")
     for begin, end in ((render.BEGIN, render.END), ("```{}", "```")):
         first, last = (re.escape(line).replace(r"\{\}", r"[^\n]*") for line in (begin, end))

@@ -24,7 +24,7 @@ from reference import ReferenceLARS, to_array
 
 pytestmark = ignore_nothing_adapted
 DTYPES = (*REAL, *COMPLEX)
-# torch's SGD and everything that leaves it; no dampening, which found_inf excludes
+# torch's SGD and every option that leaves it; no dampening, which found_inf excludes
 NAMES = ["base", "momentum", "nesterov-joint", "momentum-unadapted", "unadapted", "unadapted-maximize", "everything"]
 
 
@@ -33,7 +33,7 @@ def tensors(dtype: torch.dtype) -> list[Tensor]:
 
 
 def bits(tensors: list[Tensor]) -> list[Tensor]:
-    """So that NaN equals NaN and 0 is not -0."""
+    """As bits, so that NaN equals NaN and 0 is not -0."""
     return [torch.view_as_real(t).contiguous() if t.is_complex() else t.contiguous() for t in tensors]
 
 
@@ -61,14 +61,14 @@ def test_equals_the_class(name: str, implementation: Options) -> None:
             assert all(torch.equal(a, b) for a, b in zip(kept, of_optimizer, strict=True) if a is not None)
             if OPTIONS[name].get("momentum"):
                 pairs = zip(buffers, buffers_of(optimizer), strict=True)
-                # torch's SGD makes a first buffer as a copy of the gradient, the class as zeros that it adds to: 0 - 0 = 0
+                # torch's SGD creates a first buffer as a copy of the gradient, the class as zeros that it adds to: 0 - 0 = 0
                 assert all(torch.equal(left, right) for left, right in pairs)
             else:
                 assert buffers == [None] * len(params)
 
 
 @implementations
-def test_fills_the_places_of_none_and_updates_buffers_in_place(implementation: Options) -> None:
+def test_replaces_none_and_updates_buffers_in_place(implementation: Options) -> None:
     for name in ("momentum", "dampening", "dampening-unadapted", "nesterov-joint", "skip_nonfinite"):
         options = {"momentum": 0.9, **OPTIONS[name]}
         params = tensors(torch.float32)
@@ -103,13 +103,13 @@ def test_a_first_step_is_known_tensor_by_tensor(adapt: bool, implementation: Opt
     ],
     ids=str,
 )
-def test_no_norm_is_taken_that_no_update_needs(options: Options, rows: int) -> None:
+def test_only_norms_that_an_update_needs_are_taken(options: Options, rows: int) -> None:
     for name, implementation in IMPLEMENTATIONS.items():
         known = fields.Options(**{**BASE, **options, **implementation})
         (bucket,) = split(Group([torch.ones(3)], [torch.ones(3)], [], [], known))
         assert bucket.backend.name == name
         measured = {id(each) for each in bucket.backend.measure(bucket, False) if each is not None}
-        # the fused step takes those of an adapted tensor itself, while it is in cache
+        # the fused step itself takes the norms of an adapted tensor, while it is in cache
         expected = int("skip_nonfinite" in options) if name == "fused" else rows
         assert len(measured) == expected
 
@@ -176,7 +176,7 @@ def test_gradients_are_divided_by_grad_scale(name: str, found_inf: bool | None, 
         reference.step(grads, grad_scale=scale)
         lars(params, grads, buffers, **OPTIONS[name], **IMPLEMENTATIONS[implementation], **scaler)
         for param, expected in zip(params, reference.params, strict=True):
-            # grad_scale is taken as float32, as GradScaler makes it
+            # grad_scale is read as float32, as GradScaler makes it
             torch.testing.assert_close(
                 torch.as_tensor(to_array(param)), torch.as_tensor(expected), rtol=1e-6, atol=1e-7
             )
@@ -194,7 +194,7 @@ def test_dampening_refuses_a_step_that_may_be_skipped(skip: Options, adapt: bool
     with pytest.raises(ValueError, match="needs dampening == 0, got dampening=0"):
         lars(params, make_grads("dense", params, 0), buffers, **options)
     assert same_bits(params, before) and buffers == [None] * len(params)
-    # without momentum there is nothing to dampen
+    # without momentum, dampening has no effect
     lars(params, make_grads("dense", params, 0), [], **{**options, "momentum": 0.0})
     assert not same_bits(params, before)
 
@@ -202,7 +202,7 @@ def test_dampening_refuses_a_step_that_may_be_skipped(skip: Options, adapt: bool
 @implementations
 @loop_over("name", ["base", "momentum-joint", "nesterov-paper", "skip_nonfinite", "momentum-unadapted"])
 def test_conjugate_views_are_updated(name: str, implementation: Options) -> None:
-    """Their real view is a copy: an update of it would be lost."""
+    """Their real view is a copy, so an update of it would be lost."""
     values, grads = torch.randn(2, 5, 3, dtype=torch.complex64)
     plain, view = values.clone(), values.conj().clone().conj()
     assert view.is_conj() and torch.equal(plain, view)

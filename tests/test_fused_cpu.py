@@ -1,4 +1,4 @@
-"""The fused CPU step is exact for every tensor: what torch's kernel computes wrong goes another way."""
+"""The fused CPU step is exact for every tensor. Tensors that torch's kernel computes wrong take another path."""
 
 import itertools
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ pytestmark = ignore_nothing_adapted
 SERVED = {("contiguous", "contiguous"), ("contiguous", "offset"), ("offset", "contiguous"), ("offset", "offset")}
 SERVED |= {("transposed", "transposed")}
 
-# param, grad, buffer; only gradients come as views with a sign bit, and mixed dtypes are in test_exactness.py
+# param, grad, buffer; only gradients come as negative views, and test_exactness.py has mixed dtypes
 FLOAT32 = [name for name in MEMORY if name not in ("float64", "bfloat16")]
 TRIPLES = [x for x in itertools.product(FLOAT32, repeat=3) if "negative" not in (x[0], x[2])]
 TRIPLES += [("float64",) * 3, ("bfloat16",) * 3]
@@ -39,12 +39,12 @@ def test_truth_table_of_serves(param: str) -> None:
         assert serves([p], [x]) == expected, other
         assert serves([p], [p], [x]) == expected, other
         assert serves([p], [x], [p]) == expected, other
-        # one among others decides for all
+        # one tensor decides for the whole list
         assert serves([plain, p], [plain, x], [plain, p]) == expected, other
         assert serves([p, plain], [x, plain], [p, plain]) == expected, other
 
 
-def test_serves_no_sizes_that_differ() -> None:
+def test_serves_only_equal_sizes() -> None:
     p, longer = torch.randn(4, 6), torch.randn(5, 6)
     assert not serves([p], [longer]) and not serves([longer], [p])
     assert not serves([p], [p], [longer]) and not serves([p], [p], [longer.view(6, 5)[:4]])
@@ -63,7 +63,7 @@ def test_serves_the_cpu_only() -> None:
 
 
 def test_serves_no_view_with_a_sign_bit_even_of_one_element() -> None:
-    """That one is contiguous."""
+    """It is contiguous."""
     p, negative = torch.randn(1), torch.tensor([1.0 + 2.0j]).conj().imag
     assert negative.is_neg() and negative.is_contiguous()
     assert not serves([p], [negative]) and not serves([p], [p], [negative])
@@ -83,7 +83,7 @@ LAYOUT_OPTIONS = ["momentum", "joint", "nesterov", "base", "everything", "moment
 
 @pytest.mark.parametrize("name", LAYOUT_OPTIONS)
 def test_every_layout_of_param_grad_and_buffer(name: str) -> None:
-    """Each with one of the option sets: who serves a tensor is asked of its layouts alone."""
+    """Each with one of the option sets, because only layouts decide who serves a tensor."""
     for layouts in TRIPLES[LAYOUT_OPTIONS.index(name) :: len(LAYOUT_OPTIONS)]:
         one_step(layouts, OPTIONS[name])
 
@@ -130,7 +130,7 @@ def test_equals_reference_through_every_loop(name: str, tiny_limits: None) -> No
 
 @pytest.mark.parametrize("name", ["momentum-joint", "clip", "nesterov"])
 def test_equals_reference_at_real_sizes(name: str) -> None:
-    """Past every limit as it is, with and without a remainder."""
+    """Past every real limit, with and without a remainder."""
     generator = torch.Generator().manual_seed(0)
     sizes = [fused_cpu.SMALL, fused_cpu.SMALL + 1, fused_cpu.STACK + 3, 5 * fused_cpu.STACK]
     params = [torch.nn.Parameter(torch.rand(size, generator=generator)) for size in sizes]
@@ -167,7 +167,7 @@ def test_parts_of_a_tensor_step_by_the_norms_of_the_whole(size: int, name: str) 
         ([(32, 32)] * 300, {}, 2),
         ([(64,)] + [(64, 64)] * 64, {}, 2),
         ([(128, 97)] * 5, {}, 5),  # too large
-        ([(10_007,)] * 5, {}, 5),  # into no rows
+        ([(10_007,)] * 5, {}, 5),  # cannot be divided into rows
         ([(96, 128)] * 21, {}, 1),
         ([(1 << 20,)], {}, 1),
         ([(1 << 20,)], {"momentum": 0.9}, 1),
@@ -180,7 +180,7 @@ def test_parts_of_a_tensor_step_by_the_norms_of_the_whole(size: int, name: str) 
 def test_a_step_takes_few_calls(
     shapes: list[tuple[int, ...]], option: Options, calls: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Small tensors together, up to what stays in cache; others by themselves, and in blocks only where they must."""
+    """Small tensors together, up to what fits in cache; others alone, and in blocks only if necessary."""
     params = [torch.ones(shape) for shape in shapes]
     kernel, sizes = torch._fused_sgd_, []
 
@@ -197,7 +197,7 @@ def test_a_step_takes_few_calls(
 
 @loop_over("scale", [1e-15, 1e-11, 1e-9, 1e-4, 1e6])
 def test_any_size_of_the_trust_ratio(scale: float) -> None:
-    """dampening = 1 - b loses b where b is small."""
+    """dampening = 1 - b loses digits of a small b."""
     generator = torch.Generator().manual_seed(0)
     params = [torch.randn(size, generator=generator) for size in (20_000, 20)]
     grads = [torch.randn(size, generator=generator) for size in (20_000, 20)]
@@ -206,7 +206,7 @@ def test_any_size_of_the_trust_ratio(scale: float) -> None:
     reference.step(grads)
     buffers: list[Tensor | None] = [None, None]
     lars(params, grads, buffers, fused=True, **options)
-    # relative to the buffer's own size, which is far below other tests' tolerances at such ratios
+    # relative to the size of the buffer, which is far below other tests' tolerances at such ratios
     for actual, expected in zip(buffers, reference.momentum_buffers, strict=True):
         assert actual is not None
         wanted = torch.as_tensor(expected)
@@ -216,7 +216,7 @@ def test_any_size_of_the_trust_ratio(scale: float) -> None:
 @pytest.mark.parametrize("trust_coefficient", [1e-2, 1e-5])
 @pytest.mark.parametrize("size", [20, 20_000], ids=["stacked", "alone"])
 def test_a_power_of_two_on_a_gradient_changes_no_bit(size: int, trust_coefficient: float) -> None:
-    """The kernel takes 1 - b in double precision: of a small b it kept the more digits the larger the ratio was."""
+    """The kernel takes 1 - b in double precision. Of a small b it would keep more digits the larger the ratio is."""
     for seed in range(50):
         generator = torch.Generator().manual_seed(seed)
         param, grad = (torch.randn(size, generator=generator) for _ in range(2))
@@ -236,7 +236,7 @@ def test_version_counters_move(name: str, size: int) -> None:
     param = torch.nn.Parameter(torch.randn(size))
     optimizer = LARS([param], fused=True, **OPTIONS[name])
     (param**2).sum().backward()
-    stale = (param**2).sum()  # autograd keeps the parameter as it is now
+    stale = (param**2).sum()  # autograd saves the current parameter
     versions = []
     for _ in range(2):
         buffer = optimizer.state[param].get("momentum_buffer") if param in optimizer.state else None
@@ -251,7 +251,7 @@ def test_version_counters_move(name: str, size: int) -> None:
 
 @pytest.mark.parametrize("name", ["momentum", "joint", "nesterov", "base", "clip-paper", "dampening"])
 def test_regrouping_and_permuting_changes_no_bit(name: str) -> None:
-    """A small tensor is computed in a stack whether or not others have its shape, in any order."""
+    """A small tensor is computed in a stack, whether or not others have its shape, in any order."""
     shapes = [(3, 5), (64,), (5000,), (12_289,), (3, 5), (10, 10, 10), (64,), (3, 5), (20000,)]
 
     def states(order: list[int], per_group: int) -> dict[int, Tensor]:
@@ -276,14 +276,14 @@ def test_is_the_default_on_cpu_and_only_there() -> None:
     for options in ({"foreach": False}, {"fused": False}, {"differentiable": True}):
         assert "adapted, single" in repr(LARS([param], lr=1.0, weight_decay=0.1, **options))
     assert "foreach" in repr(LARS([param], lr=1.0, weight_decay=0.1, foreach=True))
-    # torch's SGD is fused only where one asks for it
+    # torch's SGD is fused only on request
     assert "not adapted, single" in repr(LARS([param], lr=1.0))
     assert "not adapted, fused" in repr(LARS([param], lr=1.0, fused=True))
 
 
 @pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
-def test_trust_ratios_whatever_runs(options: Options) -> None:
-    """The fused step measures during the update: what is asked before it must be measured for the question."""
+def test_trust_ratios_with_every_implementation(options: Options) -> None:
+    """The fused step measures during the update. trust_ratios() before it must measure by itself."""
     params = [torch.nn.Parameter(torch.tensor([3.0, 4.0])), torch.nn.Parameter(torch.ones(20_000))]
     params[0].grad = torch.tensor([0.0, 2.0])
     optimizer = LARS([("a", params[0]), ("b", params[1])], lr=1.0, trust_coefficient=0.1, adapt=True, **options)
@@ -291,12 +291,12 @@ def test_trust_ratios_whatever_runs(options: Options) -> None:
 
 
 def test_a_group_over_several_devices_is_not_fused_by_default() -> None:
-    """Its accelerator tensors would take kernels that nobody asked for."""
+    """Its tensors on accelerators would take kernels that nobody requested."""
     params = [torch.nn.Parameter(torch.ones(4, device=device)) for device in ("cpu", "meta")]
     assert "adapted, single" in repr(LARS(params, lr=1.0, weight_decay=0.1))
 
 
-def test_a_list_that_is_one_part_is_not_sorted() -> None:
+def test_a_list_that_is_one_bucket_is_not_sorted() -> None:
     """Sorting takes as long as the step of small tensors."""
     params, others = [[torch.ones(4), torch.ones(2, 3)] for _ in range(2)]
     for momentum, buffers in (
@@ -314,7 +314,7 @@ def test_a_list_that_is_one_part_is_not_sorted() -> None:
     assert [(bucket.backend.name, bucket.indices) for bucket in late] == [("fused", [0]), ("fused", [1])]
 
 
-def test_foreach_is_the_default_where_it_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_foreach_is_the_default_if_it_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eager, "default_foreach", lambda params: params[0].device.type == "meta")
     meta, cpu = [torch.ones(4, device="meta")], [torch.ones(4)]
     for adapt in (True, False):

@@ -1,7 +1,7 @@
-"""State dicts as no one should save them: each is refused, and nothing has changed, or loaded whole.
+"""Broken state dicts: each is refused without any change, or loaded whole.
 
-A case is a number: it seeds the optimizer, the damage and all values, and `check(number)` repeats it. FASTLARS_FUZZ_SECONDS
-makes the last test go on with new cases until that time is up.
+A case is a number that seeds the optimizer, the damage and all values. `check(number)` repeats it. With
+FASTLARS_FUZZ_SECONDS the last test runs new cases until the time is up.
 """
 
 import copy
@@ -31,7 +31,7 @@ STATE = ("momentum_buffer", "compensation")
 SECONDS = float(os.environ.get("FASTLARS_FUZZ_SECONDS", "0"))
 NAN, INF = float("nan"), float("inf")
 StateDict = dict[str, Any]
-# what a message must name: the place, in the words of the one who saved
+# what a message must name: the place, in the words of whoever saved it
 PLACE = re.compile(
     r"param group|parameter group|state dict|the state of|momentum_buffer|compensation|parameter \d|meta"
 )
@@ -39,7 +39,7 @@ PLACE = re.compile(
 
 # ---------------------------------------------------------------- an optimizer, and all that is in it
 def make(rng: random.Random, dtype: torch.dtype) -> LARS:
-    """Two or three groups, some with names, one to three steps done; some tensors may have had no gradient yet."""
+    """Two or three groups, some with names, after one to three steps. Some tensors may have had no gradient yet."""
     options = rng.choice(
         [{"momentum": 0.9}, {"momentum": 0.9, "dampening": 0.5}, {"momentum": 0.9, "nesterov": True}, {}]
     )
@@ -69,7 +69,7 @@ def give_grads(optimizer: LARS, history: str, step: int) -> None:
 
 
 def frozen(value: Any, identity: bool = False) -> Any:
-    """A value that equals another exactly if every bit below it does; with identity, if they are the same tensors too."""
+    """A value that is equal to another only if every bit is; with identity, only if they are the same tensors."""
     if isinstance(value, Tensor):
         shown = (str(value.dtype), str(value.layout), tuple(value.shape), value.device.type, id(value) * identity)
         if value.layout is not torch.strided or value.is_meta:
@@ -80,7 +80,7 @@ def frozen(value: Any, identity: bool = False) -> Any:
         return [(frozen(key, identity), frozen(each, identity)) for key, each in value.items()]
     if isinstance(value, (list, tuple, set)):
         return [type(value), *(frozen(each, identity) for each in value)]
-    return type(value), repr(value)  # NaN too equals itself
+    return type(value), repr(value)  # NaN equals itself
 
 
 def everything(optimizer: LARS) -> Any:
@@ -107,7 +107,7 @@ def containers(tree: Any) -> list[Any]:
 
 
 def somewhere(rng: random.Random, saved: StateDict, empty: bool = False) -> tuple[Any, Any]:
-    """A container, and one of its keys or places."""
+    """A container, and one of its keys or indices."""
     container = rng.choice([c for c in containers(saved) if c or empty] or [saved])
     places = list(container) if isinstance(container, dict) else list(range(len(container)))
     return container, rng.choice(places) if places else 0
@@ -143,7 +143,7 @@ def exchange(rng: random.Random, saved: StateDict) -> None:
 
 
 def buffers(saved: StateDict) -> list[dict[str, Any]]:
-    """The entries whose buffers are still sound enough to be damaged."""
+    """The entries whose buffers are still intact."""
     states = saved["state"].values() if isinstance(saved.get("state"), dict) else ()
     held = [s for s in states if isinstance(s, dict) and isinstance(s.get("momentum_buffer"), Tensor)]
     return [s for s in held if s["momentum_buffer"].layout is torch.strided and not s["momentum_buffer"].is_meta]
@@ -174,7 +174,7 @@ def damage_buffer(rng: random.Random, saved: StateDict) -> None:
 def cast_buffers(rng: random.Random, saved: StateDict) -> None:
     dtype = rng.choice(DTYPES)
     for state in buffers(saved):
-        if dtype.is_complex or not state["momentum_buffer"].is_complex():  # else torch warns
+        if dtype.is_complex or not state["momentum_buffer"].is_complex():  # otherwise torch warns
             state["momentum_buffer"] = state["momentum_buffer"].to(dtype)
 
 
@@ -187,7 +187,7 @@ def spoil_numbers(rng: random.Random, saved: StateDict) -> None:
 
 
 def rename(rng: random.Random, saved: StateDict) -> None:
-    """Momentum under the names of other optimizers, and nested as bitsandbytes does, or nonsense there."""
+    """Momentum under the names of other optimizers, nested as by bitsandbytes, or nonsense there."""
     for state in buffers(saved):
         if rng.random() < 0.5:
             state[rng.choice(["mu", "exp_avg", "state1", "buf", "momentum"])] = state.pop("momentum_buffer")
@@ -196,7 +196,7 @@ def rename(rng: random.Random, saved: StateDict) -> None:
 
 
 def keys_as_text(_: random.Random, saved: StateDict) -> None:
-    """What JSON makes of the keys."""
+    """The keys after a round trip through JSON."""
     if isinstance(saved.get("state"), dict):
         saved["state"] = {str(key): state for key, state in saved["state"].items()}
 
@@ -228,7 +228,7 @@ def change_options(rng: random.Random, saved: StateDict) -> None:
 
 
 def older(rng: random.Random, saved: StateDict) -> None:
-    """Without the options that other optimizers, or other versions, do not have."""
+    """Without options that other optimizers or versions lack."""
     for group in groups_of(saved):
         for name in rng.sample(NAMES, rng.randrange(len(NAMES))):
             group.pop(name, None)
@@ -246,7 +246,7 @@ WHOLE: list[Callable[[StateDict], Any]] = [
 
 # ---------------------------------------------------------------- what a correct load is
 def assert_loaded(optimizer: LARS, before: list[dict[str, Any]], saved: StateDict) -> None:
-    """By the state dict alone: every buffer where its key says, none lost, options saved or kept; and it steps so."""
+    """Judged by the state dict alone: every buffer is where its key says, none is lost, options are saved or kept, and it steps."""
     seen: dict[Any, Tensor] = {}
     twin_groups, expected = [], []
     for group, old, saved_group in zip(optimizer.param_groups, before, saved["param_groups"], strict=True):
@@ -275,13 +275,13 @@ def assert_loaded(optimizer: LARS, before: list[dict[str, Any]], saved: StateDic
     twin = LARS(twin_groups, lr=0.0)
     for param, held in zip(params_of(twin), expected, strict=True):
         for key, tensor in held.items():
-            # with its strides, which decide who steps it
+            # with its strides, which decide which backend steps it
             own = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
             twin.state[param][key] = own.copy_(tensor.detach())
     for each in (optimizer, twin):
         give_grads(each, "dense", 4)
         if any(group["differentiable"] for group in each.param_groups):
-            continue  # leaves, as these are, cannot take such a step, with torch's optimizers neither
+            continue  # leaves cannot take such a step, in torch's optimizers either
         each.step()
     assert bits(optimizer) == bits(twin)
     assert repr(optimizer)
@@ -292,7 +292,7 @@ def assert_loaded(optimizer: LARS, before: list[dict[str, Any]], saved: StateDic
 
 
 def check(case: int) -> str:
-    """Load the state dict of one case: "loaded", or the type of the error."""
+    """Load the state dict of one case. Returns "loaded" or the type of the error."""
     rng = random.Random(case)
     dtype = rng.choice([torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.complex64])
     optimizer = make(rng, dtype)
@@ -333,7 +333,7 @@ def check(case: int) -> str:
 @pytest.mark.parametrize("cases", [range(QUICK), pytest.param(range(QUICK, CASES), marks=pytest.mark.slow)], ids=str)
 def test_every_case_is_refused_or_loaded_whole(cases: range) -> None:
     outcomes = Counter(check(case) for case in cases)
-    # damage that always ends one way would prove little
+    # damage that always has one outcome would prove little
     assert outcomes["loaded"] > len(cases) / 5
     assert outcomes["ValueError"] > len(cases) / 5
     assert outcomes["TypeError"] > len(cases) / 20

@@ -1,6 +1,6 @@
-"""After any operation on a live optimizer a step equals the float64 reference for all tensors, or it raises and nothing changes.
+"""After any operation on a live optimizer, a step equals the float64 reference, or it raises and nothing changes.
 
-In the suite some fixed cases. With FASTLARS_PROPERTIES_SECONDS=N new ones for N seconds (`nox -s properties`); what fails
+The suite runs some fixed cases. With FASTLARS_PROPERTIES_SECONDS=N new ones run for N seconds (`nox -s properties`). A failure
 prints its number, and `fuzz_steps.run(number)` repeats it.
 """
 

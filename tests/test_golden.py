@@ -1,8 +1,8 @@
-"""The numbers of tests/golden.json: who changes one writes the file anew, `python tests/golden.py`, and says so in CHANGELOG.md.
+"""The numbers of tests/golden.json. After a change of numbers, run `python tests/golden.py` and add an entry to CHANGELOG.md.
 
-float64 holds everywhere, to 1e-12. The bits of float32 hold exactly with torch 2.13 and later on x86-64 with AVX2 or AVX512,
-which all give the same. Older versions and other processors round in another order: there each number holds to one unit in
-the last place a step, of the largest number of its tensor.
+float64 values hold everywhere, to 1e-12. float32 bits hold exactly with torch 2.13 and later on x86-64 with AVX2 or AVX512,
+which agree. Older versions and other processors round in another order. There each number holds to one unit in the last
+place per step, of the largest number of its tensor.
 """
 
 import json
@@ -48,7 +48,7 @@ def test_float32_bits(name: str, implementation: str) -> None:
 @cases
 @loop_over("implementation", IMPLEMENTATIONS)
 def test_the_bits_are_those_of_the_right_numbers(name: str, implementation: str) -> None:
-    """What was recorded is not merely what came out."""
+    """The recorded numbers are right, not merely what came out."""
     bits = golden.from_hex(CASES[name]["float32"][implementation])
     assert_within_a_unit_a_step(bits, CASES[name]["float64"], name)
 

@@ -1,4 +1,4 @@
-"""param_groups holds every parameter once, sorted as it says."""
+"""param_groups holds every parameter once, in the group that its rules say."""
 
 import math
 from typing import Any
@@ -12,12 +12,12 @@ from torch.nn.utils.parametrize import register_parametrization
 from fastlars import DIALECTS, LARS, param_groups
 from fastlars.schedules import warmup_cosine
 
-# most of these models have no normalisation layers: test_bias_lr.py has the warning
-pytestmark = pytest.mark.filterwarnings("ignore:param_groups. biases and other tensors that are not adapted")
+# most of these models have no normalisation layers; test_bias_lr.py tests the warning
+pytestmark = pytest.mark.filterwarnings("ignore:param_groups. this model has no normalisation layers")
 
 
 class Scaling(nn.Module):
-    """A parameter of the shape and name given."""
+    """A parameter of the given shape and name."""
 
     def __init__(self, *shape: int, name: str = "weight") -> None:
         super().__init__()
@@ -25,11 +25,11 @@ class Scaling(nn.Module):
 
 
 class ChannelNorm(Scaling):
-    """A home-made normalisation layer."""
+    """A custom normalisation layer."""
 
 
 class PreNorm(nn.Module):
-    """Named as a normalisation layer, but what it wraps is none."""
+    """Named like a normalisation layer, but it wraps something else."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,11 +38,11 @@ class PreNorm(nn.Module):
 
 
 class Rescaler(nn.RMSNorm):
-    """A normalisation layer by its base class alone."""
+    """A normalisation layer only by its base class."""
 
 
 class Affine(Scaling):
-    """A gain per channel that is called neither norm nor weight."""
+    """A gain per channel whose name is neither norm nor weight."""
 
 
 def tied() -> nn.Module:
@@ -69,10 +69,10 @@ def doubled(module: nn.Module, name: str = "weight") -> nn.Module:
 
 
 def compiled(module: nn.Module) -> nn.Module:
-    return torch.compile(module, backend="eager")  # Inductor's import warns, and nothing is run
+    return torch.compile(module, backend="eager")  # importing Inductor warns, and nothing is run
 
 
-# model, the names of its adapted parameters
+# model, and the names of its adapted parameters
 MODELS: dict[str, tuple[nn.Module, list[str]]] = {
     "conv_bn": (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)), ["0.weight", "2.weight"]),
     "transformer": (
@@ -115,7 +115,7 @@ MODELS: dict[str, tuple[nn.Module, list[str]]] = {
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_every_parameter_stands_once_with_its_name(model: str) -> None:
+def test_every_parameter_occurs_once_with_its_name(model: str) -> None:
     module, adapted = MODELS[model]
     groups = param_groups(module, weight_decay=0.1)
     named = dict(module.named_parameters())
@@ -130,12 +130,12 @@ def test_every_parameter_stands_once_with_its_name(model: str) -> None:
     assert [(name, id(param)) for name, param in kept] == [(name, id(param)) for name, param in pairs]
     for param in named.values():
         param.grad = torch.randn_like(param)
-    if model != "meta":  # which has no numbers
+    if model != "meta":  # it has no values
         assert list(optimizer.trust_ratios()) == [name for name in named if name in adapted]
     optimizer.step()
 
 
-def test_frozen_parameters_are_there_to_be_unfrozen() -> None:
+def test_frozen_parameters_are_included() -> None:
     model = frozen()
     optimizer = LARS(param_groups(model, 0.1), lr=1.0)
     before = [p.detach().clone() for p in model.parameters()]
@@ -148,13 +148,13 @@ def test_frozen_parameters_are_there_to_be_unfrozen() -> None:
 
 
 @pytest.mark.parametrize("given", ["module", "list", "generator"])
-def test_named_parameters_do_as_well_as_a_module(given: str) -> None:
+def test_named_parameters_work_like_a_module(given: str) -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
     source = {"module": model, "list": list(model.named_parameters()), "generator": model.named_parameters()}[given]
     adapted, rest = param_groups(source, 0.1)
     assert [name for name, _ in adapted["params"]] == ["0.weight"]
     assert [name for name, _ in rest["params"]] == ["0.bias", "1.weight", "1.bias"]
-    # twice the same tensor: once, under its first name
+    # the same tensor twice, so once, under its first name
     twice = [*model.named_parameters(), ("again", model[0].weight)]
     assert [len(group["params"]) for group in param_groups(twice, 0.1)] == [1, 3]
     assert names_of(param_groups(twice, 0.1)) == ["0.weight"]
@@ -207,7 +207,7 @@ def test_errors(source: Any, error: type[Exception], message: str) -> None:
 
 # ---------------------------------------------------------------- exclude, adapt
 class VisionTransformer(nn.Module):
-    """The names and shapes of one, without what computes."""
+    """The names and shapes of one, without the computation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -226,7 +226,7 @@ MATRICES = [
     for name in ("self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight")
 ]
 DEFAULT = ["pos_embed", "patch_embed.weight", "words.weight", *MATRICES]
-# exclude, the names that it takes from the default
+# patterns to exclude, and the names that they remove from the default
 EXCLUDES: dict[str, tuple[Any, list[str]]] = {
     "nothing": ((), []),
     "pattern": ("*pos_embed", ["pos_embed"]),
@@ -242,7 +242,7 @@ EXCLUDES: dict[str, tuple[Any, list[str]]] = {
                                             ("self_attn.out_proj", "linear1", "linear2")), "words.weight"]),
     "classes_and_patterns": ({nn.Embedding, "*_embed*"}, ["pos_embed", "patch_embed.weight", "words.weight"]),
     "base_class": (nn.modules.conv._ConvNd, ["patch_embed.weight"]),
-    # only what is its own: not the layers within
+    # only parameters directly in the module, not those of layers inside it
     "class_of_a_block": (nn.MultiheadAttention, [MATRICES[0], MATRICES[4]]),
 }  # fmt: skip
 
@@ -264,7 +264,7 @@ def test_exclude(case: str) -> None:
     "wrap",
     [
         compiled,
-        nn.Sequential,  # no wrapper: names change, and patterns with them
+        nn.Sequential,  # not a wrapper, so names change, and patterns with them
         lambda model: nn.ModuleDict({"module": model}),  # the names that DistributedDataParallel gives
         lambda model: compiled(nn.ModuleDict({"module": model})),
         lambda model: nn.ModuleDict({"module": compiled(model)}),
@@ -302,15 +302,15 @@ def test_patterns_reach_through_wrappers(wrap: Any) -> None:
         (
             nn.Linear(2, 2),
             TypeError,
-            "object is not iterable|exclude_from_adaptation must hold patterns of names and module classes",
+            "object is not iterable|exclude_from_adaptation must hold name patterns and module classes",
         ),
         (
             [nn.Linear(2, 2)],
             TypeError,
-            "exclude_from_adaptation must hold patterns of names and module classes, got Linear",
+            "exclude_from_adaptation must hold name patterns and module classes, got Linear",
         ),
-        (int, TypeError, "exclude_from_adaptation must hold patterns of names and module classes, got <class 'int'>"),
-        ([None], TypeError, "exclude_from_adaptation must hold patterns of names and module classes, got None"),
+        (int, TypeError, "exclude_from_adaptation must hold name patterns and module classes, got <class 'int'>"),
+        ([None], TypeError, "exclude_from_adaptation must hold name patterns and module classes, got None"),
     ],
 )
 def test_an_exclude_that_excludes_nothing_is_an_error(exclude: Any, error: type[Exception], message: str) -> None:
@@ -341,13 +341,13 @@ def test_adapt_replaces_the_rule_but_not_exclude() -> None:
 
 
 @pytest.mark.parametrize("key", ["params", "adapt"])
-def test_unadapted_holds_options_only(key: str) -> None:
+def test_unadapted_accepts_only_options(key: str) -> None:
     with pytest.raises(ValueError, match=f"unadapted must hold options of the group .* got '{key}'; leave it out"):
         param_groups(nn.Linear(2, 2), 0.1, unadapted={key: True})
 
 
 def test_barlow_twins_two_learning_rates() -> None:
-    """Each parameter's lr over a schedule, as in the authors' program: two groups by dimensions, two peaks."""
+    """Each parameter's lr over a schedule, as in the authors' program: two groups by dimensions, with two peaks."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2, bias=False))
     scale = 2048 / 256
     groups = param_groups(model, 1e-6, adapt=lambda _, p: p.ndim != 1, bias_lr=0.0048 * scale)

@@ -1,4 +1,4 @@
-"""kahan_sum: half-precision weights that train, because what rounding takes from them enters the next step."""
+"""kahan_sum: half-precision weights train, because the rounding error of a step is added to the next one."""
 
 import copy
 import pickle
@@ -15,9 +15,9 @@ from fastlars import LARS, convert_state_dict, lars
 from harness import IMPLEMENTATIONS, buffers_of, implementations, loop_over, pairs, set_grads
 from reference import ReferenceLARS, norm, to_array
 
-pytestmark = pytest.mark.filterwarnings("ignore:param group 0. steps of .* are mostly lost:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:param group 0. half-precision weights round away:UserWarning")
 HALF = (torch.bfloat16, torch.float16)
-RELATIVE = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2)  # by how much of its norm a step moves a tensor
+RELATIVE = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2)  # how far a step moves a tensor, relative to its norm
 halves = loop_over("dtype", HALF)
 
 
@@ -29,7 +29,7 @@ def compensation(optimizer: LARS) -> Tensor:
 
 # ---------------------------------------------------------------- it trains
 def path(dtype: torch.dtype, relative: float, momentum: float, options: Options) -> float:
-    """How far 1,000 steps end from the reference that rounds where ours do, as a part of the way that it went."""
+    """How far 1,000 steps end from the reference with the same rounding, as a share of the distance covered."""
     generator = torch.Generator().manual_seed(0)
     weights, drift = (torch.randn(64, 8, generator=generator) for _ in range(2))
     param = Parameter((0.02 * weights).to(dtype))
@@ -71,8 +71,8 @@ def test_every_size_of_step_follows_the_reference(
         )
 
 
-# weight, compensation, and the smallest step that changes their sum: half of what separates neighbouring compensations.
-# bfloat16: the worst place, just before the compensation becomes part of the weight. float16: 2 ** -24 lies next to 0.
+# weight, compensation, and the smallest step that changes their sum: half the distance of neighbouring compensations.
+# bfloat16: the worst place, just before the compensation is absorbed. float16: 2 ** -24 is next to 0.
 SMALLEST = {torch.bfloat16: (1.0, 2.0**-8 - 2.0**-16, 2.0**-17), torch.float16: (2.0**-6, 0.0, 2.0**-25)}
 
 
@@ -89,7 +89,7 @@ def test_the_smallest_step_that_survives(dtype: torch.dtype, factor: float, surv
 
 # ---------------------------------------------------------------- where it is on
 @implementations
-def test_on_for_half_types_that_are_adapted(implementation: Options) -> None:
+def test_on_by_default_for_adapted_half_types(implementation: Options) -> None:
     for kahan_sum, kept in (
         (None, {True: HALF, False: ()}),
         (True, {True: HALF, False: HALF}),
@@ -163,7 +163,7 @@ def weight_of(optimizer: LARS) -> Tensor:
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "load"])
-def test_a_copy_goes_on_with_the_same_bits(way: str) -> None:
+def test_a_copy_resumes_with_the_same_bits(way: str) -> None:
     first = stepped()
     second = {
         "deepcopy": copy.deepcopy,
@@ -193,7 +193,7 @@ def test_state_from_before_starts_at_zero_and_keeps_what_the_group_says() -> Non
 
 
 def test_off_and_on_again() -> None:
-    """Off, the next step drops what was kept; nothing is folded into the weights. On again, it starts at zero."""
+    """Turned off, the next step drops the compensation without folding it into the weights. On again, it starts at zero."""
     optimizer = stepped()
     (group,) = optimizer.param_groups
     group["kahan_sum"], alone = False, copy.deepcopy(optimizer)
@@ -212,7 +212,7 @@ def test_off_and_on_again() -> None:
 
 
 def test_a_float32_checkpoint_and_back() -> None:
-    """What docs/precision.md shows: the compensation is the low half of a float32 weight."""
+    """As docs/precision.md shows: the compensation is the low half of a float32 weight."""
     wide = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
     param = Parameter(wide.bfloat16())
     optimizer = LARS([param], lr=0.0, adapt=True)
@@ -220,7 +220,7 @@ def test_a_float32_checkpoint_and_back() -> None:
     param.grad = torch.ones_like(param)
     optimizer.step()
     torch.testing.assert_close(param.detach().float() + compensation(optimizer).float(), wide, rtol=2.0**-16, atol=0)
-    # into float32 parameters nothing of it is taken: it was to be added to the weights before
+    # float32 parameters do not take it; it had to be added to the weights before
     other = loaded(optimizer.state_dict(), param.float())
     assert "compensation" not in other.state.get(weight_of(other), {})
 
@@ -228,13 +228,13 @@ def test_a_float32_checkpoint_and_back() -> None:
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
-        (lambda c: c[:2], ValueError, "compensation of parameter 0 of param group 0 must have shape (3, 5)"),
-        (lambda c: c.long(), ValueError, "compensation of parameter 0 of param group 0 must have shape (3, 5)"),
+        (lambda c: c[:2], ValueError, "compensation of parameter 0 of param group 0 must be a floating tensor of shape (3, 5)"),
+        (lambda c: c.long(), ValueError, "compensation of parameter 0 of param group 0 must be a floating tensor of shape (3, 5)"),
         (lambda c: c.tolist(), TypeError, "compensation of parameter 0 of param group 0 must be a tensor, got list"),
-        (lambda c: c[:1, :1].expand(3, 5), ValueError, "compensation of parameter 0 of param group 0 must have memory of its own"),
+        (lambda c: c[:1, :1].expand(3, 5), ValueError, "compensation of parameter 0 of param group 0 must have its own memory"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_loaded(damage: Any, error: type[Exception], message: str) -> None:
+def test_wrong_compensations_are_refused(damage: Any, error: type[Exception], message: str) -> None:
     optimizer = stepped()
     saved = copy.deepcopy(optimizer.state_dict())
     saved["state"][0]["compensation"] = damage(saved["state"][0]["compensation"])
@@ -271,14 +271,14 @@ def test_refusals() -> None:
     weight, grad = torch.ones(3, dtype=torch.bfloat16), torch.ones(3, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="kahan_sum=True needs compensations"):
         lars([weight], [grad], [], lr=0.1, kahan_sum=True)
-    with pytest.raises(RuntimeError, match=r"has a compensation of torch\.float32; make it torch.zeros_like"):
+    with pytest.raises(RuntimeError, match=r"has a compensation of torch\.float32; replace it with torch.zeros_like"):
         lars([weight], [grad], [], lr=0.1, adapt=True, compensations=[torch.zeros(3)])
     with pytest.raises(ValueError, match="kahan_sum=True and differentiable=True exclude each other"):
         LARS([weight], lr=0.1, kahan_sum=True, differentiable=True)
     assert torch.equal(weight, torch.ones_like(weight))
 
 
-# ---------------------------------------------------------------- told
+# ---------------------------------------------------------------- the warning
 @pytest.mark.parametrize(
     ("options", "warns"),
     [
@@ -294,11 +294,15 @@ def test_one_warning_where_steps_round_away(options: Options, warns: bool) -> No
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         stepped(2, **options)
-    told = [str(each.message) for each in caught if "mostly lost where weights in half precision" in str(each.message)]
+    told = [
+        str(each.message) for each in caught if "half-precision weights round away most of a step" in str(each.message)
+    ]
     assert len(told) == warns
     if warns:
         assert (
-            told[0].startswith("param group 0: steps of 3e-06 of a weight's norm")
+            told[0].startswith(
+                "param group 0: half-precision weights round away most of a step of 3e-06 of their norm."
+            )
             and "Leave kahan_sum at None" in told[0]
         )
 
@@ -321,8 +325,8 @@ def test_a_converted_run_keeps_it(momentum: float) -> None:
     "ignore::DeprecationWarning", "ignore::FutureWarning"
 )  # torch's own, from inside its compiler
 @pytest.mark.parametrize("foreach", [True, False])
-def test_a_compiled_step_keeps_what_rounding_takes(foreach: bool) -> None:
-    """Inductor drops a conversion that is converted back, and every compensation with it."""
+def test_a_compiled_step_keeps_rounding_errors(foreach: bool) -> None:
+    """Inductor removes a conversion that is converted back, and every compensation with it."""
     for dtype in HALF:
         params = [make_params(dtype, layouts=["matrix", "vector", "conv"]) for _ in range(2)]
         eager, compiled = (LARS(each, lr=0.1, momentum=0.9, adapt=True, foreach=foreach) for each in params)

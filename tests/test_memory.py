@@ -45,7 +45,7 @@ def assert_as_without_memory(optimizer: LARS, shapes: list[tuple[int, ...]], ste
 # ---------------------------------------------------------------- dispatch
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What was called since the last clear: `serves` looks at tensors, `guard` builds a guard."""
+    """Calls since the last clear: `serves` inspects tensors, `guard` builds a guard."""
     calls: list[str] = []
     serves, guard = type(FUSED_CPU).serves, backends.metadata_guard
     monkeypatch.setattr(type(FUSED_CPU), "serves", lambda *args: (calls.append("serves"), serves(*args))[1])
@@ -86,8 +86,8 @@ def test_a_known_group_is_sorted_again_when_a_gradient_changes(changed: str, ask
     assert not any(torch.equal(p, old) for p, old in zip(params_of(optimizer), before, strict=True))
 
 
-def test_a_parameter_that_comes_twice_is_asked_each_time_and_makes_few_guards(asked: list[str]) -> None:
-    """Torch's guard takes no list that holds a tensor twice."""
+def test_a_parameter_listed_twice_is_sorted_each_time_and_builds_few_guards(asked: list[str]) -> None:
+    """torch's guard accepts no list that holds a tensor twice."""
     params = [torch.nn.Parameter(torch.ones(5)) for _ in range(2)]
     params[0].grad = params[1].grad = torch.ones(5)
     optimizer = LARS(params, **OPTION)
@@ -116,7 +116,7 @@ def test_an_interrupted_guard_leaves_no_wrong_assignment(monkeypatch: pytest.Mon
     grads = [p.grad for p in params_of(optimizer)]
     with monkeypatch.context() as patch:
         patch.setattr(backends, "metadata_guard", fails)
-        for _ in range(3):  # gradients of one tensor fewer: another list
+        for _ in range(3):  # gradients of one tensor less, so another list
             params_of(optimizer)[-1].grad = None
             before = [p.detach().clone() for p in params_of(optimizer)]
             try:
@@ -158,7 +158,7 @@ def test_no_temporary_above_4_mib() -> None:
         for size in allocated:
             live += size
             peak = max(peak, live)
-        # two workspaces; the sum of a gradient and its decay
+        # two workspaces, and the sum of a gradient and its decay
         limit = 3.25 if name == "joint" else 2.25
         assert allocated and 2 * 2**20 <= peak <= limit * 2**20, f"{name}: {peak / 2**20:.2f} MiB"
 
@@ -207,8 +207,8 @@ class Sees(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kept", [False, True], ids=["first", "later"])
-def test_memory_under_a_mode_is_made_and_not_kept(kept: bool) -> None:
-    """It may be no real memory, and memory from before would be a constant in a graph that the mode traces."""
+def test_memory_under_a_mode_is_not_kept(kept: bool) -> None:
+    """It may not be real memory, and existing memory would be a constant in a graph that the mode traces."""
     optimizer = make(SHAPES)
     for _ in range(3 * kept):
         optimizer.step()
@@ -233,7 +233,7 @@ TRANSFORMS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_a_step_within_a_transform(transform: str) -> None:
-    """To which a tensor from outside is one not to be written."""
+    """A transform treats a tensor from outside as one that must not be written."""
     optimizer = make(SHAPES)
     for _ in range(3):
         optimizer.step()
@@ -258,7 +258,7 @@ def test_where_torch_cannot_tell_of_modes_nothing_is_kept(monkeypatch: pytest.Mo
 
 
 def test_a_first_step_in_inference_mode_leaves_memory_that_can_be_written() -> None:
-    """A tensor that inference mode has made cannot be written outside of it."""
+    """A tensor created in inference mode cannot be written outside it."""
     optimizer = make(SHAPES)
     for param in params_of(optimizer):
         optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
@@ -286,7 +286,7 @@ def test_what_a_step_that_fails_leaves_in_its_memory_is_not_read(monkeypatch: py
 
 @pytest.mark.parametrize("foreach", [False, True])
 def test_a_shifted_gradient_is_found_in_a_known_group(foreach: bool) -> None:
-    """Its metadata is that of the gradients before; single and foreach would write it before they have read it."""
+    """Its metadata equals that of earlier gradients. Single and foreach would overwrite it before reading it."""
     memory = torch.arange(1.0, 10.0)
     results = []
     for shares in (True, False):

@@ -1,4 +1,4 @@
-"""Whoever brings another library's option name, or misspells ours, hears ours; a tag that merely looks like one passes."""
+"""Another library's option name, or a misspelt one, raises an error that gives ours. A tag that only looks like one passes."""
 
 import copy
 import warnings
@@ -21,7 +21,7 @@ MISSPELT = {
     "adapted": "adapt",
     "lrinmomentum": "lr_in_momentum",
 }
-# what users write into groups for themselves
+# keys that users write into groups for their own use
 LOOK_ALIKES = {"lr0": "lr", "used": "fused", "damping": "dampening", "lrs": "lr", **MISSPELT}
 
 
@@ -34,7 +34,7 @@ def make(**group: Any) -> LARS:
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_other_libraries_names_are_refused_wherever_they_are_given(name: str) -> None:
+def test_other_libraries_names_are_refused_everywhere(name: str) -> None:
     ours = FOREIGN[name]
     sentence = f"'{name}' is called {ours} here" if ours in NAMES else f"'{name}' is not an option of LARS; "
     with pytest.raises(TypeError, match=f"^{sentence}"):
@@ -52,8 +52,8 @@ def test_other_libraries_names_are_refused_wherever_they_are_given(name: str) ->
     assert optimizer.state_dict() == before
 
 
-def test_the_names_of_the_libraries_that_people_come_from() -> None:
-    """Their signatures, written down apart from the table: timm, torchlars, apex, solo-learn, FAIR's, TF, MXNet."""
+def test_the_table_has_the_names_of_other_libraries() -> None:
+    """Their signatures, written down separately from the table: timm, torchlars, apex, solo-learn, FAIR's, TF, MXNet."""
     theirs = [
         "eta",
         "trust_coef",
@@ -91,7 +91,7 @@ def test_a_group_key_that_looks_like_an_option_warns_and_passes(key: str, meant:
     with pytest.warns(UserWarning, match=message):
         other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert other.param_groups[0][key] == "mine"
-    with warnings.catch_warnings():  # whose groups have it already knows
+    with warnings.catch_warnings():  # no warning for a key that the groups already have
         warnings.simplefilter("error")
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         copy.deepcopy(optimizer).step()
@@ -99,7 +99,7 @@ def test_a_group_key_that_looks_like_an_option_warns_and_passes(key: str, meant:
 
 # ---------------------------------------------------------------- dialect=
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_a_dialect_by_name_is_its_row(dialect: str) -> None:
+def test_a_dialect_by_name_gives_its_options(dialect: str) -> None:
     rows = [
         LARS([param()], lr=0.5, dialect=dialect),
         LARS([param()], lr=0.5, **DIALECTS[dialect]),
@@ -107,10 +107,10 @@ def test_a_dialect_by_name_is_its_row(dialect: str) -> None:
     ]
     first, *others = [[{**g, "params": None} for g in o.param_groups] for o in rows]
     assert all(other == first for other in others)
-    assert "dialect" not in rows[0].param_groups[0]  # options are kept, and nothing else
+    assert "dialect" not in rows[0].param_groups[0]  # only options are kept
 
 
-def test_what_is_given_comes_before_the_dialect() -> None:
+def test_given_options_override_the_dialect() -> None:
     (group,) = LARS([param()], lr=0.5, dialect="simclr", eps=1e-8, lr_in_momentum=False).param_groups
     assert (group["eps"], group["lr_in_momentum"], group["trust_denominator"]) == (1e-8, False, "joint")
     (group,) = LARS([param()], 0.5, 0.9, 0.0, 0.1, False, 0.002, 1e-8, dialect="larc").param_groups  # by position
@@ -125,8 +125,8 @@ def test_what_is_given_comes_before_the_dialect() -> None:
 @pytest.mark.parametrize(
     ("misspelt", "nearest"), [("simlcr", "simclr"), ("SimCLR", "simclr"), ("LARC", "larc"), (3, "")]
 )
-def test_a_misspelt_dialect_is_answered_with_the_nearest(misspelt: Any, nearest: str) -> None:
-    message = f"there is no dialect {misspelt!r}; did you mean '{nearest}.* There are bolts, "
+def test_a_misspelt_dialect_raises_with_the_nearest_name(misspelt: Any, nearest: str) -> None:
+    message = f"there is no dialect {misspelt!r}; did you mean '{nearest}.* The dialects are bolts, "
     with pytest.raises(ValueError, match=f"^LARS: {message}"):
         LARS([param()], lr=0.5, dialect=misspelt)
     with pytest.raises(ValueError, match=f"^param group 0: {message}"):
@@ -136,7 +136,7 @@ def test_a_misspelt_dialect_is_answered_with_the_nearest(misspelt: Any, nearest:
 
 
 def test_repr_names_the_dialect() -> None:
-    """By the formula, so also after loading and where numbers are overridden; the default's formula has no name."""
+    """By the formula, so also after loading and if numbers are overridden. The default's formula has no name."""
     for dialect, row in DIALECTS.items():
         named = f"adapted as in {dialect}, " in repr(LARS([param()], lr=0.5, weight_decay=0.1, dialect=dialect))
         assert named == bool(row.keys() & {"trust_clip", "trust_denominator", "lr_in_momentum"}), dialect
@@ -145,4 +145,6 @@ def test_repr_names_the_dialect() -> None:
     other.load_state_dict(optimizer.state_dict())
     assert "adapted as in simclr, fused\n        lr=0.5, eps=1e-06, adapt=True, " in repr(other)
     assert ", adapted, fused\n" in repr(LARS([param()], lr=0.5, weight_decay=0.1))
-    assert "as in" not in repr(LARS([param()], lr=0.5, dialect="larc", trust_denominator="joint"))  # nobody's
+    assert "as in" not in repr(
+        LARS([param()], lr=0.5, dialect="larc", trust_denominator="joint")
+    )  # no dialect has this formula

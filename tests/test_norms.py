@@ -1,4 +1,4 @@
-"""Norms are right: up to 1e8 elements, in every layout, without overflow in half types, whatever torch's settings are."""
+"""Norms are right up to 1e8 elements, in every layout, without overflow in half types, whatever torch's settings are."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -19,8 +19,8 @@ from reference import norm, to_array, trust_ratio
 pytestmark = ignore_nothing_adapted
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 PROMISE = 1e-5
-# For one value all rounding errors of a sum have the same sign for a long time. Of those tried these were the worst: in
-# a row of elements that are not beside each other, and in 1e8 elements.
+# With one value everywhere, all rounding errors of a sum have the same sign for a long time. These were the worst values
+# found, for a row of elements that are not adjacent and for 1e8 elements.
 CONSTANT, CONSTANT_1E8 = 1.2829, 0.9963
 
 foreach_or_not = pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
@@ -47,7 +47,7 @@ def test_sizes_around_rows_and_pieces(dtype: torch.dtype) -> None:
     sizes += [around + more for around in (1 << 20, 2 << 20) for more in (-1, 0, 1)]
     tensors = [torch.rand(size).to(dtype) for size in sizes]
     for tensor in tensors:
-        tensor[-1] = 1000.0  # a tail that is left out, or counted twice, shows at any size
+        tensor[-1] = 1000.0  # a tail that is left out or counted twice shows at any size
     actual = norms.norms(tensors, foreach=False)
     assert actual.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     for tensor, value in zip(tensors, actual, strict=True):
@@ -58,7 +58,7 @@ def test_sizes_around_rows_and_pieces(dtype: torch.dtype) -> None:
 def test_1e8_elements() -> None:
     value = torch.tensor(CONSTANT_1E8)
     param = torch.nn.Parameter(torch.full((10**8,), CONSTANT_1E8))
-    param.grad = torch.ones(()).expand(10**8)  # what the backward of sum() gives; |g| = 1e4
+    param.grad = torch.ones(()).expand(10**8)  # the gradient of sum(); |g| = 1e4
     expected = value.double().item() * 1e4
     ratio = LARS([param], **BASE).trust_ratios()["0.0"]
     denominator = 1e4 + BASE["weight_decay"] * expected
@@ -66,7 +66,7 @@ def test_1e8_elements() -> None:
     assert abs(fused_cpu._norm(param.detach()) / expected - 1) < PROMISE / 2
     half = param.detach().bfloat16()
     assert relative_error(norms.norms([half], foreach=False), half[0].item() * 1e4) < PROMISE
-    # Why norms.py has a norm of its own. One thread: several share the error between them.
+    # Why norms.py has its own norm. One thread, because several share the error.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -76,7 +76,7 @@ def test_1e8_elements() -> None:
 
 
 def test_the_norm_of_the_fused_step() -> None:
-    """Up to as many rows as one dot product adds."""
+    """Up to the number of rows that one dot product adds."""
     for size in (0, 1000, 10_007, 20_000, 65 * 4093, 65 * 4099, fused_cpu.ROWS * 1024, fused_cpu.ROWS * 1024 + 1023):
         for constant in (CONSTANT, CONSTANT_1E8, 2.0249):
             tensor = torch.full((size,), constant)
@@ -88,7 +88,7 @@ def test_the_norm_of_the_fused_step() -> None:
 @pytest.mark.parametrize("denominator", ["separate", "joint"])
 @loop_over("size", [4096, 4097, 10_007, fused_cpu.SMALL, 1 << 18, (1 << 20) + 1])
 def test_norms_in_a_step(size: int, denominator: str, implementation: Options) -> None:
-    """An implementation may take its norms by other means. With lr = 1e6 a parameter shows its ratio to 1e-7."""
+    """An implementation may take norms in another way. With lr = 1e6 a parameter shows its ratio to 1e-7."""
     options = {**BASE, "lr": 1e6, "trust_denominator": denominator}
     for constant in (CONSTANT, 0.6, CONSTANT_1E8):
         param = torch.nn.Parameter(torch.full((size,), constant))
@@ -100,7 +100,7 @@ def test_norms_in_a_step(size: int, denominator: str, implementation: Options) -
 
 
 # ---------------------------------------------------------------- layouts
-# shape of what is contiguous, and the view of it; all but one are of more than one row of the norm
+# shape of the contiguous tensor, and the view of it; all but one have more than one row of the norm
 LAYOUTS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
     "channels_last": ((16, 8, 9, 9), lambda x: x.contiguous(memory_format=torch.channels_last)),
     "channels_last_3d": ((4, 8, 5, 9, 9), lambda x: x.contiguous(memory_format=torch.channels_last_3d)),
@@ -139,7 +139,7 @@ def test_layouts(layout: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_a_strided_row_is_as_right_as_a_contiguous_one(dtype: torch.dtype) -> None:
-    """Torch adds elements that are not beside each other one by one: 8e-6 off after 1024 of these."""
+    """torch adds elements that are not adjacent one by one, and is off by 8e-6 after 1024 of these."""
     for value in (0.50782, 2.0249):
         tensor = torch.full((2048,), value, dtype=dtype)[::2]
         assert relative_error(norms.norms([tensor], foreach=False), norm(to_array(tensor))) < PROMISE / 2
@@ -159,7 +159,7 @@ def test_views_that_are_negated_or_conjugated_later() -> None:
 def test_half_types_do_not_overflow(
     denominator: str, dtype: torch.dtype, value: float, implementation: Options
 ) -> None:
-    """|g| is 3e5: beyond float16. In bfloat16 a running sum would stay where it is 256 times what is added."""
+    """|g| is 3e5, beyond float16. In bfloat16 a running sum stops at 256 times the value added."""
     param = torch.nn.Parameter(torch.full((10**6,), 2.0, dtype=dtype))
     param.grad = torch.full_like(param, value)
     options = {**BASE, "trust_denominator": denominator}
@@ -176,7 +176,7 @@ def test_half_types_do_not_overflow(
 @loop_over("sign", [1.0, -1.0])
 @loop_over("dtype", DTYPES[:3])
 def test_joint_norm_where_gradient_and_decay_cancel(dtype: torch.dtype, sign: float, foreach: bool) -> None:
-    """From |g|, |w| and their dot product: NaN, or off by 0.6 (float32)."""
+    """Computed from |g|, |w| and their dot product it would be NaN, or off by 0.6 (float32)."""
     decay = 0.05
     params = [torch.rand(size).add(0.5).to(dtype) for size in (5, 4097, 70_000)]
     grads = [(-sign * decay * w.double() * (1 + 1e-3 * torch.rand(w.shape))).to(dtype) for w in params]
@@ -186,7 +186,7 @@ def test_joint_norm_where_gradient_and_decay_cancel(dtype: torch.dtype, sign: fl
 
 
 class Elsewhere(Tensor):
-    """A CPU tensor that says that it is not one."""
+    """A CPU tensor that claims not to be one."""
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -196,7 +196,7 @@ class Elsewhere(Tensor):
 @foreach_or_not
 @loop_over("dtype", DTYPES)
 def test_what_runs_on_accelerators(dtype: torch.dtype, foreach: bool) -> None:
-    """In numbers too: half types go through float32."""
+    """The values too: half types go through float32."""
     params, grads = ([(torch.rand(size) * 300).to(dtype) for size in (5, 4097, 70_000)] for _ in range(2))
     there = [[tensor.as_subclass(Elsewhere) for tensor in tensors] for tensors in (params, grads)]
     expected = [
@@ -209,7 +209,7 @@ def test_what_runs_on_accelerators(dtype: torch.dtype, foreach: bool) -> None:
     actual = [norms.norms(there[0], foreach), *(norms.joint_norms(*there, sign, 0.5, foreach) for sign in (1.0, -1.0))]
     for vector, values in zip(actual, expected, strict=True):
         assert vector.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        # torch's own norm, which is not as right on CPU
+        # torch's own norm, which is less exact on CPU
         torch.testing.assert_close(
             vector.as_subclass(Tensor).double(), torch.tensor(values).double(), rtol=1e-4, atol=0.0
         )
@@ -231,7 +231,7 @@ def test_buckets_hold_64_mib_of_float32(sizes: list[int], expected: list[list[in
 
 
 def test_joint_norm_over_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on accelerators; what does it there runs on CPU too."""
+    """As on accelerators, with code that also runs on CPU."""
     monkeypatch.setattr(norms.chunks, "__defaults__", (100,))
     params = [torch.rand(size) for size in (40, 40, 40, 300, 0, 100, 1)]
     grads = [torch.rand_like(w) for w in params]
@@ -243,7 +243,7 @@ def test_joint_norm_over_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("layout", ["plain", "two_pieces", *LAYOUTS])
 def test_joint_norm_on_cpu_in_pieces(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of parameter and gradient each in its own layout: the pieces of one must be those of the other."""
+    """Parameter and gradient each in its own layout. The pieces of both must match."""
     shape, view = LAYOUTS.get(layout, ((3, 70, 41) if layout == "plain" else (1500,), lambda x: x))
     for dtype in DTYPES[1:3]:
         param = view(torch.rand(shape).to(dtype))
@@ -266,7 +266,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-# torch.device is a context manager: the same as torch.set_default_device, and restored
+# torch.device as a context manager is the same as torch.set_default_device, and is restored
 SURROUNDINGS: dict[str, Callable[[], Any]] = {
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "float64": lambda: default_dtype(torch.float64),
@@ -320,7 +320,7 @@ def test_whole_numbers_as_options(extra: Options, implementation: Options) -> No
 # ---------------------------------------------------------------- grad_scale
 @pairs("name dtype how", NAMES, [*DTYPES, torch.complex64], IMPLEMENTATIONS)
 def test_power_of_two_as_grad_scale(name: str, dtype: torch.dtype, how: str) -> None:
-    """The same bits as of gradients that were never scaled; but scaled float16 ones go through float32, not torch's SGD."""
+    """The same bits as without a scale, except that scaled float16 gradients go through float32, not torch's SGD."""
     results = []
     torch_sgd = dtype == torch.float16 and OPTIONS[name].get("adapt") is False
     for scale in (1.0 if torch_sgd else None, 0.125, 64.0):

@@ -1,4 +1,4 @@
-"""Distributed tensors over a group of this process alone: what more ranks do is in test_sharding.py, and slow."""
+"""Distributed tensors over a group of this process alone. test_sharding.py, which is slow, has more ranks."""
 
 from collections.abc import Iterator
 
@@ -14,7 +14,7 @@ from ranks import Rank
 pytestmark = [
     ignore_nothing_adapted,
     pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed"),
-    # torch's own, of how it uses itself
+    # torch's own warnings, from its own code
     pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::FutureWarning:torch"),
 ]
 

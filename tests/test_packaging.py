@@ -47,7 +47,7 @@ def test_the_citation_has_the_version_of_the_package() -> None:
 
 
 def test_importing_loads_no_optional_part_of_torch() -> None:
-    """Beyond what torch itself loads, which differs between versions."""
+    """Beyond the modules that torch itself loads, which differ between versions."""
     code = (
         "import sys, torch; before = {*sys.modules}; import fastlars, fastlars.backends.triton;"
         "sys.stdout.write(' '.join({*sys.modules} - before))"
@@ -58,7 +58,7 @@ def test_importing_loads_no_optional_part_of_torch() -> None:
         assert not [name for name in process.stdout.split() if f"{name}.".startswith(f"{package}.")]
 
 
-# what Python has on one system only
+# modules that Python has on one system only
 POSIX_OR_WINDOWS = {"fcntl", "grp", "msvcrt", "posix", "pwd", "resource", "syslog", "termios", "tty", "winreg"}
 OF_OS = {"fork", "geteuid", "getuid", "killpg", "mkfifo", "nice", "sched_setaffinity", "uname", "startfile"}
 OF_SIGNAL = {"SIGUSR1", "SIGUSR2", "SIGALRM", "SIGHUP", "SIGKILL", "alarm"}
@@ -66,7 +66,7 @@ OF_SIGNAL = {"SIGUSR1", "SIGUSR2", "SIGALRM", "SIGHUP", "SIGKILL", "alarm"}
 
 @loop_over("file", sorted(Path(fastlars.__file__).parent.rglob("*.py")))
 def test_the_source_holds_to_no_system(file: Path) -> None:
-    """macOS and Windows by construction: no module of one system, no path, no encoding of the machine's."""
+    """macOS and Windows by construction: no module of one system, no path, no platform encoding."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             imported = {alias.name.partition(".")[0] for alias in node.names}
@@ -75,7 +75,7 @@ def test_the_source_holds_to_no_system(file: Path) -> None:
         else:
             imported = set()
         assert not imported & POSIX_OR_WINDOWS, ast.unparse(node)
-        # the package reads and writes no file, starts no process
+        # the package reads and writes no file and starts no process
         assert not imported & {"subprocess", "multiprocessing", "tempfile", "pathlib"}, ast.unparse(node)
         if isinstance(node, ast.Attribute):
             assert node.attr not in OF_OS | OF_SIGNAL, ast.unparse(node)

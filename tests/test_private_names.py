@@ -1,6 +1,6 @@
-"""What fastlars uses of torch that torch does not document: one list, and what a new torch breaks of it.
+"""The undocumented names of torch that fastlars uses, in one list, with what breaks if torch changes them.
 
-This file imports no fastlars, which might not import where one of these is gone.
+This file does not import fastlars, which may fail to import if one of them is gone.
 """
 
 import ast
@@ -85,13 +85,13 @@ def module(name: str) -> Any:
 
 
 def mentions(path: str, text: str) -> bool:
-    """Whether a file, or one in a folder, of the installed torch has this text."""
+    """Whether a file of the installed torch, or one in a folder, contains this text."""
     found = Path(torch.__file__).parent / path
     files = found.glob("*.py") if found.is_dir() else [found]
     return any(text in file.read_text(encoding="utf-8") for file in files)
 
 
-# name -> (what fastlars needs it for, as in docs/support.md; whether it still does that, called as fastlars calls it)
+# name -> (why fastlars needs it, as in docs/support.md; whether it still works, called as fastlars calls it)
 PRIVATE: dict[str, tuple[str, Callable[[], bool]]] = {
     "torch._foreach_norm": (
         "norms on accelerators",
@@ -180,14 +180,14 @@ PRIVATE: dict[str, tuple[str, Callable[[], bool]]] = {
         lambda: mentions("amp/grad_scaler.py", '"_step_supports_amp_scaling"'),
     ),
 }
-# No scan can see these: a name without an underscore, what a method returns, and names that fastlars gives and torch reads.
+# no scan finds these: a name without underscore, what a method returns, and names that fastlars sets and torch reads
 UNSEEN = {
     "torch.optim.optimizer.required",
     "torch.distributed._functional_collectives.AsyncCollectiveTensor",
     "_init_group",
     "_step_supports_amp_scaling",
 }
-PYTHONS_OWN = {"_asdict", "_fields", "_replace", "_getframe"}  # of named tuples, and sys
+PYTHONS_OWN = {"_asdict", "_fields", "_replace", "_getframe"}  # from named tuples and sys
 
 (PACKAGE,) = importlib.util.find_spec("fastlars").submodule_search_locations  # type: ignore[union-attr, misc]
 SOURCES = {
@@ -197,7 +197,7 @@ SOURCES = {
 
 
 def own_names(trees: list[ast.Module]) -> set[str]:
-    """What is defined there, at whatever depth."""
+    """Names defined there, at any depth."""
     nodes = [node for tree in trees for node in ast.walk(tree)]
     named = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     return named | {
@@ -208,7 +208,7 @@ def own_names(trees: list[ast.Module]) -> set[str]:
 
 
 def private_names(tree: ast.Module, own: set[str]) -> set[str]:
-    """Names with an underscore that are not its own: imported, attributes, and texts that are nothing but such a name."""
+    """Underscore names from elsewhere: imported ones, attributes, and strings that are nothing but such a name."""
     imported = {
         alias.asname or alias.name: f"{node.module}.{alias.name}"
         for node in ast.walk(tree)
@@ -229,7 +229,7 @@ def private_names(tree: ast.Module, own: set[str]) -> set[str]:
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             found |= {node.value} - own if re.fullmatch(r"(torch\.[\w.]+)|_[a-zA-Z]\w*", node.value) else set()
     private = {name for name in found if re.search(r"(^|\.)_[a-zA-Z]", name)}
-    # a module's own name is part of those of what it holds
+    # a module's own name is part of the names of what it holds
     return {name for name in private if not any(other.startswith(f"{name}.") for other in private)}
 
 
@@ -244,7 +244,7 @@ def used_in() -> dict[str, list[str]]:
 
 
 def what_broke(name: str) -> str | None:
-    """What to tell of a name that is not what it was."""
+    """The message about a name that has changed."""
     needed_for, works = PRIVATE[name]
     try:
         problem = None if works() else "it gives something else"
@@ -291,7 +291,7 @@ def test_the_scan_sees(source: str, name: str | None) -> None:
     assert private_names(tree, own_names([tree])) == ({name} if name else set())
 
 
-def test_what_broke_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_name_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert what_broke("torch._fused_sgd_") is None
     monkeypatch.setattr(torch, "_fused_sgd_", lambda params, grads, buffers: None)
     assert re.search(

@@ -1,4 +1,4 @@
-"""What holds for any tensors, options and histories: hypothesis looks for those for which it does not."""
+"""Properties for any tensors, options and histories. hypothesis searches for counterexamples."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -43,8 +43,8 @@ def test_every_implementation_equals_the_reference(tensors: list[Kind], chosen: 
 
 
 # ---------------------------------------------------------------- scale
-# Without decay a step is lr * trust_coefficient * |w| * g / |g|. What knows the scale of g is left out: eps, a clip, and
-# tensors of zeros, which take g as it is.
+# Without decay a step is lr * trust_coefficient * |w| * g / |g|. Left out is what depends on the scale of g: eps, a clip,
+# and tensors of zeros, which take g as it is.
 SCALE_FREE: Options = {"weight_decay": 0.0, "adapt": True, "trust_clip": False, "eps": 0.0}
 OF_ONE: dict[str, Any] = {"scale": 1.0, "grad_scale": 1.0}
 
@@ -67,7 +67,7 @@ def stepped(
     st.integers(-10, 10),
 )
 def test_a_power_of_two_on_the_loss_changes_no_bit(tensors: list[Kind], chosen: Options, power: int) -> None:
-    # float16 reaches neither far up nor far down
+    # float16 has too little range
     power = max(-3, min(3, power)) if any(tensor.dtype == torch.float16 for tensor in tensors) else power
     for implementation in IMPLEMENTATIONS.values():
         plain, scaled = (stepped(tensors, chosen, implementation, scale) for scale in (1.0, 2.0**power))
@@ -84,7 +84,7 @@ def test_any_factor_on_the_loss_changes_rounding_only(tensors: list[Kind], chose
     for implementation in IMPLEMENTATIONS.values():
         plain, scaled = (stepped(tensors, chosen, implementation, scale)[0] for scale in (1.0, factor))
         for tensor, before, after in zip(tensors, plain, scaled, strict=True):
-            # the steps are at most some norms long; one number more is rounded in each, the gradient
+            # steps are at most a few norms long; one more number is rounded in each, the gradient
             largest = 10 * float(tensor.param().detach().norm())
             assert float((before - after).detach().norm()) <= 32 * torch.finfo(tensor.dtype).eps * largest, (
                 implementation

@@ -1,4 +1,4 @@
-"""trust_ratios(): the values that the step uses, at no cost to steps nobody looks at; and their picture."""
+"""trust_ratios(): the values that the step uses, at no cost to other steps, and their plot."""
 
 import copy
 import itertools
@@ -48,7 +48,7 @@ class Ops(TorchDispatchMode):
 @loop_over("clip", [False, True])
 @implementations
 def test_they_are_what_the_step_scales_by(implementation: Any, clip: bool, denominator: str, decay: float) -> None:
-    """Without momentum w - w_old = -lr * ratio * (g + decay * w): the ratio read back from the step."""
+    """Without momentum w - w_old = -lr * ratio * (g + decay * w), so the step shows the ratio."""
     optimizer, params = make(
         trust_clip=clip, trust_denominator=denominator, weight_decay=decay, adapt=True, **implementation
     )
@@ -75,8 +75,8 @@ def test_names_that_two_groups_share_stay_apart() -> None:
 
 # ---------------------------------------------------------------- cost
 @implementations
-def test_steps_that_nobody_looks_at_do_nothing_for_it(implementation: Any) -> None:
-    """A step's operations are the same before anybody has asked and after."""
+def test_steps_without_a_call_cost_nothing(implementation: Any) -> None:
+    """A step's operations are the same before and after a call of trust_ratios()."""
     counts = []
     optimizer, params = make(momentum=0.9, **implementation)
     for step in range(4):
@@ -90,7 +90,7 @@ def test_steps_that_nobody_looks_at_do_nothing_for_it(implementation: Any) -> No
 
 
 @implementations
-def test_asking_changes_nothing_and_nothing_is_kept(implementation: Any) -> None:
+def test_a_call_changes_and_keeps_nothing(implementation: Any) -> None:
     optimizer, params = make(momentum=0.9, **implementation)
     attributes = set(vars(optimizer))
     for step in range(2):
@@ -128,7 +128,7 @@ def plots() -> Any:
 
 
 def cells(ax: Any) -> list[list[Any]]:
-    """Colour of each cell as the picture has it, row by row from the top."""
+    """The colour of each cell in the picture, row by row from the top."""
     (mesh,) = ax.collections
     rows, columns = (size - 1 for size in mesh.get_coordinates().shape[:2])
     colours = mesh.to_rgba(mesh.get_array().reshape(rows, columns))
@@ -162,7 +162,7 @@ def test_rows_columns_and_colours(plots: Any) -> None:
     assert ax.get_xlabel() == "step" and ax.figure.axes[1].get_ylabel() == "trust ratio"
 
 
-def test_what_has_no_ratio_is_grey_and_what_is_not_finite_red(plots: Any) -> None:
+def test_no_ratio_is_grey_and_not_finite_is_red(plots: Any) -> None:
     history = {1: {"w": 1e-3, "late": math.nan}, 2: {"w": math.inf}, 3: {"w": 1e-2, "late": 2e-2}}
     ax = plots.trust_ratios(history, names=["w", "bias", "late"])
     assert names(ax) == ["w", "bias", "late"]
@@ -187,7 +187,7 @@ def test_one_step_one_ratio_and_axes_of_the_user(plots: Any) -> None:
 
 
 def test_names_are_readable_whatever_their_number(plots: Any) -> None:
-    """No two names overlap, none leaves the picture, the first and many more are there; a dollar is no formula."""
+    """No names overlap or leave the picture, the first and many others are there, and a dollar sign is not a formula."""
     for count in (1, 30, 80, 300):
         history = {step: {f"encoder.layers.{i}.cost$.weight": 1e-3 * (1 + i) for i in range(count)} for step in (0, 5)}
         ax = plots.trust_ratios(history)
@@ -206,12 +206,12 @@ def test_names_are_readable_whatever_their_number(plots: Any) -> None:
     [
         ({}, None, "no ratio to draw in 0 steps and 0 rows; record optimizer.trust_ratios"),
         ({0: {}, 1: {}}, None, "no ratio to draw in 2 steps and 0 rows"),
-        ({0: {"a": 1.0}}, ["A"], "no ratio to draw in 1 steps and 1 rows; .* give names as it has them"),
+        ({0: {"a": 1.0}}, ["A"], "no ratio to draw in 1 steps and 1 rows; .* take names from its keys"),
         ({0: {"a": math.nan}}, None, "no ratio to draw"),
         ({5: {"a": 1.0}, 3: {"a": 1.0}}, None, r"the steps of history must increase, got \[5, 3\]"),
     ],
 )
-def test_what_cannot_be_drawn(history: Any, rows: Any, message: str) -> None:
+def test_histories_without_a_ratio_are_refused(history: Any, rows: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fastlars.plots.trust_ratios(history, names=rows)
 

@@ -1,4 +1,4 @@
-"""Each recipe is what its authors published, any value can be given by name, and it trains or warns with the way out."""
+"""Each recipe is what its authors published, every value can be overridden by name, and it trains or warns with the fix."""
 
 import warnings
 from typing import Any, NamedTuple
@@ -14,9 +14,9 @@ from recipes_table import RUNS, build
 
 
 class Published(NamedTuple):
-    """From the sources that the docstrings name, written down apart from the recipes."""
+    """From the sources that the docstrings name, written down separately from the recipes."""
 
-    lrs: tuple[float, float]  # of weights; of biases and normalisation
+    lrs: tuple[float, float]  # of weights, and of biases and normalisation
     momentum: float
     weight_decay: float
     joint: bool
@@ -39,7 +39,7 @@ PUBLISHED: dict[str, Published] = {
     "moco_v3": Published((9.6, 9.6), 0.9, 1e-6, True, False, 3120, 31200),
     "mae_probe": Published((6.4, 6.4), 0.9, 0.0, True, False, 780, 7020),
 }
-# a run: recipe, what is asked for; lr, weight decay, warm-up and total steps that were published for it
+# a run: recipe, arguments, and the lr, weight decay, warm-up and total steps published for it
 OTHER_RUNS: list[tuple[str, dict[str, int], tuple[float, float, int, int]]] = [
     ("byol", {"epochs": 300}, (4.8, 1e-6, 3120, 93600)),
     ("byol", {"epochs": 100}, (7.2, 1e-6, 3120, 31200)),
@@ -49,7 +49,7 @@ OTHER_RUNS: list[tuple[str, dict[str, int], tuple[float, float, int, int]]] = [
     ("simclr", {"batch_size": 256, "steps_per_epoch": 5004}, (0.3, 1e-6, 50040, 500400)),
     ("mlperf", {"batch_size": 4096, "steps_per_epoch": 313}, (10.0, 2e-4, 1565, 14702)),
     ("mlperf", {"batch_size": 65536, "steps_per_epoch": 20}, (24.699, 1e-4, 620, 1753)),
-    # nobody published these: the nearest, by ratio
+    # unpublished, so the nearest by ratio
     ("byol", {"epochs": 200}, (4.8, 1e-6, 3120, 62400)),
     ("mlperf", {"batch_size": 16384, "steps_per_epoch": 79, "epochs": 50}, (14.339, 2.5e-5, 711, 3950)),
 ]
@@ -91,7 +91,7 @@ def test_a_recipe_is_the_published_one(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "run", "expected"), OTHER_RUNS)
-def test_what_goes_with_batch_and_epochs(
+def test_values_that_depend_on_batch_and_epochs(
     name: str, run: dict[str, int], expected: tuple[float, float, int, int]
 ) -> None:
     optimizer, scheduler = build(name, **run)
@@ -131,10 +131,10 @@ def test_groups_and_dialect_can_be_given() -> None:
 @pytest.mark.parametrize(
     ("name", "values", "error", "message"),
     [
-        ("simclr", {"weight_deacy": 0.1}, TypeError, "simclr: 'weight_deacy' is no value .* did you mean 'weight_decay'"),
-        ("simclr", {"warmup": 5}, TypeError, "'warmup' is no value of a recipe; did you mean 'warmup_epochs'"),
+        ("simclr", {"weight_deacy": 0.1}, TypeError, "simclr: 'weight_deacy' is not a value .* did you mean 'weight_decay'"),
+        ("simclr", {"warmup": 5}, TypeError, "'warmup' is not a value of a recipe; did you mean 'warmup_epochs'"),
         ("simclr", {"eta": 0.1}, TypeError, "'eta' is called trust_coefficient here"),
-        ("simclr", {"power": 2.0}, TypeError, "'power' is no value of a recipe"),  # of a cosine
+        ("simclr", {"power": 2.0}, TypeError, "'power' is not a value of a recipe"),  # not for a cosine
         ("byol", {"momentum": -1.0}, ValueError, "momentum must be a finite number >= 0, got -1.0"),
         ("byol", {"epochs": 10}, ValueError, "byol: the warm-up of 10 epochs, 3120 steps, must be shorter .* warmup_epochs"),
         ("moco_v3", {"epochs": 0}, ValueError, "must be > 0, got 0"),
@@ -143,7 +143,7 @@ def test_groups_and_dialect_can_be_given() -> None:
         ("simclr", {"steps_per_epoch": 312.5}, TypeError, "total_steps must be a whole number of optimizer steps"),
     ],
 )  # fmt: skip
-def test_what_is_no_recipe(name: str, values: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_wrong_values_are_refused(name: str, values: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         build(name, **values)
 
@@ -151,7 +151,7 @@ def test_what_is_no_recipe(name: str, values: dict[str, Any], error: type[Except
 # ---------------------------------------------------------------- it trains
 @pytest.mark.parametrize("name", RUNS)
 def test_a_recipe_trains_or_warns_with_the_way_out(name: str) -> None:
-    """60 steps at the published lr, digits in one batch; Barlow Twins has the lr of biases that the others warn of."""
+    """60 steps at the published lr, digits in one batch. Barlow Twins sets the lr of biases that the others warn about."""
     digits = load_digits()
     images, labels = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
 
@@ -175,7 +175,7 @@ def test_a_recipe_trains_or_warns_with_the_way_out(name: str) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         accuracy(norm=False)
-    assert [warning.filename for warning in caught] == [recipes_table.__file__]  # which calls the recipe
+    assert [warning.filename for warning in caught] == [recipes_table.__file__]  # the file that calls the recipe
     assert all(way_out in str(caught[0].message) for way_out in ("bias_lr=0.1", 'bias_lr="same"'))
     assert accuracy(norm=False, bias_lr=0.1) > 0.75
 

@@ -1,4 +1,4 @@
-"""The reference itself: numbers worked out by hand from the formula, and torch's SGD where nothing is adapted."""
+"""The reference itself: numbers worked out by hand from the formula, and torch's SGD if nothing is adapted."""
 
 import inspect
 import itertools
@@ -146,7 +146,7 @@ def test_unknown_and_missing_options_are_refused() -> None:
 
 @loop_over("options", [o for o in all_options() if o["momentum"] and not o.get("lr_in_momentum")][::7])
 def test_lr_in_momentum_differs_only_when_lr_changes(options: dict[str, Any]) -> None:
-    # trust_clip reads lr, but the same lr in both
+    # trust_clip reads lr, but both use the same lr
     for factors, same in [((1.0, 1.0, 1.0), True), ((1.0, 0.5, 2.0), False)]:
         outside, inside = (
             ReferenceLARS([{"params": [W, [[1.0]]], **options, "lr_in_momentum": inside}]) for inside in (False, True)
@@ -167,7 +167,7 @@ SGD_OPTIONS = {
 
 @loop_over("name history", [(n, h) for i, n in enumerate(SGD_OPTIONS) for h in list(HISTORIES)[i % 2 :: 2]])
 def test_sgd_in_double_precision(name: str, history: str) -> None:
-    """Over several steps without realigning, lr changing."""
+    """Over several steps without realigning, with a changing lr."""
     options = SGD_OPTIONS[name]
     params = [*make_params(torch.float64), *make_params(torch.complex128)]
     options = {"lr": 0.5, "weight_decay": 0.05} | {key: value for key, value in options.items() if key != "adapt"}
@@ -216,7 +216,7 @@ def test_the_tolerance_fits_one_step_of_sgd(dtype: torch.dtype, history: str) ->
 
 
 @loop_over("dtype", REAL + COMPLEX)
-def test_cases_are_what_they_say(dtype: torch.dtype) -> None:
+def test_cases_match_their_names(dtype: torch.dtype) -> None:
     params = make_params(dtype)
     by_name = dict(zip(LAYOUTS, params, strict=True))
     for param, again in zip(params, make_params(dtype), strict=True):
@@ -250,19 +250,19 @@ def test_option_sets_are_valid_and_distinct() -> None:
     assert any(is_adapted(options) for options in OPTIONS.values())
 
 
-def test_any_two_values_of_two_columns_stand_in_a_row() -> None:
+def test_any_two_values_of_two_columns_occur_together() -> None:
     columns = [(1, 2, 3), "ab", (True, False), "xyz"]
     rows = pairwise(*columns)
     for i, j in itertools.combinations(range(len(columns)), 2):
         assert {(row[i], row[j]) for row in rows} == {*itertools.product(columns[i], columns[j])}
     assert 9 <= len(rows) < 36 / 2
-    # what never stands together is not asked for
+    # combinations that never occur together are not expected
     assert {row[:2] for row in pairwise(*columns, valid=lambda x, y, *_: (x, y) != (1, "a"))} == {
         *itertools.product(*columns[:2])
     } - {(1, "a")}
 
 
-def test_a_loop_takes_every_value_and_tells_which_failed() -> None:
+def test_a_loop_takes_every_value_and_names_the_one_that_failed() -> None:
     seen = []
 
     @loop_over("x y", [(1, 2), (3, 4), (5, 6)])
@@ -277,8 +277,8 @@ def test_a_loop_takes_every_value_and_tells_which_failed() -> None:
     assert list(inspect.signature(test).parameters) == ["other"], "what pytest is to give"
 
 
-def test_any_two_options_stand_in_a_set() -> None:
-    """Each with either value: all that can stand together with momentum, and all but dampening without."""
+def test_any_two_options_occur_together() -> None:
+    """Each with both values: all that are valid together with momentum, and all but dampening without."""
     values: dict[str, tuple[Any, ...]] = {
         "momentum": (0.0, 0.9),
         "dampening": (0.0, 0.25),

@@ -1,4 +1,4 @@
-"""relative_steps(): how far each tensor moved, whatever runs; nothing is kept, and nothing is done outside of it."""
+"""relative_steps(): how far each tensor moved, with any backend. Outside the context nothing is kept or done."""
 
 import math
 from typing import Any

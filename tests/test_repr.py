@@ -1,4 +1,4 @@
-"""repr fits a screen, reads nothing from a device, and says what runs and what is adapted."""
+"""repr fits a screen, reads nothing from a device, and shows what runs and what is adapted."""
 
 from typing import Any
 
@@ -81,7 +81,7 @@ def test_groups_that_differ_in_their_tensors_only_are_one_entry() -> None:
     ],
 )
 def test_what_runs(options: dict[str, Any], what: str) -> None:
-    """Each tensor is counted where the step sends it."""
+    """Each tensor is counted under the backend that steps it."""
     params = make_params(torch.float32)
     optimizer = LARS(params, lr=1.0, **options)
     assert repr(optimizer).splitlines()[1].split("elements, ")[1] == what

@@ -1,4 +1,4 @@
-"""The schedules have the values their formulas say, in place for a tensor lr, and survive saving at any step."""
+"""The schedules have the values of their formulas, write a tensor lr in place, and survive saving at any step."""
 
 import copy
 import functools
@@ -19,13 +19,13 @@ from fastlars import LARS
 from fastlars.schedules import linear_scaling, sqrt_scaling, warmup_cosine, warmup_polynomial
 from harness import loop_over
 
-# schedule, what is left of lr at this share of the decay
+# schedule, and lr's share at this part of the decay
 SCHEDULES: dict[str, tuple[Callable[..., LambdaLR], Callable[[float], float]]] = {
     "polynomial": (warmup_polynomial, lambda share: (1 - share) ** 2),
     "linear": (lambda *args: warmup_polynomial(*args, power=1), lambda share: 1 - share),
     "root": (lambda *args: warmup_polynomial(*args, power=0.5), lambda share: math.sqrt(1 - share)),
     "cosine": (warmup_cosine, lambda share: math.cos(share * math.pi / 2) ** 2),
-    # MLPerf's end at 1e-4 of a peak of 8, and Barlow Twins' end, both written as the authors' programs have them
+    # MLPerf's end at 1e-4 for a peak of 8, and Barlow Twins' end, both as in the authors' programs
     "mlperf": (
         functools.partial(warmup_polynomial, end_factor=1e-4 / 8),
         lambda p: ((8 - 1e-4) * (1 - p) ** 2 + 1e-4) / 8,
@@ -75,7 +75,7 @@ def test_values(schedule: str) -> None:
             assert lrs == pytest.approx([8.0 * factor, 0.5 * factor], rel=1e-12, abs=1e-14), where
         assert max(seen) == [8.0, 0.5]
         if schedule in ("polynomial", "linear", "root", "cosine"):
-            assert seen[total:] == [[0.0, 0.0]] * 3  # past the end: exactly 0, nothing moves
+            assert seen[total:] == [[0.0, 0.0]] * 3  # past the end it is exactly 0 and nothing moves
         assert all(p.isfinite().all() for group in optimizer.param_groups for p in group["params"])
 
 
@@ -113,7 +113,7 @@ WAYS: dict[str, Callable[..., Any]] = {
 
 
 @loop_over("schedule saved_at way", pairwise(SCHEDULES, [1, 2, 3, 6, 7], WAYS))
-def test_a_saved_run_goes_on(schedule: str, saved_at: int, way: str) -> None:
+def test_a_saved_run_resumes(schedule: str, saved_at: int, way: str) -> None:
     build = SCHEDULES[schedule][0]
     optimizer = make(torch.tensor(8.0, dtype=torch.float64))
     scheduler = build(optimizer, 2, 6)
@@ -144,7 +144,7 @@ def test_lengths_are_checked_before_anything_changes(build: Callable[..., Lambda
     ("warmup", "total"), [(0.1, 50), (2.5, 50), (5.0, 50), (float("nan"), 5), (5, 50.0), (True, 5)]
 )
 def test_steps_are_whole_numbers(build: Callable[..., LambdaLR], warmup: Any, total: Any) -> None:
-    """With 0.1 for a tenth of the run the first step had ten times the peak lr, with 2.5 the third was above it."""
+    """With 0.1 for a tenth of the run the first step had ten times the peak lr, and with 2.5 the third was above it."""
     optimizer = make()
     before = copy.deepcopy(optimizer.state_dict())
     name, value = ("warmup_steps", warmup) if type(warmup) is not int else ("total_steps", total)
@@ -152,12 +152,12 @@ def test_steps_are_whole_numbers(build: Callable[..., LambdaLR], warmup: Any, to
     with pytest.raises(TypeError, match=message):
         build(optimizer, warmup, total)
     assert optimizer.state_dict() == before
-    build(optimizer, np.int64(5), np.int64(50))  # as arithmetic on arrays leaves them
+    build(optimizer, np.int64(5), np.int64(50))  # as results of NumPy arithmetic
 
 
 @schedules
 def test_no_step_is_above_the_peak(schedule: str) -> None:
-    """Wherever it is asked, between steps and beyond the end too."""
+    """At any time, also between steps and past the end."""
     scheduler = SCHEDULES[schedule][0](make(), 3, 10)
     assert all(0 <= scheduler.lr_lambdas[0](step / 8) <= 1 for step in range(8 * 14))
 
@@ -177,12 +177,12 @@ def test_end_factor_is_a_share(build: Callable[..., LambdaLR], end_factor: float
 
 @schedules
 def test_warmup_is_the_published_one_a_step_earlier(schedule: str) -> None:
-    """SimCLR, BYOL, Barlow Twins and MLPerf begin at lr * 0 / n: a step that does nothing. Here that step is left out."""
+    """SimCLR, BYOL, Barlow Twins and MLPerf begin at lr * 0 / n, a step that does nothing. Here that step is left out."""
     warmup, total = 5, 12
     seen = go_on(optimizer := make(), SCHEDULES[schedule][0](optimizer, warmup, total), range(total))
     for step in range(warmup):
         assert seen[step] == pytest.approx([8.0 * (step + 1) / warmup, 0.5 * (step + 1) / warmup])
-    assert seen[warmup - 1] == seen[warmup] == [8.0, 0.5]  # the published warm-up gets there now, and the decay begins
+    assert seen[warmup - 1] == seen[warmup] == [8.0, 0.5]  # the published warm-up ends here, and the decay begins
 
 
 @schedules
@@ -217,7 +217,7 @@ def test_batches_are_positive(scale: Callable[..., float]) -> None:
             scale(0.1, 256, base_batch_size=batch)
 
 
-def test_any_optimizer_will_do() -> None:
+def test_any_optimizer_works() -> None:
     sgd = torch.optim.SGD(make_params(torch.float32), lr=4.0)
     scheduler = warmup_polynomial(sgd, warmup_steps=4, total_steps=10)
     assert (sgd.param_groups[0]["lr"], scheduler.base_lrs) == (1.0, [4.0])

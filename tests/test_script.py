@@ -1,4 +1,4 @@
-"""A script of the functional is the functional, saved and loaded too, on versions and Pythons that have TorchScript."""
+"""The scripted functional equals the eager one, also saved and loaded, with versions and Pythons that have TorchScript."""
 
 import subprocess
 import sys
@@ -24,7 +24,7 @@ SCRIPTED = ["single", "foreach"]
 KINDS = ["vector_1025", "matrix", "zeros", "scalar", "empty", "channels_last", "offset"]
 
 
-def step(  # a list given from Python is copied: what is put into it comes back like this
+def step(  # a list passed from Python is copied, so this returns what is put into it
     params: list[Tensor],
     grads: list[Tensor],
     momentum_buffers: list[Tensor | None],
@@ -61,7 +61,7 @@ def step(  # a list given from Python is copied: what is put into it comes back 
 
 def script(function: Any) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, that scripting is deprecated
+        warnings.simplefilter("ignore")  # torch's own warning, that scripting is deprecated
         return torch.jit.script(function)
 
 
@@ -81,7 +81,7 @@ class ScriptedLARS(LARS):
     scripted: Any = None
 
     def step(self, closure: None = None) -> None:
-        """As the eager one; ``closure`` is not called."""
+        """Like the eager one. ``closure`` is not called."""
         for group in self.param_groups:
             lists: tuple[list[Tensor], list[Tensor], list[Tensor | None]] = ([], [], [])
             self._init_group(group, *lists, [])
@@ -99,9 +99,9 @@ def test_equals_reference(name: str, implementation: str, scripted: Any, monkeyp
     monkeypatch.setattr(harness, "LARS", ScriptedLARS)
     offset = list(PAIRWISE).index(name)
     dtypes = (*REAL, *COMPLEX)
-    # two dtypes at a time, one after the other over the options
+    # two dtypes at a time, cycling over the options
     groups = [{"params": make_params(dtypes[i % len(dtypes)], layouts=KINDS, seed=i)} for i in (offset, offset + 1)]
-    # which scripts do not have
+    # scripts do not support it
     options = {**OPTIONS[name], "kahan_sum": False}
     harness.run(
         groups, options, lambda ps, step: mixed_grads(ps, step, offset), IMPLEMENTATIONS[implementation], steps=3
@@ -147,7 +147,7 @@ def test_without_decay_no_weight_enters_the_step(implementation: str, scripted: 
 @pytest.mark.parametrize("implementation", SCRIPTED)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_types_are_rounded_once(dtype: torch.dtype, implementation: str, scripted: Any) -> None:
-    """In eager mode torch's SGD steps what is not adapted, and rounds as often as it does."""
+    """In eager mode torch's SGD steps groups that are not adapted, and rounds as often as it does."""
     generator = torch.Generator().manual_seed(0)
     given = [torch.randn(3000, generator=generator).to(dtype) for _ in range(3)]
     for adapt in (False, True):
@@ -186,7 +186,7 @@ def test_the_function_itself() -> None:
 
 
 @pytest.mark.slow
-def test_who_does_not_script_sees_no_warning() -> None:
+def test_no_warning_without_scripting() -> None:
     program = """
 import torch, warnings
 warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""Steps of sharded tensors are the steps of the whole ones, for one all-reduce a sharded mesh dimension."""
+"""Sharded tensors step like whole tensors, with one all-reduce per sharded mesh dimension."""
 
 import itertools
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ pytestmark = [
 ranks = ranks_module.fixture(2, 4)
 
 CHOSEN = [
-    "large_eps",  # not the same for norms that are all wrong by one factor
+    "large_eps",  # not the same if all norms are wrong by one factor
     "momentum",
     "dampening",
     "nesterov-joint",

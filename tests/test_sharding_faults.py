@@ -1,4 +1,4 @@
-"""Sharded tensors whose buffers or gradients are not what a training loop makes."""
+"""Sharded tensors with buffers or gradients that no training loop makes."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A step writes parameters and momentum buffers, and nothing else: no gradient, no host read, no large temporary."""
+"""A step writes only parameters and momentum buffers: no gradient, no host read, no large temporary."""
 
 import contextlib
 from collections.abc import Callable
@@ -26,11 +26,11 @@ from harness import (
 from recording import Recorder, fake_cuda
 
 pytestmark = ignore_nothing_adapted
-# the fused ones have tests of their own: that on CPU reads and stacks CPU tensors, that on CUDA cannot launch on fake ones
+# the fused steps have their own tests: that on CPU reads and stacks CPU tensors, that on CUDA cannot launch on fake ones
 NOT_FUSED = ("single", "foreach")
 not_fused = pytest.mark.parametrize("implementation", [IMPLEMENTATIONS[name] for name in NOT_FUSED], ids=NOT_FUSED)
 DTYPES = (torch.float32, torch.bfloat16, torch.complex64)
-# one route of `functional.update` each: in place, torch's SGD, on copies, torch's SGD on copies
+# one path each: in place, torch's SGD, on copies, torch's SGD on copies
 ROUTES: dict[str, Options] = {
     "adapted": OPTIONS["momentum"],
     "unadapted": OPTIONS["momentum-unadapted"],
@@ -95,7 +95,7 @@ def cuda_groups() -> list[dict[str, Any]]:
 LRS = {
     "float": lambda lr: lr,
     "cuda": lambda lr: torch.full((1,), lr, device="cuda"),
-    # this one may be read, where it is: on the CPU
+    # this read is allowed, because the tensor is on the CPU
     "cpu": torch.tensor,
 }
 
@@ -125,7 +125,7 @@ def test_no_host_read(name: str, lr: str, implementation: str) -> None:
 @not_fused
 @pytest.mark.parametrize("name", ["momentum", "momentum-joint"])
 def test_foreach_is_one_operation_over_the_list(name: str, implementation: Options) -> None:
-    """For norms, updates and the copies of half types; single-tensor there is none of these operations."""
+    """For norms, updates and the copies of half types. Single-tensor uses none of these operations."""
     with fake_cuda():
         params = [torch.nn.Parameter(torch.empty(3, 5, dtype=torch.bfloat16, device="cuda")) for _ in range(3)]
         set_grads(params, [torch.empty_like(param) for param in params])
@@ -170,7 +170,7 @@ def test_the_operators_of_a_foreach_step_do_not_grow_with_the_number_of_tensors(
 
 
 class Factors(TorchDispatchMode):
-    """Keeps what every `_foreach_addcmul_` is called with."""
+    """Records the arguments of every `_foreach_addcmul_`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ class Factors(TorchDispatchMode):
     pairwise(["momentum", "nesterov-joint", "base", "everything"], LRS, [torch.float32, torch.float64, torch.bfloat16]),
 )
 def test_foreach_gives_cuda_what_it_can_step_in_few_launches(name: str, lr: str, dtype: torch.dtype) -> None:
-    """From torch 2.11 on (pull request 172731): a first factor of 0-dim tensors, of the dtype and device of the others."""
+    """From torch 2.11 on (pull request 172731): a first factor of 0-dim tensors with the dtype and device of the others."""
     with fake_cuda():
         params = [torch.nn.Parameter(torch.empty(3, n, dtype=dtype, device="cuda")) for n in (1, 5)]
         set_grads(params, [torch.empty_like(param) for param in params])
@@ -227,8 +227,8 @@ def test_no_host_read_of_scale_and_overflow(name: str, shape: tuple[int, ...], i
 
 @not_fused
 @loop_over("name", ["momentum", "unadapted", "clip-maximize", "skip_nonfinite"])
-def test_what_comes_to_the_cpu_is_waited_for(name: str, implementation: Options) -> None:
-    """Parameters on the CPU, scalars on the device: a non-blocking copy would be read before it has arrived."""
+def test_copies_to_the_cpu_block(name: str, implementation: Options) -> None:
+    """Parameters on the CPU, scalars on the device. A non-blocking copy would be read before it has arrived."""
     with fake_cuda():
         params = [torch.ones(3, 5) for _ in range(2)]
         scalars = {
@@ -242,7 +242,7 @@ def test_what_comes_to_the_cpu_is_waited_for(name: str, implementation: Options)
 
 
 @not_fused
-def test_skip_decision_across_devices_is_waited_for(implementation: Options) -> None:
+def test_a_skip_decision_across_devices_blocks(implementation: Options) -> None:
     with fake_cuda():
         params = [torch.nn.Parameter(torch.ones(3, device=device)) for device in ("cpu", "cuda")]
         set_grads(params, [torch.ones_like(param) for param in params])
@@ -257,13 +257,13 @@ COUNT, SHAPE, SIZE = 8, (100, 64), 6400  # 6400 is more than a row of the norms
 
 
 def second_step(options: Options, implementation: Options, dtype: torch.dtype, device: str, lr: str) -> Recorder:
-    """Float64 counts twice in the recorder, complex64 too: it counts float32s."""
+    """Float64 and complex64 count twice in the recorder, which counts float32s."""
     with fake_cuda() if device == "cuda" else contextlib.nullcontext():
         params = [torch.nn.Parameter(torch.ones(SHAPE, dtype=dtype, device=device)) for _ in range(COUNT)]
         set_grads(params, [torch.ones(SHAPE, dtype=dtype, device=device) for _ in range(COUNT)])
         tensor_lr = torch.full((), options["lr"], device=device)
         optimizer = LARS(params, **{**options, "lr": tensor_lr if lr == "tensor" else options["lr"]}, **implementation)
-        optimizer.step()  # the buffers are made
+        optimizer.step()  # the step that creates the buffers
         with Recorder() as recorder:
             optimizer.step()
     return recorder
@@ -295,7 +295,7 @@ def test_no_temporary_of_parameter_size(
 
 BUCKETED = [
     *("momentum", "joint", "nesterov-joint", "joint-maximize", "adapted"),
-    *("skip_nonfinite", "everything"),  # not adapted, it may be torch's own SGD
+    *("skip_nonfinite", "everything"),  # a group that is not adapted may run torch's own SGD
 ]
 
 
@@ -341,14 +341,14 @@ def test_norms_on_cpu_convert_4_mib_at_a_time(layout: str, dtype: torch.dtype) -
     assert 0 < peak <= 7 << 20
     if dtype == torch.float32 and layout in ("flat", "one_row", "channels_last"):
         assert peak < 1 << 20, "what fills its memory is read where it is"
-    # of the gradient: a cast and what is added to, fewer elements at a time; and the norms of all rows, twice
+    # for the gradient: a cast and a sum, fewer elements at a time, and the norms of all rows twice
     rows = 2 * 4 * LARGE // norms.ROW
     param = torch.ones_like(tensor)
     assert 0 < peak_of(lambda: norms.joint_norms([param], [tensor], 1.0, 0.1, foreach=False)) <= (3 << 20) + rows
 
 
 def peak_of(call: Callable[[], object]) -> int:
-    """Bytes that a call holds at most."""
+    """The most bytes that a call holds."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     held = peak = 0

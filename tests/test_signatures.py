@@ -1,4 +1,4 @@
-"""One list of options, the same through the class, the function, the param groups and the documentation."""
+"""One list of options, the same in the class, the function, the param groups and the documentation."""
 
 import inspect
 import typing
@@ -10,7 +10,7 @@ import torch
 from fastlars import LARS, lars
 from fastlars.options import Options
 
-# what code written for Lightning Bolts' LARS passes by position
+# positional arguments of code written for Lightning Bolts' LARS
 BOLTS = ["params", "lr", "momentum", "dampening", "weight_decay", "nesterov", "trust_coefficient", "eps"]
 TENSORS = ["params", "grads", "momentum_buffers"]
 OF_A_SCALER = ["grad_scale", "found_inf"]
@@ -24,15 +24,15 @@ def test_names_order_and_defaults_are_the_same_everywhere() -> None:
     of_class, of_function, fields = parameters(LARS), parameters(lars), parameters(Options)
     names = list(Options._fields)
     assert list(fields) == names
-    assert list(of_class) == ["params", *names, "dialect"]  # which stands for some of them
+    assert list(of_class) == ["params", *names, "dialect"]  # it stands for some of them
     assert list(of_function) == [*TENSORS, *names, *OF_A_SCALER, "compensations"]
     for name in names[1:]:
         default = Options._field_defaults[name]
         for where in (of_class, of_function, fields):
-            # `is` for the truth values: 0 == False
+            # `is` for truth values, because 0 == False
             assert where[name].default == default and type(where[name].default) is type(default), name
     assert all(of_function[name].default is None for name in (*OF_A_SCALER, "compensations"))
-    # lr has no default: the class has torch's marker, since a group may bring its own
+    # lr has no default: the class has torch's marker, because a group may have its own
     for where in (of_function, fields):
         assert where["lr"].default is inspect.Parameter.empty
     assert repr(of_class["lr"].default) == "<required parameter>"
@@ -45,18 +45,18 @@ def test_kinds() -> None:
         by_position = name in BOLTS
         expected = inspect.Parameter.POSITIONAL_OR_KEYWORD if by_position else inspect.Parameter.KEYWORD_ONLY
         assert parameter.kind is expected, name
-    # TorchScript knows no keyword-only argument with a default
+    # TorchScript has no keyword-only arguments with defaults
     assert {p.kind for p in parameters(lars).values()} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
 
 
 def test_the_class_and_its_init_show_the_same_signature() -> None:
-    """A decorator round __init__ must not show (*args, **kwargs), which parsers of command lines and editors read."""
+    """A decorator of __init__ must not show (*args, **kwargs), because command-line parsers and editors read the signature."""
     assert parameters(LARS) == parameters(LARS.__init__)
     assert LARS.__init__.__qualname__ == "LARS.__init__"
 
 
 def test_annotations_name_the_same_kinds_of_values() -> None:
-    """In whatever spelling: TorchScript reads Optional[bool], elsewhere stands bool | None."""
+    """In different spellings: TorchScript needs Optional[bool], other files use bool | None."""
     of_the_class = typing.get_type_hints(LARS.__init__, localns={"ParamsT": object})
     of_the_function, of_the_options = typing.get_type_hints(lars), typing.get_type_hints(Options)
     for name in Options._fields:
@@ -72,7 +72,7 @@ def test_group_keys_are_the_options(named: bool) -> None:
     assert {name: group[name] for name in Options._fields} == Options(0.1)._asdict() | {"adapt": True}
 
 
-def test_help_tells_every_option() -> None:
+def test_help_explains_every_option() -> None:
     described = inspect.getdoc(LARS)
     arguments = described[described.index("Args:") : described.index("Raises:")]
     for name in ("params", *Options._fields):

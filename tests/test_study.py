@@ -1,4 +1,4 @@
-"""The study: equal treatment, a store that a killed run resumes from, and a page that says what it holds."""
+"""The study: equal treatment, results from which a killed run resumes, and a page that matches them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ for module in ("sklearn", "rich"):
     pytest.importorskip(module, reason="the study has the demo's dependencies: group demo")
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT))  # benchmarks/ is no part of the package; it is run from the repository root
+sys.path.append(str(ROOT))  # benchmarks/ is not part of the package and is run from the repository root
 
 from benchmarks import study
 from benchmarks.demo import training
@@ -31,7 +31,7 @@ METHODS = [(which, name, method) for which, rows in ROWS.items() for name, metho
 
 @pytest.fixture(scope="module")
 def found() -> study.Study:
-    """The committed runs, searched again by the protocol's rules."""
+    """The committed runs, with the search of the protocol repeated."""
     return study.study(study.Store(STORED).results)
 
 
@@ -73,7 +73,7 @@ def test_the_conclusions_of_the_page_are_what_the_committed_runs_say(found: stud
         assert all(2 < mean(name, batch) < 7 and "tie" not in gap(name, batch) for batch in (4096, 8192))
         assert 0 < float(norm[name].split(" ")[0]) < mean(name)
         assert "worse" in gap(f"{name}, one lr for all", study.LARGEST, "one lr", one)
-    words = []  # of the picture's text alternative
+    words = []  # in the picture's text alternative
     for name in study.MAIN:
         finals = [found.finals[batch, study.MAIN[name]] for batch in study.BATCHES]
         words.append(f"{name} " + ", ".join(f"{statistics.mean(r.accuracy for r in some):.1f}" for some in finals))
@@ -125,7 +125,7 @@ def test_weights_and_order_of_a_seed_are_those_of_every_method(
     monkeypatch.setattr(training, "build_optimizer", watched_build)
     monkeypatch.setattr(torch, "randperm", watched_permute)
     first = watched(METHODS[0][2], 0)
-    assert len(first) == 8 + PROTOCOL.epochs  # four layers' weights and biases
+    assert len(first) == 8 + PROTOCOL.epochs  # weights and biases of four layers
     assert all(watched(method, 0) == first for *_, method in METHODS)
     assert all(one != other for one, other in zip(first, watched(METHODS[0][2], 1), strict=True))
 
@@ -137,7 +137,7 @@ def test_a_killed_study_resumes_from_whole_lines_to_the_bit(tmp_path: Path) -> N
     store = study.Store(path, origin)
     for result in results:
         store.add(result)
-    path.write_text(path.read_text(encoding="utf-8")[:-20], encoding="utf-8")  # a kill in the middle of a line
+    path.write_text(path.read_text(encoding="utf-8")[:-20], encoding="utf-8")  # killed in the middle of a line
     again = study.Store(path, origin)
     assert again.results(runs[:2]) == results[:2]
     assert again.key(runs[2]) not in again.rows and again.key(replace(runs[0], final=False)) not in again.rows

@@ -1,4 +1,4 @@
-"""What people stumble over on their first day has an error that says the way out."""
+"""Common mistakes of the first day raise errors that name the fix."""
 
 import copy
 import sys
@@ -33,7 +33,7 @@ def test_a_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_state_dict_of_other_groups() -> None:
-    """As of a run whose parameters were in one group; the way out works."""
+    """From a run whose parameters were in one group. The fix works."""
     model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
     saved = LARS(model.parameters(), lr=2.0, momentum=0.9, adapt=True)
     model(torch.ones(1, 3)).sum().backward()
@@ -55,7 +55,7 @@ def test_a_state_dict_of_other_groups() -> None:
     ids=["OneCycleLR", "SWALR"],
 )
 def test_schedulers_that_overwrite_all_groups_take_a_list(scheduler: Any, options: dict[str, Any]) -> None:
-    """The form that the pages show: the biases' lr stays their own."""
+    """As the pages show: the biases keep their own lr."""
     optimizer = LARS(param_groups(nn.Linear(3, 2), 0.1, bias_lr=0.1), lr=8.0, momentum=0.9)
     schedule = scheduler(optimizer, **options)
     lrs = []

@@ -1,6 +1,6 @@
-"""The demo under torchrun ends where one process ends, and a job whose processes are killed where it would have ended.
+"""The demo under torchrun ends where one process ends, and a job whose processes are killed ends where it would have ended.
 
-The jobs are real: two processes with gloo on this machine. Each has a timeout, and all that it started is gone then.
+The jobs are real, with two gloo processes on this machine. Each has a timeout, after which everything that it started is gone.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ for module in ("sklearn", "rich"):
     pytest.importorskip(module, reason="the demo has its own dependencies: group demo")
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT))  # benchmarks/ is no part of the package; it is run from the repository root
+sys.path.append(str(ROOT))  # benchmarks/ is not part of the package and is run from the repository root
 
 import torchrun_job
 from benchmarks.demo import distributed
 from benchmarks.demo.data import Dataset, scikit_learn_digits
 from benchmarks.demo.training import build_model
 
-# Without the second, an attempt may be given the addresses of the one before (pytorch/pytorch#135712).
+# Without the second, an attempt may get the addresses of the previous one (pytorch/pytorch#135712).
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 TIMEOUT = 240  # seconds; the longest job takes 20 on two quiet cores
 MODES = {"data-parallel": [], "sharded": ["--shard"]}
@@ -51,11 +51,11 @@ if not ranks.FULLY_SHARDS_ON_CPU:
     del MODES["sharded"]
 modes = pytest.mark.parametrize("mode", MODES)
 
-# Three steps an epoch, the last of them smaller; the two ranks' shares are not of one size.
+# three steps per epoch, the last one smaller, and shares of different sizes for the two ranks
 BATCH, EPOCHS, STEPS, EVERY, LR, SEED = 501, 3, 9, 3, 8.0, 7
 OPTIONS = f"--batch {BATCH} --epochs {EPOCHS} --every {EVERY} --lr {LR} --seed {SEED}".split()
 
-# mode, rank, place, step, the step that the next attempt goes on from; an attempt each
+# mode, rank, place, step, and the step from which the next attempt resumes; one attempt each
 KILLS = [
     ("data-parallel", 1, "in writing a checkpoint", 6, 3),
     ("sharded", 1, "before the optimizer's step", 5, 3),
@@ -63,7 +63,7 @@ KILLS = [
 
 
 class Job:
-    """torchrun, and all that it starts; leaving the `with` block ends them, whatever state they are in."""
+    """torchrun and everything that it starts. Leaving the `with` block ends all of it."""
 
     def __init__(self, *arguments: str) -> None:
         self.mark = f"FASTLARS_TEST_JOB={uuid.uuid4()}"
@@ -83,14 +83,14 @@ class Job:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for _ in range(2):  # once more for what was being started
+        for _ in range(2):  # again, for processes that were just starting
             for process in [self.process.pid, *self.children()]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
         self.process.communicate()
 
     def children(self) -> list[int]:
-        """Each is the leader of a session of its own; they are known by their environment. Linux only."""
+        """Each leads its own session, and they are recognised by their environment. Linux only."""
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
@@ -101,13 +101,13 @@ class Job:
     def output(self, timeout: float = TIMEOUT) -> str:
         out, err = self.process.communicate(timeout=timeout)
         assert self.process.returncode == 0, f"{out}\n{err}"
-        # torch 2.8 to 2.10 announce who is connected
+        # torch 2.8 to 2.10 log connections
         return "".join(line for line in out.splitlines(keepends=True) if not line.startswith("[Gloo]"))
 
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """Of this process alone."""
+    """This process's own log."""
     device = distributed.start()
     try:
         yield
@@ -128,7 +128,7 @@ def tensors(of: distributed.Training) -> dict[str, Tensor]:
 
 
 def ended(folder: Path) -> dict[str, Tensor]:
-    """What the last checkpoint in a folder holds, read by one process; nothing else is left in the folder."""
+    """The last checkpoint in a folder, read by one process. Nothing else is left in the folder."""
     assert [path.name for path in folder.iterdir()] == [f"step-{STEPS}"]
     with process_group():
         found = training()
@@ -146,7 +146,7 @@ def dataset() -> Dataset:
 def undisturbed(
     dataset: Dataset, tmp_path_factory: pytest.TempPathFactory, process_groups: Callable[..., ranks.Group]
 ) -> dict[str, dict[str, Tensor]]:
-    """Both modes on two ranks: data-parallel as a user starts it on two nodes, which are one machine here."""
+    """Both modes on two ranks, data-parallel as a user starts it on two nodes, which are one machine here."""
     folder = tmp_path_factory.mktemp("undisturbed")
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -165,7 +165,7 @@ def undisturbed(
 
 
 def one_process(dataset: Dataset) -> dict[str, Tensor]:
-    """The training in plain words, with nothing of `benchmarks.demo.distributed`."""
+    """The training in plain code, without anything of `benchmarks.demo.distributed`."""
     torch.manual_seed(SEED)
     model = build_model(8, 8)
     optimizer = fastlars.LARS(
@@ -195,7 +195,7 @@ def one_process(dataset: Dataset) -> dict[str, Tensor]:
 @pytest.mark.slow
 @modes
 def test_ends_where_one_process_ends(mode: str, undisturbed: dict[str, dict[str, Tensor]], dataset: Dataset) -> None:
-    """Within rounding, 1e-7 here; the mean of two ranks' means, which is not that of the batch, would be off by 1e-3."""
+    """Within rounding, here 1e-7. The mean of two ranks' means, which is not the batch's mean, would be off by 1e-3."""
     expected = one_process(dataset)
     assert undisturbed[mode].keys() == expected.keys()
     for name, tensor in undisturbed[mode].items():
@@ -206,7 +206,7 @@ def test_ends_where_one_process_ends(mode: str, undisturbed: dict[str, dict[str,
 def test_a_job_whose_processes_are_killed_ends_where_the_undisturbed_one_ends(
     undisturbed: dict[str, dict[str, Tensor]], tmp_path: Path
 ) -> None:
-    """Each attempt but the last is killed at another place, in another mode."""
+    """Each attempt except the last is killed, at another place and in another mode."""
     kills = [kill for kill in KILLS if kill[0] in MODES]
     torch.save(scikit_learn_digits(), tmp_path / "dataset")
     job = {
@@ -218,13 +218,13 @@ def test_a_job_whose_processes_are_killed_ends_where_the_undisturbed_one_ends(
     where = ["--standalone", "--nproc-per-node=2", f"--max-restarts={len(kills)}"]
     with Job(*where, str(ROOT / "tests" / "torchrun_job.py"), str(tmp_path / "job.json")) as torchrun:
         printed = torchrun.output()
-    told = [line for line in printed.splitlines() if "killed" in line or "going on" in line]
+    told = [line for line in printed.splitlines() if "killed" in line or "resuming" in line]
     expected = []
     for attempt, (mode, rank, place, step, next_from) in enumerate(kills):
         expected.append(f"attempt {attempt}: rank {rank} is killed {place}, step {step}")
-        if mode == "sharded":  # the training before has ended
-            expected.append(f"going on after step {STEPS} of {STEPS}")
-        expected.append(f"going on after step {next_from} of {STEPS}")
+        if mode == "sharded":  # the previous training has ended
+            expected.append(f"resuming after step {STEPS} of {STEPS}")
+        expected.append(f"resuming after step {next_from} of {STEPS}")
     assert told == expected
     for mode, tensors in undisturbed.items():
         found = ended(tmp_path / mode)
@@ -234,10 +234,10 @@ def test_a_job_whose_processes_are_killed_ends_where_the_undisturbed_one_ends(
 
 @pytest.mark.slow
 @modes
-def test_a_job_of_three_ranks_goes_on_with_the_same_bits(
+def test_a_job_of_three_ranks_resumes_with_the_same_bits(
     mode: str, process_groups: Callable[..., ranks.Group], dataset: Dataset, tmp_path: Path
 ) -> None:
-    """With two, every sum has one order; with more, DDP's buckets decide, which it makes anew after its first pass."""
+    """With two ranks every sum has one order. With more, DDP's buckets decide, which it rebuilds after its first pass."""
     torch.save(dataset, tmp_path / "dataset")
     process_groups(3).run(torchrun_job.stops_and_goes_on, str(tmp_path), [*OPTIONS, *MODES[mode]])
     stopped = ended(tmp_path / "stopped")
@@ -247,7 +247,7 @@ def test_a_job_of_three_ranks_goes_on_with_the_same_bits(
 
 @pytest.mark.slow
 def test_a_process_leaves_its_job() -> None:
-    """Before 2.8, torch's own way hangs one time in ten or so."""
+    """Before 2.8, torch's own way hangs in about one of ten runs."""
     process = ranks.context().Process(target=torchrun_job.leaves_often, daemon=True)
     process.start()
     process.join(TIMEOUT)
@@ -258,7 +258,7 @@ def test_a_process_leaves_its_job() -> None:
 
 @pytest.mark.slow
 def test_a_job_that_hangs_is_ended_with_all_its_processes(tmp_path: Path) -> None:
-    """Also processes that ignore a polite end, which torchrun leaves behind when it is killed itself."""
+    """Also processes that ignore SIGTERM, which torchrun leaves behind when it is killed itself."""
     program = tmp_path / "hang.py"
     program.write_text(
         "import signal, sys, time\n"
@@ -278,7 +278,7 @@ def test_a_job_that_hangs_is_ended_with_all_its_processes(tmp_path: Path) -> Non
 
 
 class Killed(BaseException):
-    """In the place of SIGKILL, for which one process is enough: what is on the disk is what counts."""
+    """Instead of SIGKILL, with a single process, because only the files on disk matter."""
 
 
 def dying(original: Callable[..., Any], victim: str) -> Callable[..., Any]:
@@ -290,7 +290,7 @@ def dying(original: Callable[..., Any], victim: str) -> Callable[..., Any]:
     return die
 
 
-@pytest.mark.filterwarnings("ignore:TypedStorage:UserWarning")  # of torch 2.4's own
+@pytest.mark.filterwarnings("ignore:TypedStorage:UserWarning")  # from torch 2.4 itself
 @pytest.mark.parametrize(
     ("owner", "name", "victim", "whole"),
     [
@@ -324,7 +324,7 @@ def test_a_checkpoint_is_there_as_a_whole_or_not_at_all(
         assert distributed.resume(tmp_path, found) == whole
         for key, tensor in tensors(found).items():
             assert torch.equal(tensor, saved[whole][key])
-        # what was left behind is in nobody's way
+        # remains of the killed run do no harm
         distributed.save(tmp_path, 9, found)
         assert [path.name for path in tmp_path.iterdir()] == ["step-9"]
         assert distributed.resume(tmp_path, training()) == 9
@@ -339,20 +339,20 @@ class Model(torch.nn.Module):
         return self.layers(x)
 
 
-# not "python": test_docs.py runs what says so, in one process and without ranks
+# not "python", because test_docs.py runs such blocks in one process and without ranks
 SNIPPETS = re.findall(r"```py\n(.*?)```", (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8"), re.DOTALL)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's own ZeroRedundancyOptimizer
-@pytest.mark.filterwarnings("ignore:DTensor random operators:UserWarning")  # of torch 2.6, to whoever shards on a CPU
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # from torch's own ZeroRedundancyOptimizer
+@pytest.mark.filterwarnings("ignore:DTensor random operators:UserWarning")  # from torch 2.6, for sharding on a CPU
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
 def test_the_snippets_of_the_page_make_optimizers_that_step(snippet: str) -> None:
-    """Each on a mesh of one process; what they do on several is tested elsewhere."""
+    """Each on a mesh of one process. Other tests cover several."""
     if "fully_shard" in snippet and "sharded" not in MODES:
         pytest.skip("fully_shard works on CPU from torch 2.9 on")
     if "parallelize_module" in snippet and torch.__version__ < (2, 6):
         pytest.skip("torch 2.4's own forward pass fails on a mesh of one process; test_distributed.py has more")
-    torch.manual_seed(0)  # one where not all that goes through ReLU is negative
+    torch.manual_seed(0)  # one seed with which some inputs of ReLU are positive
     with process_group():
         mesh = init_device_mesh("cpu", (1, 1, 1), mesh_dim_names=("replicate", "shard", "tensor"))
         names: dict[str, Any] = {"torch": torch, "fastlars": fastlars, "model": Model(), "mesh": mesh}

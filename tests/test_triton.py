@@ -1,4 +1,4 @@
-"""The Triton backend without a GPU: its kernels under the interpreter and through the compiler; tables, dispatch."""
+"""The Triton backend without a GPU: kernels under the interpreter and through the compiler, tables, and dispatch."""
 
 import importlib.util
 import os
@@ -46,7 +46,7 @@ MOMENTUM = Options(0.5, momentum=0.9)
 
 
 def bucket_of(params: list[Tensor], options: Options = MOMENTUM, grad_scale: Tensor | None = None) -> Bucket:
-    """Past its first step."""
+    """A tensor past its first step."""
     buffers: list[Tensor | None] = [torch.zeros_like(p) for p in params] if options.momentum != 0 else []
     grads = [torch.ones_like(p) for p in params]
     return Bucket(ON_CPU, list(range(len(params))), params, grads, buffers, [], options, grad_scale=grad_scale)
@@ -59,7 +59,7 @@ def test_kernels_under_the_interpreter(which: str) -> None:
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version < (3, 7) and int(numpy.__version__.split(".")[0]) >= 2:
         pytest.skip("the interpreter of Triton 3.0 reads nonsense with NumPy 2, that of 3.6 fails with NumPy 2.4")
-    # and it warns with NumPy 1.25 and later
+    # it also warns with NumPy 1.25 and later
     ignore = "ignore:Conversion of an array:DeprecationWarning"
     tests = str(HERE / "triton_interpreted.py")
     options = ["-q", "-p", "no:cacheprovider", "-W", ignore, "-m", which]
@@ -67,7 +67,7 @@ def test_kernels_under_the_interpreter(which: str) -> None:
 
 
 class Compiled:
-    """The kernels that the launches of a step compile, without a GPU to run them on."""
+    """The kernels that a step's launches compile, without a GPU to run them."""
 
     def __init__(self) -> None:
         self.kernels: dict[str, list[Any]] = {}
@@ -78,7 +78,7 @@ class Compiled:
 
 @pytest.fixture
 def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[int], Compiled]:
-    """compiler(arch): launches from now on only compile, for that architecture."""
+    """compiler(arch): from now on launches only compile, for that architecture."""
     triton = pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("the interpreter compiles nothing")
@@ -93,7 +93,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[int],
 
         class Driver:
             def get_current_device(self) -> int:
-                return arch  # a cache of kernels for each
+                return arch  # separate kernel caches
 
             def get_current_stream(self, _device: int) -> int:
                 return 0
@@ -126,7 +126,7 @@ def step(params: list[Tensor], options: Options, gate: Tensor | None = None, gra
 
 
 def resources(kernel: Any, folder: Path) -> dict[str, int]:
-    """Registers, and bytes of stack and local memory, which is where spilt registers go."""
+    """Registers, and bytes of stack and local memory, where spilt registers go."""
     triton = pytest.importorskip("triton")
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     cubin = folder / "kernel.cubin"
@@ -135,14 +135,14 @@ def resources(kernel: Any, folder: Path) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", listing.stdout)}
 
 
-# of each the 16-byte loads and stores of a tensor, in units of what a program takes of one: by partial_sums and by update
+# the 16-byte loads and stores of each tensor, in units of what a program takes of it, by partial_sums and by update
 COMPILED = {
     "momentum": ((2, 0), (3, 2)),
     "everything": ((2, 0), (3, 2)),
     "base": ((2, 0), (2, 1)),
     "everything_but_joint": ((2, 0), (3, 2)),
     "unadapted": (None, (2, 1)),
-    "nesterov": ((2, 0), (3, 2)),  # the most registers
+    "nesterov": ((2, 0), (3, 2)),  # the largest number of registers
 }
 
 
@@ -153,7 +153,7 @@ def test_kernels_compile_to_wide_loads_and_no_spills(
     arch: int, dtype: torch.dtype, compiler: Callable[[int], Compiled], tmp_path: Path
 ) -> None:
     compiled, scalar = compiler(arch), torch.tensor([1.0])
-    # a thread has 8 elements of each tensor: in the aligned branch that many bytes are loaded 16 at a time
+    # a thread has 8 elements of each tensor; the aligned branch loads them 16 bytes at a time
     wide = 8 * dtype.itemsize // 16
     for name, expected in COMPILED.items():
         compiled.kernels.clear()
@@ -166,7 +166,7 @@ def test_kernels_compile_to_wide_loads_and_no_spills(
         for kernel, (compilation,) in compiled.kernels.items():
             used, ptx = resources(compilation, tmp_path), compilation.asm["ptx"]
             assert used["STACK"] == used["LOCAL"] == 0, (name, kernel, used)
-            # as triton.py says; `norms`, of which there are few programs, may take more
+            # as triton.py says; `norms`, which has few programs, may take more
             assert 0 < used["REG"] <= (64 if kernel == "norms" else 56), (name, kernel, used)
             loaded, stored = counts[kernel]
             assert len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)) == loaded * wide, (name, kernel)
@@ -180,7 +180,7 @@ def test_numbers_and_addresses_do_not_recompile(compiler: Callable[[int], Compil
     def counts() -> list[int]:
         return [len(compiled.distinct(name)) for name in ("partial_sums", "norms", "update")]
 
-    # rows of norms begin at multiples of 16 bytes only where tensors come by fours
+    # rows of norms begin at multiples of 16 bytes only if the number of tensors is a multiple of four
     of_three, of_four = [torch.ones(n) for n in (5, 16, 1)], [torch.ones(n) for n in (5, 16, 1, 2)]
     for lr in (0.5, 1, 0.0, 16):
         for changed in ({}, {"momentum": 0.5}, {"weight_decay": 1}, {"eps": 1.0}, {"dampening": 0.5}):
@@ -204,14 +204,14 @@ def test_options_may_be_numpy_scalars(kind: type, compiler: Callable[[int], Comp
     for name in ("momentum", "everything"):
         options = Options(**OPTIONS[name])
         numbers = {key: kind(getattr(options, key)) for key in names}
-        # these first: Triton finds what it compiled for True by np.True_ too
+        # these first, because Triton finds what it compiled for True with np.True_ too
         step([torch.ones(5)], options._replace(**numbers))
         step([torch.ones(5)], options)
     assert [len(compiled.distinct(name)) for name in ("partial_sums", "norms", "update")] == [2, 2, 2]
 
 
 def test_sums_have_the_same_bits_with_a_scale_and_without(compiler: Callable[[int], Compiled]) -> None:
-    """No product is fused with a sum: of the two in scale * g + weight_decay * w, the scale would decide which."""
+    """No product is fused with a sum. In scale * g + weight_decay * w the scale would decide which one."""
     compiled = compiler(90)
     options = Options(**OPTIONS["momentum-joint"], skip_nonfinite=True)
     step([torch.ones(5)], options)
@@ -314,7 +314,7 @@ def test_capture_leaves_eager_tables_alone(monkeypatch: pytest.MonkeyPatch) -> N
         assert table.chunk_tensor.tolist() == [0, 1, 2]
         assert table not in tables._tables.values(), "its copy has not run before the graph has"
         assert table.sums.data_ptr() != eager.sums.data_ptr()
-    # what the graphs copy at every replay stays
+    # the source of the copies in every replay stays
     staged = {host.data_ptr() for host in tables._captured}
     assert len(staged) == triton.CAPTURES
     with pytest.raises(RuntimeError, match="needs an eager step"):
@@ -327,7 +327,7 @@ def test_capture_leaves_eager_tables_alone(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_threads_take_turns_with_the_tables_that_they_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of the functional form."""
+    """The tables of the functional form."""
     backend, inside, seen = triton.Triton("cpu"), [], []
 
     def table(_tables: triton.Tables, _bucket: Bucket, _now: int) -> None:
@@ -365,7 +365,7 @@ def test_torch_sgd_is_fused_where_the_step_is_and_leaves_versions_to_us(monkeypa
         assert asked == [fused] * 2
         asked.clear()
         assert (param._version, buffer._version) == ((2, 1) if fused else (0, 0))
-    # on the CPU a gate is looked at before
+    # on the CPU the gate is read before
     backend = TorchSGD(FUSED_CPU, fused=True)
     for gate in (0.0, 1.0):
         bucket = Bucket(backend, [0], [torch.ones(3)], [torch.ones(3)], [], [], Options(0.1, adapt=False))
@@ -396,7 +396,7 @@ NOT_SERVED: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {
     "expanded": (torch.ones(1).expand(3), torch.ones(1).expand(3), None),
     "gradient of other strides": (torch.ones(3, 4), torch.ones(4, 3).t(), None),
     "buffer of other strides": (torch.ones(3, 4).t(), torch.ones(3, 4).t(), torch.ones(4, 3)),
-    # dense, and in another order than both others
+    # dense, and in another order than the other two
     "parameter of other strides": (
         torch.ones(2, 3, 4, 4).contiguous(memory_format=torch.channels_last),
         torch.ones(2, 3, 4, 4),
@@ -410,7 +410,7 @@ NOT_SERVED: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {
     "subclass": (torch.ones(3), torch.ones(3).as_subclass(type("Other", (Tensor,), {})), None),
     "gradient elsewhere": (torch.ones(3), torch.ones(3, device="meta"), None),
     "buffer elsewhere": (torch.ones(3), torch.ones(3), torch.ones(3, device="meta")),
-    # would be read beyond their end
+    # would be read past their end
     "smaller gradient": (torch.ones(4), torch.ones(3), None),
     "smaller buffer": (torch.ones(4), torch.ones(4), torch.ones(3)),
 }
@@ -429,7 +429,7 @@ def test_does_not_serve() -> None:
     assert [name for name, tensors in SERVED.items() if triton.TRITON.serves([tensors[0]], [tensors[1]], [])] == []
 
 
-def test_what_one_tensor_is_refused_for_refuses_a_list() -> None:
+def test_one_unsupported_tensor_refuses_the_list() -> None:
     for other in NOT_SERVED.values():
         for places in ((0, 1), (1, 0)):
             lists = [[torch.ones(3), torch.ones(3)], [torch.ones(3), torch.ones(3)], [torch.ones(3), torch.ones(3)]]
@@ -491,7 +491,7 @@ def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "plain tensors, got FakeTensor at position 1" in refusal(on_cpu, one)
 
 
-def test_what_keeps_triton_from_launching_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_fused_finds_why_triton_cannot_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 0))
     reason = triton._refusal(torch.device("cuda:0"))
@@ -513,7 +513,7 @@ def sorted_by_name(lists: Lists, options: Options, found_inf: Tensor | None = No
 
 @pytest.fixture
 def plain_fakes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dispatch looks at metadata only, so that fake CUDA tensors show it."""
+    """Dispatch looks at metadata only, so fake CUDA tensors show it."""
     monkeypatch.setattr(layouts, "PLAIN", {FakeTensor})
 
 

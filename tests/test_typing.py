@@ -1,6 +1,6 @@
-"""A user's program type-checks under mypy --strict and pyright, against the package as it is installed.
+"""A user's program type-checks under mypy --strict and pyright against the installed package.
 
-Both are slow on torch, so they run in `nox -s types`, which installs them; the program itself runs everywhere.
+Both are slow on torch, so they run in `nox -s types`, which installs them. The program itself runs everywhere.
 """
 
 import json
@@ -55,7 +55,7 @@ def mypy(program: Path) -> dict[int, str]:
 
 
 def pyright(program: Path) -> dict[int, str]:
-    """Basedpyright: pyright with its own Node, so that nothing is downloaded when it runs; with pyright's own defaults."""
+    """basedpyright: pyright with its own Node, so that it downloads nothing when it runs, and with pyright's defaults."""
     settings = {"typeCheckingMode": "standard", "include": [program.name], "extraPaths": [PACKAGE]}
     program.with_name("pyrightconfig.json").write_text(json.dumps(settings), encoding="utf-8")
     command = [sys.executable, "-m", "basedpyright", "--outputjson", "--pythonpath", sys.executable]

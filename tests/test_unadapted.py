@@ -1,4 +1,4 @@
-"""Groups that are not adapted are torch's SGD bit for bit, and a LARS that adapts nothing says so once."""
+"""Groups that are not adapted equal torch's SGD bit for bit, and a LARS that adapts nothing says so once."""
 
 import copy
 import itertools
@@ -16,7 +16,7 @@ from harness import IMPLEMENTATIONS, buffers_of, implementations, set_grads
 from recording import Recorder
 
 DTYPES = (*REAL, *COMPLEX)
-# torch's fused SGD ignores strides, and writes nonsense for half types in some versions: there LARS steps by itself
+# torch's fused SGD ignores strides, and writes wrong values for half types in some versions, so LARS uses its own step there
 FUSED_LAYOUTS = [name for name in LAYOUTS if name not in ("strided", "columns")]
 
 
@@ -33,7 +33,7 @@ def all_sgd_options() -> list[Options]:
 
 
 def make_pair(dtype: torch.dtype, options: Options, implementation: Options, **more: Any) -> tuple[LARS, Any]:
-    """Both optimizers over parameters of the same bits: in the layouts that torch's implementation can step."""
+    """Both optimizers over parameters of the same bits, in layouts that torch's implementation can step."""
     layouts = FUSED_LAYOUTS if implementation.get("fused") else tuple(LAYOUTS)
     lars, sgd = (make_params(dtype, layouts=layouts) for _ in range(2))
     both = {"lr": 0.1, **options, **implementation}
@@ -48,7 +48,7 @@ def assert_same_bits(lars: torch.optim.Optimizer, sgd: torch.optim.Optimizer, wh
     for left, right in zip(params_of(lars), params_of(sgd), strict=True):
         assert torch.equal(left, right), f"{what}: a parameter of shape {tuple(left.shape)} and {left.dtype}"
     for param, left, right in zip(params_of(lars), buffers_of(lars), buffers_of(sgd), strict=True):
-        # LARS makes its buffers at once and fills them with zeros
+        # LARS creates its buffers at once and fills them with zeros
         assert (left is None or not left.any()) if right is None else torch.equal(left, right), (
             f"{what}: a buffer of shape {tuple(param.shape)} and {param.dtype}"
         )
@@ -76,7 +76,7 @@ def test_torch_sgd_bit_for_bit(implementation: Options) -> None:
 
 @pytest.mark.parametrize("history", HISTORIES)
 def test_torch_sgd_in_every_history(history: str) -> None:
-    """All implementations; the option sets move over the histories."""
+    """All implementations, with option sets cycling over the histories."""
     everything = all_sgd_options()
     for options in everything[list(HISTORIES).index(history) % 2 :: 2]:
         for implementation in IMPLEMENTATIONS.values():
@@ -92,7 +92,7 @@ def test_torch_sgd_with_a_tensor_lr(name: str) -> None:
         all_sgd_options(), dtypes, [(torch.float32, ()), (torch.float64, (1,))]
     ):
         lars, sgd = make_pair(dtype, options, IMPLEMENTATIONS[name])
-        for optimizer, its_shape in ((lars, shape), (sgd, ())):  # some versions of torch's take no other
+        for optimizer, its_shape in ((lars, shape), (sgd, ())):  # the only kind that some versions of torch accept
             optimizer.param_groups[0]["lr"] = torch.full(its_shape, 0.1, dtype=lr_dtype)
         run_pair(lars, sgd, "dense", f"{options}, {dtype}, {lr_dtype}")
 
@@ -186,7 +186,7 @@ def test_a_copy_is_another_optimizer() -> None:
 def test_warning_names_the_line_that_steps(how: str) -> None:
     optimizer = LARS([one_param()], lr=0.1)
     if how == "scheduler":
-        torch.optim.lr_scheduler.StepLR(optimizer, 1)  # wraps the optimizer's step
+        torch.optim.lr_scheduler.StepLR(optimizer, 1)  # this wraps the optimizer's step
     if how == "hooks":
         optimizer.register_step_pre_hook(lambda *_: None)
     with warnings.catch_warnings(record=True) as caught:
@@ -201,7 +201,7 @@ def test_warning_names_the_line_that_steps(how: str) -> None:
 
 
 @pytest.mark.parametrize("options", [{"adapt": False}, {"adapt": True}, {"weight_decay": 0.05}], ids=str)
-def test_no_warning_where_somebody_chose(options: Options) -> None:
+def test_no_warning_if_adapt_is_set(options: Options) -> None:
     assert not warnings_of(LARS([one_param()], lr=0.1, **options))
     # in one group of several
     groups = [{"params": [one_param()]}, {"params": [one_param()], **options}]
@@ -209,7 +209,7 @@ def test_no_warning_where_somebody_chose(options: Options) -> None:
 
 
 def test_warns_before_anything_changes() -> None:
-    """Users who turn warnings into errors get their parameters as they were."""
+    """Users who turn warnings into errors keep their parameters unchanged."""
     param = one_param()
     optimizer = LARS([param], lr=BASE["lr"], momentum=0.9)
     with pytest.raises(UserWarning, match="adapts no parameter"):

@@ -1,4 +1,4 @@
-"""A step is made whole or not at all: what cannot be stepped is refused where it is given, or before the first write."""
+"""A step is whole or does not happen: bad tensors and options are refused when given, or before the first write."""
 
 import copy
 from collections.abc import Callable
@@ -20,7 +20,7 @@ OPTIONS: Options = {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.05, "trust_coe
 
 
 def make(implementation: Options, adapt: bool = True, steps: int = 2) -> LARS:
-    """Two groups of three tensors, some steps done, gradients for the next one there."""
+    """Two groups of three tensors after some steps, with gradients for the next one."""
     torch.manual_seed(0)
     groups = [{"params": [Parameter(torch.randn(3, 4)) for _ in range(3)]} for _ in range(2)]
     optimizer = LARS(groups, **{**OPTIONS, "adapt": adapt, **implementation})
@@ -35,7 +35,7 @@ def params_of(optimizer: LARS) -> list[Parameter]:
 
 
 def everything(optimizer: LARS) -> Any:
-    """What a refused step could have changed; of meta tensors and the like their identities."""
+    """What a refused step could have changed; for meta tensors and the like their identities."""
     tensors = [t for p in params_of(optimizer) for t in (p, p.grad)] + buffers_of(optimizer)
     tensors += [lr for group in optimizer.param_groups if isinstance(lr := group["lr"], Tensor)]
     readable = [t for t in tensors if t is not None and not t.is_meta and not t.is_sparse]
@@ -78,7 +78,7 @@ def put_data(value: Tensor) -> Callable[[LARS], object]:
 
 
 ONE_ELEMENT = "Tensor lr must be 1-element and of a floating dtype, got shape"
-OWN = "must have memory of its own for every element"
+OWN = "must have its own memory for every element"
 EDITS: dict[str, tuple[Callable[[LARS], object], str]] = {
     "two elements": (write(lr=torch.tensor([0.5, 0.5])), f"{ONE_ELEMENT} \\(2,\\)"),
     "empty": (write(lr=torch.tensor([])), f"{ONE_ELEMENT} \\(0,\\)"),
@@ -95,8 +95,8 @@ EDITS: dict[str, tuple[Callable[[LARS], object], str]] = {
     "expanded": (put_data(torch.ones(4).expand(3, 4)), f"a parameter of shape \\(3, 4\\) {OWN}"),
     "overlapping": (put_data(torch.ones(9).as_strided((3, 4), (2, 1))), f"a parameter of shape \\(3, 4\\) {OWN}"),
     "expanded buffer": (put_buffer(lambda p: p[:1].expand(3, 4)), f"the momentum_buffer of a parameter .* {OWN}"),
-    "inference buffer": (put_buffer(in_inference_mode), "was made in inference mode and cannot be written outside of it"),
-    "buffer elsewhere": (put_buffer(lambda p: p.to("meta")), "on cpu has a momentum buffer on meta; move it there"),
+    "inference buffer": (put_buffer(in_inference_mode), "was created in inference mode and cannot be written outside it"),
+    "buffer elsewhere": (put_buffer(lambda p: p.to("meta")), "on cpu has a momentum buffer on meta; move it to cpu"),
     "sparse buffer": (put_buffer(lambda p: p.to_sparse()), "must be dense, got one of layout torch.sparse_coo"),
     "complex buffer": (put_buffer(lambda p: p.to(torch.complex64)), "has a momentum buffer of torch.complex64"),
     "shape of a buffer": (put_buffer(lambda p: p[:2].clone()), "has a momentum buffer of shape \\(2, 4\\)"),
@@ -105,7 +105,7 @@ EDITS: dict[str, tuple[Callable[[LARS], object], str]] = {
 
 @pytest.mark.parametrize(("edit", "message"), EDITS.values(), ids=EDITS)
 def test_an_edit_is_refused_before_any_group_moves(edit: Callable[[LARS], object], message: str) -> None:
-    """Again on every retry, and where gradients are there for the first time, which makes state."""
+    """Also on every retry, and with first gradients, which create state."""
     for implementation in IMPLEMENTATIONS.values():
         for adapt in (True, False):
             optimizer = make(implementation, adapt)
@@ -122,7 +122,7 @@ def test_an_edit_is_refused_before_any_group_moves(edit: Callable[[LARS], object
 
 
 def test_the_numbers_of_a_dtype_are_read_again_when_it_changes() -> None:
-    """lr 1e5 is none that float16 can hold; adapted groups are computed in float32."""
+    """float16 cannot hold an lr of 1e5. Adapted groups are computed in float32."""
     for adapt in (False, True):
         optimizer = make({}, adapt)
         for group in optimizer.param_groups:
@@ -146,7 +146,7 @@ HALF = torch.ones(2, dtype=torch.float16)
 GIVEN: dict[str, tuple[Callable[[], Tensor], Options, str]] = {
     "expanded": (lambda: leaf(torch.ones(1).expand(3)), {}, f"the parameter at position 0 {OWN}"),
     "overlapping": (lambda: leaf(torch.ones(9).as_strided((4, 2), (1, 1))), {}, f"the parameter at position 0 {OWN}"),
-    "inference": (lambda: in_inference_mode(torch.ones(3)), {}, "the parameter at position 0 was made in inference mode"),
+    "inference": (lambda: in_inference_mode(torch.ones(3)), {}, "the parameter at position 0 was created in inference mode"),
     "sparse": (lambda: torch.eye(3).to_sparse(), {}, "must be dense, got one of layout torch.sparse_coo"),
     "lr": (lambda: torch.ones(2), {"lr": 1e39}, "lr must be at most 3.40282e\\+38 for parameters of torch.float32"),
     "half lr": (lambda: HALF, {"lr": 1e5, "adapt": False}, "lr must be at most 65504 for parameters of torch.float16"),
@@ -158,7 +158,7 @@ GIVEN: dict[str, tuple[Callable[[], Tensor], Options, str]] = {
 
 
 @pytest.mark.parametrize(("param", "options", "message"), GIVEN.values(), ids=GIVEN)
-def test_what_is_given_is_refused_there(param: Callable[[], Tensor], options: Options, message: str) -> None:
+def test_wrong_arguments_are_refused_at_once(param: Callable[[], Tensor], options: Options, message: str) -> None:
     group = {"params": [param()], **options}
     with pytest.raises(ValueError, match=f"param group 0: .*{message}"):
         LARS([group], **OPTIONS)
@@ -172,7 +172,7 @@ def test_what_is_given_is_refused_there(param: Callable[[], Tensor], options: Op
     saved = copy.deepcopy(optimizer.state_dict())
     saved["param_groups"][1].update(options)
     if "half" in message or "differentiable" in options or "float16" in message:
-        return  # these parameters are float32; and of a state dict the flag is not taken
+        return  # these parameters are float32, and a state dict's differentiable flag is ignored
     with pytest.raises(ValueError, match=f"param group 1: .*{message}"):
         optimizer.load_state_dict(saved)
     assert everything(optimizer) == before
@@ -182,7 +182,7 @@ def test_what_is_given_is_refused_there(param: Callable[[], Tensor], options: Op
     ("param", "options"),
     [
         (torch.ones(6).as_strided((2, 3), (3, 1)), {}),
-        (torch.arange(1.0, 9).as_strided((2, 3), (3, 2)), {}),  # interleaved: no two elements share memory
+        (torch.arange(1.0, 9).as_strided((2, 3), (3, 2)), {}),  # interleaved, so no two elements share memory
         (torch.ones(2, dtype=torch.float64), {"lr": 1e39}),
         (HALF, {"lr": 1e5, "adapt": True}),
         (torch.ones(2, device="meta"), {"lr": torch.tensor(0.5, device="meta")}),
@@ -190,7 +190,7 @@ def test_what_is_given_is_refused_there(param: Callable[[], Tensor], options: Op
     ],
     ids=str,
 )
-def test_what_can_be_stepped_is_not_refused(param: Tensor, options: Options) -> None:
+def test_unusual_but_valid_tensors_are_not_refused(param: Tensor, options: Options) -> None:
     param = param.clone() if param.is_contiguous() else param
     param.grad = torch.zeros_like(param)
     optimizer = LARS([param], **{**OPTIONS, **options})
@@ -205,7 +205,7 @@ def test_parameters_made_in_inference_mode_can_be_stepped_there() -> None:
         param.grad = torch.ones(3)
         optimizer.step()
         assert param.tolist() == [0.5] * 3
-    with pytest.raises(RuntimeError, match="was made in inference mode"):
+    with pytest.raises(RuntimeError, match="was created in inference mode"):
         optimizer.step()
 
 
@@ -226,7 +226,7 @@ def test_a_loaded_state_dict_leaves_the_step_differentiable() -> None:
         derivatives.append(torch.autograd.grad((2 * w).square().sum(), start)[0])
         assert optimizer.param_groups[0]["differentiable"] is True
     assert torch.equal(*derivatives)
-    # and the other way round: a saved flag would not make steps differentiable
+    # and the other way round: a saved flag must not make steps differentiable
     optimizer = LARS([Parameter(torch.ones(3))], lr=0.5, weight_decay=0.1)
     optimizer.load_state_dict({**saved, "param_groups": [{**saved["param_groups"][0], "differentiable": True}]})
     assert optimizer.param_groups[0]["differentiable"] is False

@@ -1,4 +1,4 @@
-"""Wrong input is refused before anything changes, by an error that states the rule, the value and the way out."""
+"""Wrong input is refused before anything changes, with an error that states the rule, the value and the way out."""
 
 import copy
 import re
@@ -26,7 +26,7 @@ NON_NEGATIVE = ("lr", "momentum", "weight_decay", "trust_coefficient", "eps")
 
 
 def make(dtype: torch.dtype = torch.float32) -> LARS:
-    """Three groups of two tensors, momentum, one step done: state and gradients that can be disturbed."""
+    """Three groups of two tensors with momentum after one step, with state and gradients to disturb."""
     groups = [
         {"params": make_params(dtype, layouts=["matrix", "vector"], seed=seed), "name": f"group {seed}"}
         for seed in range(3)
@@ -46,7 +46,7 @@ def values(optimizer: LARS) -> list[Any]:
 
 
 def contents(optimizer: LARS) -> Any:
-    """Everything that a refused call could have changed: identities and values."""
+    """Everything that a refused call could change: identities and values."""
     return (
         values(optimizer),
         [{**group, "params": [id(p) for p in group["params"]]} for group in optimizer.param_groups],
@@ -59,7 +59,7 @@ def contents(optimizer: LARS) -> Any:
 
 
 def refuses(optimizer: LARS, error: type[Exception], message: str, action: Callable[[LARS], object]) -> None:
-    """Nothing has changed, and the optimizer goes on as if it had not been asked. The message is no pattern."""
+    """The action raises this message, changes nothing, and the optimizer continues as if it had not been called."""
     untouched = copy.deepcopy(optimizer)
     before = contents(optimizer)
     with pytest.raises(error, match=re.escape(message)):
@@ -78,19 +78,19 @@ TENSOR = "Tensor lr must be 1-element and of a floating dtype, got shape"
 PAIR = "needs momentum > 0 and dampening == 0, got"
 BOOLEANS = ("nesterov", "trust_clip", "lr_in_momentum", "skip_nonfinite", "maximize", "differentiable")
 OPTIONAL_BOOLEANS = ("adapt", "foreach", "fused", "kahan_sum")
-# options, error, what the message says
+# options, error, message
 WRONG: list[tuple[Options, type[Exception], str]] = [
     *[
         ({name: value}, ValueError if isinstance(value, float) else TypeError, f"{name} {NUMBER} {value!r}")
         for name in NON_NEGATIVE for value in (-0.1, NAN, INF, "0.1", None, True)
     ],
-    *[({"momentum": value}, ValueError, f"momentum must be < 1, got {value}: it would add") for value in (1, 1.0, 9.0)],
+    *[({"momentum": value}, ValueError, f"momentum must be < 1, got {value}, with which") for value in (1, 1.0, 9.0)],
     ({"dampening": NAN}, ValueError, "dampening must be a finite number, got nan"),
     ({"dampening": -INF}, ValueError, "dampening must be a finite number, got -inf"),
     ({"dampening": 1j}, TypeError, "dampening must be a finite number, got 1j"),
     ({"lr": [0.1]}, TypeError, f"lr {NUMBER} [0.1]"),
     ({"lr": 10**400}, ValueError, f"lr {NUMBER} 1000"),
-    # float() takes these, torch's operators do not
+    # float() takes these, but torch's operators do not
     ({"lr": Decimal("0.1")}, TypeError, f"lr {NUMBER} Decimal('0.1')"),
     ({"momentum": Fraction(9, 10)}, TypeError, f"momentum {NUMBER} Fraction(9, 10)"),
     ({"momentum": np.array(0.9)}, TypeError, f"momentum {NUMBER} array(0.9)"),
@@ -117,7 +117,7 @@ WRONG: list[tuple[Options, type[Exception], str]] = [
         "skip_nonfinite=True with momentum needs dampening == 0, got dampening=0.5",
     ),
     *[
-        ({a: True, b: True}, ValueError, f"{a}=True and {b}=True exclude each other; set one of them")
+        ({a: True, b: True}, ValueError, f"{a}=True and {b}=True exclude each other; set only one of them")
         for a, b in (("foreach", "differentiable"), ("fused", "differentiable"), ("kahan_sum", "differentiable"), ("fused", "foreach"))
     ],
 ]  # fmt: skip
@@ -127,7 +127,7 @@ def through(wrong: list[tuple[Options, type[Exception], str]]) -> Any:
     return pytest.mark.parametrize(("options", "error", "message"), wrong, ids=[str(case[0])[:50] for case in wrong])
 
 
-# one rule of each kind, for the other ways in: a number, a tensor, a choice, two options together, a misspelt name
+# one rule of each kind for the other entry points: a number, a tensor, a choice, two options together
 KINDS = [
     next(case for case in WRONG if part in case[2])
     for part in (NUMBER, TENSOR, "'separate' or 'joint'", "exclude each other")
@@ -177,7 +177,7 @@ def test_numpy_scalars_and_integers_are_numbers(value: Any, implementation: Opti
 
 
 # ---------------------------------------------------------------- lr is required
-def test_a_missing_lr_is_told_in_the_words_of_torch() -> None:
+def test_a_missing_lr_raises_torchs_message() -> None:
     params = make_params(torch.float32)
     message = "parameter group didn't specify a value of required optimization parameter lr"
     with pytest.raises(ValueError, match=rf"^{message} \(param group 0\); give lr to LARS or to the group"):
@@ -256,7 +256,7 @@ def test_params(params: Callable[[LARS], Any], error: type[Exception], message: 
     [([Parameter(torch.ones(3))], TypeError, "param_group must be a dict"), ({"lr": 0.1}, KeyError, "params")],
     ids=["list", "no params"],
 )
-def test_what_is_no_group(group: Any, error: type[Exception], message: str) -> None:
+def test_a_group_must_be_a_dict_with_params(group: Any, error: type[Exception], message: str) -> None:
     refuses(make(), error, message, lambda o: o.add_param_group(group))
 
 
@@ -265,8 +265,8 @@ def test_what_is_no_group(group: Any, error: type[Exception], message: str) -> N
     "edit",
     [{"lr": "x"}, {"lr": None}, {"momentum": None}, {"eps": -1.0}, {"trust_denominator": "jiont"}, {"nesterov": 2}],
 )
-def test_what_is_written_into_a_group_later(edit: Options, implementation: Options) -> None:
-    """In the first step and in a later one; no group has moved when it is told."""
+def test_wrong_options_written_into_a_group(edit: Options, implementation: Options) -> None:
+    """In the first step and in a later one. No group has moved when it raises."""
     params = [Parameter(torch.ones(3, 2)) for _ in range(2)]
     optimizer = LARS([{"params": [p]} for p in params], 0.1, momentum=0.9, weight_decay=0.1, **implementation)
     for p in params:
@@ -292,7 +292,7 @@ def test_a_schedule_may_round_lr_below_0() -> None:
 
 
 @implementations
-def test_zeros_and_empty_groups_are_no_errors(implementation: Options) -> None:
+def test_zeros_and_empty_groups_are_valid(implementation: Options) -> None:
     params = [Parameter(torch.zeros(3)), Parameter(torch.zeros(0)), Parameter(torch.ones(3))]
     optimizer = LARS([{"params": []}, {"params": params}, {"params": []}], 0.1, 0.9, weight_decay=0.1, **implementation)
     optimizer.step()
@@ -318,14 +318,14 @@ def test_sparse_gradients(implementation: Options) -> None:
     param.grad = param.grad.to_sparse()
     message = f"got one of layout torch.sparse_coo and shape {tuple(param.shape)}; use nn.Embedding(sparse=False)"
     refuses(optimizer, RuntimeError, f"LARS needs dense gradients, {message}", lambda o: o.step())
-    assert fresh in optimizer.state  # the step that follows a refusal is a whole one
+    assert fresh in optimizer.state  # the step after a refusal is a whole one
 
 
 @loop_over("momentum", [0.0, 0.9])
 @loop_over("shape", [(9, 9), (1,), (2, 6), ()])
 @implementations
 def test_a_parameter_that_was_resized(implementation: Options, shape: tuple[int, ...], momentum: float) -> None:
-    optimizer = make()  # a kernel that walks over memory would write beyond the old buffer
+    optimizer = make()  # a kernel that ignores shapes would write past the old buffer
     for group in optimizer.param_groups:
         group.update(implementation, momentum=momentum)
     param = optimizer.param_groups[1]["params"][0]
@@ -338,7 +338,7 @@ def test_a_parameter_that_was_resized(implementation: Options, shape: tuple[int,
         optimizer.step()
     assert contents(optimizer) == before
     param.grad = torch.ones(shape)
-    optimizer.state.pop(param)  # the way out that the message tells
+    optimizer.state.pop(param)  # the fix that the message names
     optimizer.step()
     assert param.isfinite().all()
 
@@ -366,7 +366,7 @@ def buffer(value: Any) -> Callable[[dict[str, Any]], object]:
 
 
 PLACE = "parameter 1 of param group 1"
-FITTING = "must have shape (7,) and kind torch.float32, got "
+FITTING = "must be a floating tensor of shape (7,), got "
 STATE_DICTS: list[tuple[Callable[[dict[str, Any]], object], type[Exception], str]] = [
     (buffer(torch.ones(8)), ValueError, f"momentum_buffer of {PLACE} {FITTING}(8,) and torch.float32"),
     (buffer(torch.ones(7, 1)), ValueError, f"{FITTING}(7, 1) and torch.float32; was the state dict saved for other"),
@@ -374,19 +374,19 @@ STATE_DICTS: list[tuple[Callable[[dict[str, Any]], object], type[Exception], str
     (buffer([1.0] * 7), TypeError, f"momentum_buffer of {PLACE} must be a tensor, got list"),
     (buffer(1.0), TypeError, "must be a tensor, got float"),
     (lambda s: s["state"].update({3: torch.ones(7)}), TypeError, f"the state of {PLACE} must be a dict, got Tensor"),
-    # these rows were faults that fuzzing found (test_fuzz_state_dicts.py): loaded in part, or no place was named
+    # faults that fuzzing found (test_fuzz_state_dicts.py), loaded in part or without a place in the message
     (buffer(torch.ones(7, dtype=torch.uint8)), ValueError, f"{FITTING}(7,) and torch.uint8"),
-    (buffer(torch.ones(1).expand(7)), ValueError, f"momentum_buffer of {PLACE} must have memory of its own"),
-    (buffer(torch.ones(7).to_sparse()), ValueError, "must have memory of its own for every element, got layout torch.sparse"),
+    (buffer(torch.ones(1).expand(7)), ValueError, f"momentum_buffer of {PLACE} must have its own memory"),
+    (buffer(torch.ones(7).to_sparse()), ValueError, "must have its own memory for every element, got layout torch.sparse"),
     (lambda s: s.update(state={str(k): v for k, v in s["state"].items()}), ValueError, "has a momentum_buffer under '0'"),
     (lambda s: s["state"].update({77: s["state"].pop(3)}), ValueError, "under 77, which is not among the keys of its param"),
     (lambda s: s["param_groups"][1].update(params=[2, 2]), ValueError, f"{PLACE} has the key 2 of an earlier parameter"),
     (lambda s: s["param_groups"][1].update(params=[2, [3]]), TypeError, "param group 1 of the state dict must be a dict"),
     (lambda s: s["param_groups"][1].update(params=None), TypeError, "group 1 of the state dict must be a dict with a list"),
     (lambda s: s["param_groups"].insert(0, 5), TypeError, "param group 0 of the state dict must be a dict with a list"),
-    (lambda s: s["param_groups"][1].update(param_names=["a"]), ValueError, "group 1: param_names must be a list of 2 texts"),
-    (lambda s: s["param_groups"][1].update(param_names=["a", []]), ValueError, "param_names must be a list of 2 texts"),
-    (lambda s: s["param_groups"][1].update(param_names=5), ValueError, "param_names must be a list of 2 texts, got 5"),
+    (lambda s: s["param_groups"][1].update(param_names=["a"]), ValueError, "group 1: param_names must be a list of 2 strings"),
+    (lambda s: s["param_groups"][1].update(param_names=["a", []]), ValueError, "param_names must be a list of 2 strings"),
+    (lambda s: s["param_groups"][1].update(param_names=5), ValueError, "param_names must be a list of 2 strings, got 5"),
     (lambda s: s.update(state=[]), TypeError, "a dict under 'state' and a list under 'param_groups', got list and list"),
     (lambda s: s.update(param_groups={}), TypeError, "a list under 'param_groups', got dict and dict"),
     (lambda s: s.pop("state"), ValueError, "must have the keys 'state' and 'param_groups', got ['param_groups']"),
@@ -402,7 +402,7 @@ def test_state_dicts(edit: Callable[[dict[str, Any]], object], error: type[Excep
     saved = copy.deepcopy(optimizer.state_dict())
     edit(saved)
     refuses(optimizer, error, message, lambda o: o.load_state_dict(saved))
-    # what a hook of the user makes is checked, too
+    # the result of a user's hook is checked too
     optimizer = make()
     good = copy.deepcopy(optimizer.state_dict())
     optimizer.register_load_state_dict_pre_hook(lambda _, __: saved)
@@ -410,7 +410,7 @@ def test_state_dicts(edit: Callable[[dict[str, Any]], object], error: type[Excep
 
 
 @pytest.mark.parametrize("state_dict", [None, 5, [], "model.pt"], ids=repr)
-def test_what_is_no_state_dict(state_dict: Any) -> None:
+def test_a_state_dict_must_be_a_dict_with_its_two_keys(state_dict: Any) -> None:
     message = f"must have the keys 'state' and 'param_groups', got {type(state_dict).__name__}"
     refuses(make(), ValueError, message, lambda o: o.load_state_dict(state_dict))
 
@@ -418,7 +418,7 @@ def test_what_is_no_state_dict(state_dict: Any) -> None:
 @implementations
 @pytest.mark.parametrize("adapt", [True, False])
 def test_complex_buffers_of_another_precision_are_cast(adapt: bool, implementation: Options) -> None:
-    """As torch casts real ones; torch's foreach SGD, which steps the groups that are not adapted, failed in its middle."""
+    """Like real ones in torch. torch's foreach SGD, which steps groups that are not adapted, failed halfway."""
     optimizer = make(torch.complex64)
     for group in optimizer.param_groups:
         group.update(adapt=adapt, **implementation)
@@ -438,12 +438,12 @@ def test_complex_buffers_of_another_precision_are_cast(adapt: bool, implementati
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 def test_a_buffer_shares_no_memory_between_elements() -> None:
-    """Where there is one element along a dimension, its stride means nothing."""
+    """The stride of a dimension with one element means nothing."""
     optimizer = LARS([Parameter(torch.ones(2, 1))], lr=0.5, momentum=0.9, weight_decay=0.1)
     saved = optimizer.state_dict()
     shared, own = torch.ones(1, 1).expand(2, 1), torch.ones(2).as_strided((2, 1), (1, 0))
-    for bad in (shared, torch.ones(2, 1).to_sparse_csr()):  # which has no strides
-        with pytest.raises(ValueError, match="must have memory of its own for every element"):
+    for bad in (shared, torch.ones(2, 1).to_sparse_csr()):  # it has no strides
+        with pytest.raises(ValueError, match="must have its own memory for every element"):
             optimizer.load_state_dict({**saved, "state": {0: {"momentum_buffer": bad}}})
     optimizer.load_state_dict({**saved, "state": {0: {"momentum_buffer": own}}})
     assert torch.equal(optimizer.state[optimizer.param_groups[0]["params"][0]]["momentum_buffer"], own)
@@ -459,7 +459,7 @@ def test_state_of_no_parameter_is_kept() -> None:
 
 def test_real_buffers_of_complex_parameters() -> None:
     saved = make().state_dict()
-    message = "must have shape (3, 5) and kind torch.complex64, got (3, 5) and torch.float32"
+    message = "must be a complex tensor of shape (3, 5), got (3, 5) and torch.float32"
     refuses(make(torch.complex64), ValueError, message, lambda o: o.load_state_dict(saved))
 
 
@@ -476,7 +476,7 @@ def test_tags_of_users_are_not_taken_for_misspelt_options() -> None:
         LARS([{"params": torch.ones(2, requires_grad=True), tag: 1}], lr=1.0)
 
 
-def test_fused_is_refused_where_there_is_no_fused_step() -> None:
+def test_fused_is_refused_without_a_fused_step() -> None:
     param = torch.ones(2, device="meta", requires_grad=True)
     with pytest.raises(RuntimeError, match="fused=True is for CPU and CUDA tensors, got one on meta"):
         LARS([param], lr=1.0, fused=True)

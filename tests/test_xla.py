@@ -1,7 +1,7 @@
-"""torch_xla: its sharded tensors, how often it compiles, and what it reads on the host. `nox -s xla` runs all of it.
+"""torch_xla: its sharded tensors, the number of compilations, and host reads. `nox -s xla` runs all of it.
 
-XLA records operations, and compiles and runs them at `torch_xla.sync()`. A graph that it has seen is not compiled again. Its
-own metrics count compilations, transfers to the host, and operations that it leaves to the CPU.
+XLA records operations, and compiles and runs them at `torch_xla.sync()`. It does not recompile a graph that it has seen. Its
+own metrics count compilations, transfers to the host, and operations that fall back to the CPU.
 """
 
 import os
@@ -73,9 +73,9 @@ on_xla = pytest.mark.skipif("xla" not in DEVICES, reason="needs torch_xla")
 @on_xla
 @pytest.mark.parametrize("lr", [0.7, torch.tensor(0.7)], ids=["float", "tensor"])
 def test_a_changing_lr_compiles_nothing_and_nothing_is_read(lr: Any) -> None:
-    """xm.optimizer_step and a scheduler, as docs/devices.md shows them: the first steps are compiled, and no later one.
+    """xm.optimizer_step and a scheduler, as docs/devices.md shows: the first steps compile, later ones do not.
 
-    XLA may compile once more for a float lr of exactly 1, or one that equals momentum: numbers that are equal are one input.
+    XLA may compile once more for a float lr of exactly 1 or equal to momentum, because equal numbers are one input.
     """
     import torch_xla  # noqa: PLC0415  not everywhere
     from torch_xla.core import xla_model as xm  # noqa: PLC0415
@@ -122,7 +122,7 @@ def test_the_page_runs(tmp_path: Path) -> None:
 @pytest.mark.xla
 @on_xla
 def test_sharded_tensors_step_as_whole_ones() -> None:
-    """Over four devices, for gradients that are sharded and that are not; in a process of its own."""
+    """Over four devices, with sharded and with whole gradients, in a separate process."""
     environment = {**os.environ, "CPU_NUM_DEVICES": "4"}
     program = pages.ROOT / "tests" / "xla_sharded.py"
     done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, check=False)

@@ -1,7 +1,7 @@
 """Run by torchrun, from test_torchrun.py: the demo's distributed trainings, in which processes are killed at set places.
 
-The argument is a JSON file: the data set's file, the command-line arguments of each mode, and the kills. torchrun starts
-a new attempt after each; an attempt goes through all modes, and those that have ended before end at once.
+The argument is a JSON file with the data set's file, the command-line arguments of each mode, and the kills. torchrun starts
+a new attempt after each kill. An attempt goes through all modes, and those that have finished end at once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from benchmarks.demo import distributed
 
 if TYPE_CHECKING:
-    from ranks import Rank  # with pytest, which torchrun's processes need not import
+    from ranks import Rank  # imported with pytest, which torchrun's processes need not import
 
 
 def arm(place: str, step: int) -> None:
@@ -70,7 +70,7 @@ def arm(place: str, step: int) -> None:
 
 
 def trains(_: Rank, folder: str, arguments: list[str]) -> None:
-    """One of the demo's trainings; in a process of `ranks`, which starts sooner than one of torchrun's."""
+    """One of the demo's trainings, in a process of `ranks`, which starts faster than one of torchrun's."""
     dataset = torch.load(Path(folder) / "dataset", weights_only=False)
     distributed.train(dataset, distributed.parse(arguments), torch.device("cpu"))
 
@@ -85,7 +85,7 @@ def leaves_often() -> None:
 
 
 class StoppedError(Exception):
-    """On all ranks at once, which a killed rank is not."""
+    """On all ranks at once, unlike a killed rank."""
 
 
 def stops_and_goes_on(rank: Rank, folder: str, arguments: list[str]) -> None:

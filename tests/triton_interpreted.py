@@ -1,7 +1,7 @@
-"""The Triton kernels on CPU tensors, under Triton's interpreter: they equal the reference.
+"""The Triton kernels on CPU tensors, under Triton's interpreter, equal the reference.
 
-test_triton.py runs this file in a process of its own, which imports triton with TRITON_INTERPRET=1. Chunks are small here,
-so that small tensors have many.
+test_triton.py runs this file in a separate process, which imports triton with TRITON_INTERPRET=1. Chunks are small here, so
+that small tensors have many.
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ KINDS = ["vector_1025", "matrix", "zeros", "scalar", "empty", "channels_last", "
 
 
 class Interpreted(triton.Triton):
-    """The backend for CPU tensors, of every group: torch's own SGD is not what a test may see."""
+    """Use the backend for CPU tensors in every group, because torch's own SGD must not hide it."""
 
     served = 0
 
@@ -47,7 +47,7 @@ INTERPRETED = Interpreted("cpu")
 
 
 class FusedLARS(LARS):
-    """Counts what the kernels have stepped, because what else would run is right too."""
+    """Counts what the kernels step, because any other backend would be right too."""
 
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
@@ -67,7 +67,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "BLOCK", 2)
     monkeypatch.setattr(harness, "LARS", FusedLARS)
     monkeypatch.setattr(backends, "BACKENDS", [INTERPRETED, SINGLE])
-    # the interpreter converts to bfloat16 by truncation: twice the error in the parameter, and of that in its compensation
+    # the interpreter converts to bfloat16 by truncation, which doubles the error of the parameter, and so of its compensation
     monkeypatch.setattr(harness, "kahan_tolerance", lambda dtype, size: 4 * kahan_tolerance(dtype, size))
 
 
@@ -171,7 +171,7 @@ def test_writes_only_its_own_elements() -> None:
 
 
 def test_offsets_are_64_bits() -> None:
-    # A tensor of 2^33 elements, of which only the last chunk is there: its address is as far back as its offset is large.
+    # A tensor of 2^33 elements, of which only the last chunk exists. Its address is set back by the size of its offset.
     n, chunk = 1024, 1 << 23
     w, g, v = (torch.randn(n, generator=torch.Generator().manual_seed(i)) for i in range(3))
     expected = v * 0.9 + g * 0.5 + w * 0.25
@@ -210,11 +210,11 @@ class OtherHalf:
     def exchange(
         self, buckets: list[Bucket], measured: list[Norms], _: None, nonfinite: Tensor | None
     ) -> tuple[list[Norms], None, Tensor]:
-        self.nonfinite = nonfinite  # what the other ranks are told
+        self.nonfinite = nonfinite  # what the other ranks get
         (known,) = measured
         assert known.param is not None and known.direction is not None
         both = [known.param.hypot(self.norms[0]), known.direction.hypot(self.norms[1])]
-        # columns of what was exchanged, which is in float64 where one of the tensors is
+        # columns of an exchange, which is float64 if one of the tensors is
         param, direction = torch.stack(both, dim=1).double().unbind(dim=1)
         return (
             [known._replace(param=param, direction=direction)],
@@ -263,14 +263,14 @@ def test_skip_nonfinite_leaves_its_groups_alone(name: str) -> None:
         {"params": make_params(torch.float32, layouts=["matrix", "empty", "conv"], seed=1)},
         {"params": make_params(torch.bfloat16, layouts=["scalar"], seed=2), "adapt": False, "lr_in_momentum": False},
         {"params": make_params(torch.float32, layouts=["matrix", "scalar"], seed=3), "skip_nonfinite": False},
-        # of no kernel of ours: what is found here stops them, and the other way round
+        # not one of our kernels: what it finds stops them, and the other way round
         {"params": make_params(torch.float64, layouts=["matrix"], seed=4)},
     ]
     options = {"momentum": 0.9, **OPTIONS[name], "skip_nonfinite": True}
     optimizer = harness.run(groups, options, lambda ps, step: [nonfinite(p, step, i) for i, p in enumerate(ps)], {})
     params = [p for i in (0, 1, 3) for p in optimizer.param_groups[i]["params"]]
     before = [p.detach().clone() for p in params]
-    # what one group finds stops the others, whichever comes first
+    # what one group finds stops the others, in any order
     for bad in range(len(params)):
         everything = [p for group in optimizer.param_groups for p in group["params"]]
         grads = [torch.ones_like(p) for p in everything]
@@ -281,7 +281,7 @@ def test_skip_nonfinite_leaves_its_groups_alone(name: str) -> None:
         optimizer.step()
         for param, old in zip(params, before, strict=True):
             assert torch.equal(param, old)
-    # what a group holds that does not ask stops nobody
+    # a group that does not ask stops no other
     grads = [torch.ones_like(p) for p in everything]
     next(g for g, p in zip(grads, everything, strict=True) if p is optimizer.param_groups[2]["params"][0]).fill_(
         torch.nan
@@ -319,7 +319,7 @@ def test_grad_scale_and_found_inf(name: str) -> None:
     ],
 )
 def test_a_power_of_two_as_grad_scale_changes_no_bit(name: str, scale: float) -> None:
-    """Not even where the squares of the scaled gradients overflow."""
+    """Not even if the squares of the scaled gradients overflow."""
     for dtype in (torch.float32, torch.bfloat16):
         results = []
         for grad_scale in (None, torch.tensor(scale)):
@@ -374,7 +374,7 @@ def test_side_effects() -> None:
         buffer = buffers_of(optimizer)[i]
         assert param._version > versions[i] and buffer is not None and buffer._version > 0
         assert torch.equal(param.grad, copies[i]) and param.grad._version == grad_versions[i]
-    # as checkpoint libraries do it
+    # as checkpoint libraries do
     params = make_params(torch.float32, layouts=KINDS)
     before = [p.detach().clone() for p in params]
     optimizer = FusedLARS(params, **{**OPTIONS["momentum"], "lr": 0.0})

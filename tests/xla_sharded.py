@@ -1,4 +1,4 @@
-"""LARS on tensors that xs.mark_sharding has divided over XLA devices. A program: SPMD is a mode of the whole process."""
+"""LARS on tensors that xs.mark_sharding has divided over XLA devices. A program, because SPMD is a mode of the whole process."""
 
 import torch
 import torch_xla

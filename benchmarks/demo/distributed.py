@@ -141,7 +141,7 @@ def train(dataset: Dataset, options: argparse.Namespace, device: torch.device) -
         optimizer.zero_grad()
     done = resume(options.checkpoint, training)
     if done and rank == 0:
-        print(f"going on after step {done} of {len(batches)}", flush=True)
+        print(f"resuming after step {done} of {len(batches)}", flush=True)
     began = time.perf_counter()
     for step in range(done, len(batches)):
         mine = batches[step][rank::ranks]

@@ -1,4 +1,4 @@
-"""Warnings that name the user's line, not one of ours or torch's."""
+"""Warnings that point at the user's code, not at fastlars or torch."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import warnings
 
 
 def advise(message: str) -> None:
-    """Warn at the line of the program that called into fastlars, through whatever torch wraps around it.
+    """Warn at the innermost line outside fastlars and torch.
 
-    torch wraps step(), and schedulers and hooks wrap it again.
+    The stack depth varies, because torch wraps step(), and schedulers and hooks wrap it again.
     """
-    frame, level = sys._getframe(1), 2  # levels of `warn`: this function has 1
+    frame, level = sys._getframe(1), 2  # stacklevel 1 is this function
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "fastlars"):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)

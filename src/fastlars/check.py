@@ -1,4 +1,4 @@
-"""What will probably go wrong when a model trains with an optimizer, told before it does."""
+"""Look for common mistakes in a model and its optimizer before they train."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from .groups import has_normalisation
 from .options import NAMES, Options
 from .sharding import local
 
-# What SGD is hardly ever run with: tensors that take lr * gradient unscaled are judged by it.
+# SGD hardly ever uses a larger lr, and tensors that are not adapted take SGD steps.
 LARGEST_SGD_LR = 1.0
-# A relative step, momentum built up, that fresh weights seldom survive without a warm-up.
+# Without a warm-up, fresh weights seldom survive a larger relative step (with momentum built up).
 LARGEST_FIRST_STEP = 0.02
-# A relative step below which nothing seems to happen: that of an lr of SGD's size, 0.1.
+# Below this relative step the loss hardly moves. An lr of SGD's size, 0.1, gives 1e-4.
 SMALLEST_STEP = 1.5e-4
-_SHOWN = 4  # names of tensors
+_SHOWN = 4  # tensor names in a printed finding
 
 
 class Finding(NamedTuple):
-    """One thing that will probably go wrong."""
+    """One probable mistake."""
 
-    name: str  # of the entry in the documentation's "When something looks wrong"
+    name: str  # its heading on the documentation page "When something looks wrong"
     sentence: str
     way_out: str
     tensors: tuple[str, ...] = ()  # their names, or "group.position"
@@ -37,58 +37,59 @@ class Findings(list[Finding]):
     """A list of findings that prints as text."""
 
     def __repr__(self) -> str:
-        """A paragraph each."""
+        """One paragraph per finding."""
         return "\n".join(map(_paragraph, self)) or "no findings"
 
 
 def check(model: nn.Module, optimizer: Optimizer) -> Findings:
-    """What will probably go wrong when ``model`` trains with ``optimizer``, most serious first; empty if nothing.
+    """Look for common mistakes before ``model`` trains with ``optimizer``.
 
-    Ask once, after optimizer and schedule are built and before the first step. It looks for
+    Call it once, after you have built the optimizer and the schedule and before the first step. It looks for
 
-    - parameters of the model in no group, which never move;
+    - parameters of the model that are in no group and never move;
     - an optimizer that adapts nothing, which is SGD at LARS's lr;
     - biases and other tensors that are not adapted, at an lr far above SGD's, in a model without normalisation layers;
-    - adapted tensors that are zero: their first step is lr * gradient, unscaled;
+    - adapted tensors that are zero, whose first step is lr * gradient, unscaled;
     - a large lr without warm-up;
-    - an lr of SGD's size, with which adapted tensors hardly move;
-    - weights in half precision whose steps are rounded away.
+    - an lr of SGD's size, at which adapted tensors hardly move;
+    - half-precision weights whose steps are rounded away.
 
-    Parameters that are zero are looked for on the host, which waits for an accelerator. Of a sharded tensor each process
-    looks at its own part; nothing is exchanged.
+    It reads on the host whether parameters are zero, so it waits for an accelerator. Each process checks only its own shard
+    of a sharded tensor, without communication.
 
     Args:
-        model: the module that trains, also wrapped.
-        optimizer: a :class:`fastlars.LARS`, also wrapped.
+        model: the module that trains, wrapped or not.
+        optimizer: a :class:`fastlars.LARS`, wrapped or not.
 
     Returns:
-        A list of findings, each with ``name``, ``sentence``, ``way_out`` and the ``tensors`` that it is about.
+        A list of findings, the most serious first, or an empty list. Each finding has ``name``, ``sentence``, ``way_out``
+        and ``tensors``, the names of the tensors concerned.
 
     Raises:
-        TypeError: if ``model`` is no module, or ``optimizer`` no LARS.
+        TypeError: if ``model`` is not a module, or ``optimizer`` is not a LARS.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
         >>> groups = fastlars.param_groups(model, weight_decay=1e-4, bias_lr="same")
         >>> optimizer = fastlars.LARS(groups, lr=8.0)
         >>> fastlars.check(model, optimizer)
-        biases at LARS's lr: 2 tensors that are not adapted take lr * gradient at lr 8, far above SGD's, in
-        a model without normalisation layers. Give them an lr of their own: param_groups(model,
+        biases at LARS's lr: 2 tensors are not adapted and take plain SGD steps at lr 8, which is far too
+        large in a model without normalisation layers. Give them their own lr: param_groups(model,
         weight_decay, bias_lr=0.1). (0.bias, 2.bias)
         >>> fastlars.check(model, fastlars.LARS(fastlars.param_groups(model, 1e-4, bias_lr=0.1), lr=8.0))
         no findings
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"check needs the module that trains, got {type(model).__name__}")
+        raise TypeError(f"model must be the module that trains, got {type(model).__name__}")
     groups: list[dict[str, Any]] = getattr(optimizer, "param_groups", [{}])
     if not all(group.keys() >= {"params", *NAMES} for group in groups):
-        raise TypeError(f"check needs a fastlars.LARS, got {type(optimizer).__name__}")
+        raise TypeError(f"optimizer must be a fastlars.LARS, got {type(optimizer).__name__}")
     seen = _Seen(model, optimizer, groups)
     return Findings(finding for find in _CHECKS for finding in find(seen))
 
 
 class _Seen:
-    """A model and its optimizer, as the checks ask for them."""
+    """The model, groups and names that the checks look at."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
         self.model = model
@@ -100,7 +101,7 @@ class _Seen:
                 self.names.setdefault(param, f"{i}.{j}")
 
     def of(self, *, adapted: bool, where: Callable[[dict[str, Any], Tensor], bool]) -> tuple[str, ...]:
-        """The names of the tensors that train, of groups that are adapted or are not, for which this holds."""
+        """Names of the trainable tensors in adapted (or unadapted) groups for which ``where`` is true."""
         return tuple(
             self.names[param]
             for group in self.groups
@@ -116,9 +117,9 @@ def _not_in_the_optimizer(seen: _Seen) -> Iterator[Finding]:
     if left_out:
         yield Finding(
             "parameters in no group",
-            f"{_count(left_out)} of the model will never move, because no param group holds them",
-            "Build the groups from the whole model, param_groups(model, weight_decay), after all its layers are made, or "
-            "freeze them with requires_grad_(False)",
+            f"{_count(left_out, 'is', 'are')} in no param group and will never move",
+            "Once all layers exist, build the groups from the whole model, param_groups(model, weight_decay), or freeze "
+            "these tensors with requires_grad_(False)",
             left_out,
         )
 
@@ -128,7 +129,7 @@ def _nothing_is_adapted(seen: _Seen) -> Iterator[Finding]:
         yield Finding(
             "nothing is adapted",
             "LARS adapts no tensor, so this is SGD at LARS's lr",
-            "Set weight_decay, or build the groups with param_groups(model, weight_decay), or pass adapt=True",
+            "Set weight_decay, build the groups with param_groups(model, weight_decay), or pass adapt=True",
         )
 
 
@@ -138,9 +139,9 @@ def _biases_too_fast(seen: _Seen) -> Iterator[Finding]:
         lr = max(_peak_lr(group) for group in seen.groups if not _is_adapted(group))
         yield Finding(
             "biases at LARS's lr",
-            f"{_count(fast)} that are not adapted take lr * gradient at lr {lr:g}, far above SGD's, in a model without "
-            "normalisation layers",
-            "Give them an lr of their own: param_groups(model, weight_decay, bias_lr=0.1)",
+            f"{_count(fast, 'is not adapted and takes', 'are not adapted and take')} plain SGD steps at lr {lr:g}, which is "
+            "far too large in a model without normalisation layers",
+            "Give them their own lr: param_groups(model, weight_decay, bias_lr=0.1)",
             fast,
         )
 
@@ -150,22 +151,22 @@ def _starts_at_zero(seen: _Seen) -> Iterator[Finding]:
     if zero:
         yield Finding(
             "a tensor that starts at zero",
-            f"{_count(zero)} are zero and have no trust ratio: their first step is lr * gradient, unscaled",
-            "Warm up (schedules), or exclude them from adaptation with an lr of their own "
+            f"{_count(zero, 'is', 'are')} zero, so the first step is lr * gradient, without a trust ratio",
+            "Warm up (schedules), exclude them from adaptation and give them their own lr "
             "(param_groups(..., exclude_from_adaptation=[...], bias_lr=0.1)), or start them at small random numbers",
             zero,
         )
 
 
 def _no_warmup(seen: _Seen) -> Iterator[Finding]:
-    # LARC's steps are bounded by the trust coefficient, whatever lr is
+    # with trust_clip (LARC) the trust coefficient bounds the step at any lr
     adapted = [group for group in seen.groups if _is_adapted(group) and not group["trust_clip"]]
     bounds = {_relative_step(g, float(g["lr"])) / (1 - g["momentum"]): float(g["lr"]) for g in adapted}
     largest = max(bounds, default=0.0)
     if largest > LARGEST_FIRST_STEP and not seen.started:
         yield Finding(
             "no warm-up",
-            f"training begins at lr {bounds[largest]:g}, with which fresh weights move by up to {largest:.1%} a step",
+            f"training begins at lr {bounds[largest]:g}, which moves fresh weights by up to {largest:.1%} per step",
             "Warm up over 5 to 30 % of the run: schedules.warmup_cosine(optimizer, total_steps // 10, total_steps)",
         )
 
@@ -176,8 +177,8 @@ def _lr_of_sgd(seen: _Seen) -> Iterator[Finding]:
     if 0 < largest < SMALLEST_STEP:
         yield Finding(
             "the loss is flat",
-            f"a step moves adapted tensors by {largest:.2g} of their norm, because lr is one of SGD's",
-            "With LARS's trust_coefficient of 0.001, lr is 1 to 30: start at 8",
+            f"a step moves adapted tensors by only {largest:.2g} of their norm, because lr is of SGD's size",
+            "At LARS's trust_coefficient of 0.001, use an lr of 1 to 30, such as 8",
         )
 
 
@@ -189,7 +190,7 @@ def _half_precision(seen: _Seen) -> Iterator[Finding]:
     if stuck:
         yield Finding(
             "half-precision weights hardly move",
-            f"{_count(stuck)} are stored in half precision, which rounds away most of a step of this size",
+            f"{_count(stuck, 'is', 'are')} stored in half precision, which rounds away most of a step of this size",
             "Leave kahan_sum at None, or keep parameters in float32 and compute under torch.autocast",
             stuck,
         )
@@ -215,7 +216,7 @@ def _options(group: dict[str, Any]) -> Options:
 
 
 def _peak_lr(group: dict[str, Any]) -> float:
-    """Where a schedule leads, which keeps it in the group; else lr."""
+    """The peak of the schedule, which keeps it in the group as initial_lr, else lr."""
     return float(group.get("initial_lr", group["lr"]))
 
 
@@ -229,8 +230,8 @@ def _is_zero(param: Tensor) -> bool:
     return part.numel() > 0 and not part.is_meta and not bool(part.any())
 
 
-def _count(tensors: tuple[str, ...]) -> str:
-    return "1 tensor" if len(tensors) == 1 else f"{len(tensors)} tensors"
+def _count(tensors: tuple[str, ...], singular: str, plural: str) -> str:
+    return f"1 tensor {singular}" if len(tensors) == 1 else f"{len(tensors)} tensors {plural}"
 
 
 def _paragraph(finding: Finding) -> str:

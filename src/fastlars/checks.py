@@ -1,7 +1,7 @@
-"""What a group and its tensors must be for a step to be whole: asked at construction, on load, and before the first write.
+"""Checks of a group and its tensors at construction, on load, and before a step writes anything.
 
-torch's kernels would refuse the same things in the middle of a step: tensors that cannot be written or do not fit each
-other, and numbers that the parameters' dtype cannot hold.
+Without them torch's kernels would raise in the middle of a step, for tensors that cannot be written or do not fit each
+other, and for numbers that the parameters' dtype cannot hold.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from .options import NAMES, Options, check_options, check_params, check_tensor_l
 
 
 def check_group(options: Mapping[str, Any], params: Iterable[Any], where: str) -> None:
-    """Raise for options that break their rule or do not fit these tensors, or named tensors."""
+    """Raise for options that break their rule or do not fit these tensors or named tensors."""
     check_options(options, where)
     items = [item[1] if isinstance(item, tuple) else item for item in params]
     check_params(items, where)
-    tensors = [item for item in items if isinstance(item, Tensor)]  # torch refuses others
+    tensors = [item for item in items if isinstance(item, Tensor)]  # torch raises for anything else
     for i, tensor in enumerate(tensors):
         if not is_lazy(tensor) and (reason := _unwritable(tensor, f"the parameter at position {i}")):
             raise ValueError(f"{where}: {reason}")
@@ -36,17 +36,17 @@ def check_group(options: Mapping[str, Any], params: Iterable[Any], where: str) -
 
 
 def check_no_leaves(params: list[Tensor]) -> None:
-    """Raise for what autograd would refuse after the first buffer has been written."""
+    """Raise for leaves, which autograd refuses only after the first buffer has been written."""
     for i, param in enumerate(params):
         if param.is_leaf and param.requires_grad:
             raise RuntimeError(
-                f"differentiable=True cannot step a leaf that requires gradients, as parameter {i} is; pass its clone(), or "
-                "leave differentiable=False"
+                f"differentiable=True cannot update a leaf that requires gradients, got one at position {i}; pass its "
+                "clone(), or leave differentiable=False"
             )
 
 
 def check_numbers(options: Mapping[str, Any], narrowest: torch.dtype, where: str) -> None:
-    """Raise for factors of an update that overflow the dtype in which it is computed."""
+    """Raise for options that overflow the dtype in which the update is computed."""
     limit = _largest_factor(options, narrowest)
     lr = options["lr"]
     for name in ("lr", "momentum", "dampening", "weight_decay"):
@@ -59,33 +59,35 @@ def check_numbers(options: Mapping[str, Any], narrowest: torch.dtype, where: str
 
 
 def largest_lr(options: Mapping[str, Any], narrowest: torch.dtype) -> float:
-    """The largest lr that the dtype can hold; with Nesterov momentum, lr * momentum is a factor too."""
+    """The largest lr that the dtype can hold. With Nesterov momentum, lr * momentum must fit too."""
     limit = _largest_factor(options, narrowest)
     return float(limit / max(1.0, options["momentum"]) if options["nesterov"] else limit)
 
 
 def check_lr(lr: Any, param: Tensor | None, limit: float, where: str) -> None:
-    """Raise for an lr, checked before, that has become none: schedules write it, and tensors can be resized in place."""
+    """Check lr again, because schedules overwrite it and tensors can be resized in place."""
     if isinstance(lr, Tensor):
         check_tensor_lr(lr, where)
         if lr.is_meta and param is not None and not param.is_meta:
-            raise ValueError(f"{where}: Tensor lr must hold a number, got one on the meta device")
-        # a wider CPU tensor: torch's SGD reads it into the parameters' dtype
+            raise ValueError(
+                f"{where}: Tensor lr must hold a number, got one on the meta device; create it on a real one"
+            )
+        # torch's SGD converts a wider CPU tensor to the parameters' dtype, where it may overflow
         if not (lr.is_cpu and type(lr) is Tensor and torch.finfo(lr.dtype).max > limit):
             return
         lr = lr.item()
-    # infinities and NaN torch takes: they show in the weights
+    # torch accepts infinities and NaN, which show in the weights
     if isinstance(lr, float) and limit < abs(lr) < math.inf:
         raise ValueError(f"{where}: lr must be at most {limit:g} for these parameters, got {lr:g}")
 
 
 def narrowest_dtype(params: Iterable[Tensor]) -> torch.dtype:
-    """The one with the smallest range."""
+    """The dtype with the smallest range."""
     return min({param.dtype for param in params}, key=lambda dtype: torch.finfo(dtype).max)
 
 
 def _largest_factor(options: Mapping[str, Any], narrowest: torch.dtype) -> float:
-    """Half types are computed in float32, unless torch's SGD steps them."""
+    """The largest number in which an update is computed: float32's for adapted half types, else the dtype's own."""
     adapted = is_adapted(Options(**{name: options[name] for name in NAMES}))
     return torch.finfo(torch.float32 if adapted and is_half(narrowest) else narrowest).max
 
@@ -108,7 +110,7 @@ def _sparse(grad: Tensor) -> str | None:
 def check_fit(
     param: Tensor, grad: Tensor, buffer: Tensor | None, where: str, compensation: Tensor | None = None
 ) -> None:
-    """Raise for tensors that cannot be stepped together."""
+    """Raise if the gradient or state does not fit the parameter."""
     if reason := _misfit(param, grad, buffer, compensation):
         raise RuntimeError(f"{where}: {reason}. Nothing has changed")
 
@@ -128,17 +130,20 @@ def _misfit(param: Tensor, grad: Tensor, buffer: Tensor | None, compensation: Te
             continue
         if tensor.shape != param.shape:
             return (
-                f"{what} has a {name} of shape {tuple(tensor.shape)}; when a parameter is resized, compute its gradient "
-                "again and delete its state (optimizer.state.pop(param))"
+                f"{what} has a {name} of shape {tuple(tensor.shape)}; after resizing a parameter, recompute its gradient "
+                "and delete its state (optimizer.state.pop(param))"
             )
         if tensor.device != param.device:
-            return f"{what} on {param.device} has a {name} on {tensor.device}; move it there"
+            return f"{what} on {param.device} has a {name} on {tensor.device}; move it to {param.device}"
         if tensor.is_complex() and not param.is_complex():
-            return f"{what} and {param.dtype} has a {name} of {tensor.dtype}; take its real part"
+            return f"{what} and dtype {param.dtype} has a {name} of {tensor.dtype}; take its real part"
     if compensation is not None and compensation.dtype != param.dtype:
-        return f"{what} and {param.dtype} has a compensation of {compensation.dtype}; make it torch.zeros_like(param)"
+        return (
+            f"{what} and dtype {param.dtype} has a compensation of {compensation.dtype}; replace it with "
+            "torch.zeros_like(param)"
+        )
     if buffer is not None and param.is_complex() and not buffer.is_complex():
-        return f"{what} and {param.dtype} has a momentum buffer of {buffer.dtype}; make it complex"
+        return f"{what} and dtype {param.dtype} has a momentum buffer of {buffer.dtype}; convert it to {param.dtype}"
     return None
 
 
@@ -147,10 +152,10 @@ def _unwritable(tensor: Tensor, what: str) -> str | None:
     if tensor.layout is not torch.strided or tensor.is_nested:
         return f"{what} must be dense, got one of layout {tensor.layout}; convert it with to_dense()"
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
-        return f"{what} was made in inference mode and cannot be written outside of it; replace it by its clone()"
+        return f"{what} was created in inference mode and cannot be written outside it; replace it with its clone()"
     if not own_every_element(tensor):
         return (
-            f"{what} must have memory of its own for every element, got an expanded or overlapping tensor; replace it by "
+            f"{what} must have its own memory for every element, got an expanded or overlapping tensor; replace it with "
             "its contiguous()"
         )
     return None

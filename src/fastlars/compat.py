@@ -12,7 +12,7 @@ from torch.autograd.graph import increment_version
 from torch.optim.optimizer import (
     _default_to_fused_or_foreach,  # since 2.0
     _use_grad_for_differentiable,  # since 1.13
-    required,  # since the beginning; torch's optimizers no longer use it, its message is what users know
+    required,  # since the beginning; unused by now in torch's optimizers, but users know its message
 )
 
 __all__ = [
@@ -28,20 +28,20 @@ __all__ = [
     "use_grad_for_differentiable",
 ]
 
-# Lazy, unlike torch.compiler.disable, which imports torch._dynamo at once: since 2.1, what torch's fused optimizers use.
+# Since 2.1, and used by torch's fused optimizers. Unlike torch.compiler.disable it does not import torch._dynamo at once.
 outside_graphs = torch._disable_dynamo  # type: ignore[attr-defined]
 use_grad_for_differentiable = _use_grad_for_differentiable
 
 _TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
-# Optimizers take (name, parameter) pairs and keep group["param_names"] from 2.6 on.
+# From 2.6 on, optimizers take (name, parameter) pairs and keep group["param_names"].
 NAMED_PARAMETERS = _TORCH >= (2, 6)
-# Inductor compiles operations on the bits of half types on CPU; 2.4 writes C++ that does not compile, 2.13 is tested.
+# Whether Inductor on CPU compiles operations on the bits of half types. 2.4 generates invalid C++; 2.13 is tested.
 COMPILES_BITS = _TORCH >= (2, 13)
 
 
 def bump_versions(tensors: list[Tensor]) -> None:
-    """Tell autograd that these were written, for kernels that do not."""
+    """Bump the version counters that autograd checks, after kernels that do not."""
     if _TORCH >= (2, 8):
         increment_version(tensors)
         return
@@ -50,11 +50,11 @@ def bump_versions(tensors: list[Tensor]) -> None:
 
 
 def metadata_guard(tensors: list[Tensor]) -> Callable[..., bool] | None:
-    """What tells whether as many tensors have the types, dtypes, devices, layouts, sizes and strides of these, in one call.
+    """A function that checks in one call that tensors have the same metadata as these; None if this torch version lacks it.
 
-    torch.compile asks the inputs of its graphs so, and it takes a sixth of the time of asking each from Python. Lists that
-    hold a tensor twice are never the same; at nested tensors, which autograd gives to no plain parameter, it may abort.
-    None where torch has it no more.
+    Metadata are type, dtype, device, layout, sizes and strides, and the number of tensors. torch.compile guards the inputs
+    of its graphs this way, in a sixth of the time of a loop in Python. A list that holds a tensor twice never passes. Nested
+    tensors may abort the process, but autograd gives none to a plain parameter.
     """
     sizes: list[Any] = [list(tensor.shape) for tensor in tensors]
     strides: list[Any] = [list(tensor.stride()) for tensor in tensors]
@@ -66,9 +66,9 @@ def metadata_guard(tensors: list[Tensor]) -> Callable[..., bool] | None:
 
 
 def operations_are_seen() -> bool:
-    """Whether a dispatch mode or a transform of torch.func takes what torch computes now: to trace it, or on fake tensors.
+    """Whether a dispatch mode or a torch.func transform intercepts operations, to trace them or for fake tensors.
 
-    True where torch cannot tell.
+    True if this torch version cannot tell.
     """
     try:
         return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
@@ -77,5 +77,5 @@ def operations_are_seen() -> bool:
 
 
 def default_foreach(params: list[Tensor]) -> bool:
-    """Whether the foreach implementation is the default for these tensors: torch's own rule."""
+    """Whether torch's own optimizers default to foreach for these tensors."""
     return _default_to_fused_or_foreach(params, differentiable=False, use_fused=False)[1]

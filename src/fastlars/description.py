@@ -1,4 +1,4 @@
-"""What `repr` shows: for each group what runs, what is adapted, and the options that are not at their defaults."""
+"""The text of `repr`: which backend runs each group, whether it is adapted, and its options that are not defaults."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from .sharding import local
 
 WIDTH = 100
 MOST = 8  # entries; more would not fit a screen
-_HIDDEN = {"params", "param_names", "foreach", "fused"}  # the last two show in what runs
+_HIDDEN = {"params", "param_names", "foreach", "fused"}  # the backend's name shows the last two
 
 
 def describe(groups: list[dict[str, Any]], options: list[Options]) -> str:
-    """The lines between the parentheses; groups beside each other that differ in their tensors only are one entry."""
+    """The lines between the parentheses. Neighbouring groups that differ only in their tensors share an entry."""
     described = [(_kind(group, known), _options(group), group) for group, known in zip(groups, options)]
     entries: list[str] = []
     end = 0
@@ -59,7 +59,7 @@ def _kind(group: dict[str, Any], options: Options) -> str:
     if not params:
         return f"{kind}, not yet initialized"
     backends = wanted(params, options)
-    # the gradient and the buffer, which may not be there yet, are as a rule laid out like the parameter
+    # gradient and buffer may not exist yet, and usually have the parameter's layout
     runs = collections.Counter(preferred(backends, param, param, None).name for param in params)
     what_runs = ", ".join(runs if len(runs) == 1 else (f"{name} {count}" for name, count in runs.items()))
     if any(is_compensated(param.dtype, options) for param in params):
@@ -76,7 +76,7 @@ def _options(group: dict[str, Any]) -> str:
 
 def _value(value: Any) -> str:
     if isinstance(value, Tensor):
-        # a value on an accelerator would have to be waited for
+        # reading a value on an accelerator would synchronise
         known = value.device.type == "cpu" and value.numel() == 1
         return f"tensor({value.item():g})" if known else f"tensor on {value.device}"
     if isinstance(value, numbers.Real) and not isinstance(value, int):

@@ -1,4 +1,4 @@
-"""The dialects of LARS, as data: option values, and what the documentation's table says beside them.
+"""The dialects of LARS as data: their option values, and notes for the documentation's table.
 
 Example:
     >>> fastlars.DIALECTS["simclr"]
@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 from .options import Options
 
-#: Option values that make LARS the one of other papers and packages, as in ``LARS(groups, lr=0.3, dialect="simclr")``.
-#: Where they say ``adapt=True``, a group that says ``adapt=False`` is still not adapted.
+#: Option values that reproduce the LARS of other papers and packages, as in ``LARS(groups, lr=0.3, dialect="simclr")``.
+#: A group with ``adapt=False`` is not adapted, even if its dialect has ``adapt=True``.
 DIALECTS: dict[str, dict[str, Any]] = {
     "bolts": {},
     "torchlars": {"adapt": True},
@@ -38,21 +38,21 @@ _NUMBERS = ("trust_coefficient", "eps")
 
 
 def options_of(dialect: Any, where: str) -> dict[str, Any]:
-    """A copy of the dialect's row; of None, no options. ``where`` says who asks."""
+    """A copy of a dialect's options, empty for None. Errors begin with ``where``."""
     if dialect is None:
         return {}
     if not isinstance(dialect, str) or dialect not in DIALECTS:
         nearest = max(DIALECTS, key=lambda name: difflib.SequenceMatcher(None, str(dialect).lower(), name).ratio())
         raise ValueError(
-            f"{where}: there is no dialect {dialect!r}; did you mean {nearest!r}? There are {', '.join(DIALECTS)}"
+            f"{where}: there is no dialect {dialect!r}; did you mean {nearest!r}? The dialects are {', '.join(DIALECTS)}"
         )
     return dict(DIALECTS[dialect])
 
 
 def dialect_of(options: Options) -> str | None:
-    """The dialect whose formula these options give, whatever its numbers; None for the default's formula and for none.
+    """The dialect with the formula of these options; None for the default's formula and for unknown ones.
 
-    Of several with one formula, the one with most of its numbers.
+    If several dialects have this formula, the one that agrees in most of the numbers.
     """
     values = options._asdict()
     if all(values[name] == _DEFAULTS[name] for name in _FORMULA):
@@ -63,14 +63,14 @@ def dialect_of(options: Options) -> str | None:
 
 
 class About(NamedTuple):
-    """What a dialect's options do not say."""
+    """What the documentation says about a dialect besides its options."""
 
     used_by: str
-    source: str  # where the formula is written
-    differs: Mapping[str, str] = MappingProxyType({})  # case to what the other code does there; tests go by the case
+    source: str  # where its formula is
+    differs: Mapping[str, str] = MappingProxyType({})  # case -> what the other code does there
 
 
-_DECAYS = "a tensor whose gradient is zero takes lr * weight_decay * w, without a ratio; here it does not move"
+_DECAYS = "a tensor with zero gradient moves by lr * weight_decay * w, without a ratio. Here it does not move"
 
 ABOUT: dict[str, About] = {
     "bolts": About(
@@ -83,7 +83,7 @@ ABOUT: dict[str, About] = {
         "torchlars 0.1, `adaptive_lr.cc`",
         {
             "torchlars zero gradient": f"torchlars and timm: {_DECAYS}",
-            "solo-learn vectors": "solo-learn, `exclude_bias_n_norm`: tensors of one dimension are not decayed either; use "
+            "solo-learn vectors": "solo-learn, `exclude_bias_n_norm`: 1-dimensional tensors are not decayed either. Use "
             "`param_groups`",
         },
     ),
@@ -91,8 +91,9 @@ ABOUT: dict[str, About] = {
         "pytorch_optimizer",
         "pytorch_optimizer 4.1, `optimizer/lars.py`",
         {
-            "pytorch_optimizer vectors": "tensors of at most one dimension are neither adapted nor decayed; use `param_groups`",
-            "pytorch_optimizer zero gradient": "a decayed tensor whose gradient is zero takes lr * trust_coefficient * w; here "
+            "pytorch_optimizer vectors": "tensors of at most one dimension are neither adapted nor decayed. Use "
+            "`param_groups`",
+            "pytorch_optimizer zero gradient": "a decayed tensor with zero gradient moves by lr * trust_coefficient * w. Here "
             "it does not move",
             "pytorch_optimizer first step": "dampening applies to the first step too",
         },
@@ -101,14 +102,14 @@ ABOUT: dict[str, About] = {
         "the paper",
         "arXiv 1708.03888, Eq. 6 and Algorithm 1",
         {
-            "paper zero parameter": "taken at its word the paper leaves a tensor that is zero at zero; here it takes lr * g",
-            "paper zero gradient": "taken at its word, a tensor whose gradient is zero takes lr * trust_coefficient * w; here it "
+            "paper zero parameter": "read literally, the paper never moves a tensor that is zero. Here it moves by lr * g",
+            "paper zero gradient": "read literally, a tensor with zero gradient moves by lr * trust_coefficient * w. Here it "
             "does not move",
         },
     ),
     "mlperf": About(
         "MLPerf's ResNet-50 in TensorFlow 2",
-        "mlcommons/training, `resnet-tf2/tensorflow2/lars_optimizer.py`: its `epsilon=0` becomes the 1e-7 of Keras",
+        "mlcommons/training, `resnet-tf2/tensorflow2/lars_optimizer.py`, where Keras turns `epsilon=0` into 1e-7",
         {"mlperf zero gradient": _DECAYS},
     ),
     "larc": About("LARC of NVIDIA apex", "apex, `apex/parallel/LARC.py`, until apex removed it in 2025"),
@@ -116,9 +117,9 @@ ABOUT: dict[str, About] = {
         "timm `larc`",
         "timm 1.0, `timm/optim/lars.py`",
         {
-            "timm_larc zero gradient": "a tensor whose gradient is zero takes lr * weight_decay * w, at most weight_decay * w; "
-            "here it does not move",
-            "timm_larc zero parameter": "where lr > 1, a tensor that is zero takes g; here lr * g",
+            "timm_larc zero gradient": "a tensor with zero gradient moves by lr * weight_decay * w, at most weight_decay * w. "
+            "Here it does not move",
+            "timm_larc zero parameter": "if lr > 1, a tensor that is zero moves by g. Here it moves by lr * g",
         },
     ),
     "byol": About(

@@ -1,4 +1,4 @@
-"""What a dtype means for the arithmetic: where norms are taken, and complex tensors as pairs of real numbers.
+"""The dtype of the arithmetic for each dtype of tensors, and complex tensors as pairs of real numbers.
 
 TorchScript compiles these functions too.
 """
@@ -18,11 +18,11 @@ def norm_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def real(tensor: Tensor) -> Tensor:
-    """A complex tensor as a real one of the same norm, shape (..., 2); others as they are."""
+    """A complex tensor as a real one of shape (..., 2) with the same norm; other tensors unchanged."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def is_conjugate(tensor: Tensor) -> bool:
-    """Whether this is a lazy conjugate view, whose memory holds other bits than it shows."""
-    # in this order, because torch.compile stops at is_conj()
+    """Whether this is a lazy conjugate view, whose memory holds the values before conjugation."""
+    # is_complex() first, because torch.compile stops at is_conj()
     return tensor.is_complex() and tensor.is_conj()

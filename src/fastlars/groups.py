@@ -16,13 +16,13 @@ from .options import check_lr
 
 _NORMALISATION = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# what hold a layer's own tensor under parametrize (original, of weight_norm the direction original1), prune and the old
-# spectral_norm (weight_orig), and the old weight_norm (weight_v)
+# Names under which a layer's own tensor is kept: `original` by parametrize (`original1`, the direction, by weight_norm),
+# `weight_orig` by prune and the old spectral_norm, `weight_v` by the old weight_norm.
 _PARAMETRIZED = re.compile(r"\bparametrizations\.(\w+)\.original1?$|\b(\w+)_orig$|\b(weight)_v$")
 
-# A pattern of names, or a class of modules.
+# A name pattern or a module class.
 Exclude: TypeAlias = str | type[nn.Module]
-# Of biases and normalisation tensors: a number, a tensor, or "same", which is LARS's lr.
+# The lr of tensors that are not adapted: a number, a tensor, or "same" for LARS's lr.
 BiasLR: TypeAlias = float | Tensor | str
 
 
@@ -35,47 +35,45 @@ def param_groups(
     adapt: Callable[[str, Tensor], bool] | None = None,
     unadapted: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Two param groups: weight matrices and kernels, adapted; all else, not adapted.
+    """Split parameters into two param groups: adapted weight matrices and kernels, and the rest, which is not adapted.
 
-    Not adapted are
+    The rest consists of
 
-    - biases: what is named "bias";
-    - vectors: tensors with at most one dimension longer than 1, as the gains of normalisation layers, LayerScale and
-      class tokens are. Of more than one dimension and named "weight", as that of ``Linear(n, 1)``, it is a matrix, also
-      under torch's parametrizations, weight and spectral norm, and pruning, which rename it;
-    - what belongs directly to a normalisation layer of whatever shape: torch's, and modules whose class name ends in
-      "Norm";
-    - what ``exclude_from_adaptation`` names.
+    - biases, the tensors named "bias";
+    - vectors, the tensors with at most one dimension longer than 1, such as the gains of normalisation layers, LayerScale
+      and class tokens. A tensor named "weight" with more than one dimension, as in ``Linear(n, 1)``, counts as a matrix,
+      also when torch's parametrizations, weight and spectral norm or pruning rename it;
+    - all tensors directly in a normalisation layer, which is one of torch's or a module whose class name ends in "Norm";
+    - the tensors that ``exclude_from_adaptation`` selects.
 
     Args:
-        model: a module, also one wrapped by DistributedDataParallel or torch.compile, or named parameters as of
-            ``model.named_parameters()``, where normalisation layers show by the shapes of their parameters only.
-        weight_decay: for the adapted group, >= 0; the other one has none.
-        bias_lr: lr of the tensors that are not adapted, >= 0: a number or a 1-element tensor. They take lr * g unscaled,
-            as in SGD, so SGD's lr suits them: 0.1 is a good start. "same": LARS's lr, as in most published recipes,
-            whose networks have normalisation layers; without those, LARS's lr ruins training. None: the same, with a
-            warning where ``model`` is a module without normalisation layers.
-        exclude_from_adaptation: more that is not adapted, one or several: patterns of names as for Python's ``fnmatch``
-            ("*" matches dots too), such as ``"*pos_embed"`` or ``"head.*"``, and module classes, such as
-            ``nn.Embedding``, whose own parameters are meant. Names are matched as they are and without what wrappers
-            put before them. These tensors still train, in the second group; to leave some out of the optimizer, pass
-            only the modules that are to train.
-        adapt: called with name and parameter, True for those to adapt: instead of the first three rules above, as in
-            ``adapt=lambda name, param: param.ndim > 1``, which is MoCo v3's, MAE's and Barlow Twins' rule.
-        unadapted: other options for the group that is not adapted, such as ``{"momentum": 0.5}``.
+        model: a module, wrapped by DistributedDataParallel or torch.compile or not, or named parameters such as
+            ``model.named_parameters()``. Named parameters show normalisation layers only by the shapes of their tensors.
+        weight_decay: weight decay of the adapted group, >= 0. The other group has none.
+        bias_lr: lr of the tensors that are not adapted, >= 0: a number or a 1-element tensor. They take plain SGD steps,
+            so an lr of SGD's size suits them; 0.1 is a good start. "same": LARS's lr, as in most published recipes, whose
+            networks have normalisation layers. Without those, LARS's lr ruins training. None (default): like "same",
+            with a warning if ``model`` is a module without normalisation layers.
+        exclude_from_adaptation: further tensors not to adapt, as one item or several. A name pattern, such as
+            ``"*pos_embed"`` or ``"head.*"``, works like Python's ``fnmatch``, so "*" matches dots too. It is compared with
+            names with and without the prefixes that wrappers add. A module class, such as ``nn.Embedding``, selects the
+            parameters directly in its modules. The selected tensors still train, in the second group. To leave tensors
+            out of the optimizer, pass only the modules that should train.
+        adapt: called with name and parameter; returns True for a tensor to adapt. It replaces the first three rules
+            above. ``adapt=lambda name, param: param.ndim > 1`` is the rule of MoCo v3, MAE and Barlow Twins.
+        unadapted: further options for the group that is not adapted, such as ``{"momentum": 0.5}``.
 
     Returns:
-        A group with ``adapt=True`` and one with ``adapt=False``, names kept, without those that would be empty. Every
-        parameter stands once, in one of them: shared ones under their first name, frozen ones too, so that they can
-        be unfrozen later (they do not move without a gradient).
+        A group with ``adapt=True`` and one with ``adapt=False``, both of named parameters. An empty group is left out.
+        Every parameter is in exactly one of them, a shared one under its first name. Frozen parameters are included, so
+        that you can unfreeze them later; without a gradient they do not move.
 
     Raises:
-        ValueError: if there is no parameter at all; for parameters of lazy modules that have not run; for an
-            ``exclude_from_adaptation`` that matches nothing (the nearest names are given), two parameters of one name,
-            ``unadapted`` with "adapt" or "params", a ``bias_lr`` out of its range, and ``bias_lr`` beside an "lr" in
-            ``unadapted``.
-        TypeError: for parameters without names, for an ``exclude_from_adaptation`` that is neither, for module classes
-            where ``model`` is no module, and where ``adapt`` returns neither True nor False.
+        ValueError: if there are no parameters, if two have the same name, or if a lazy module has not run yet; if an
+            ``exclude_from_adaptation`` matches nothing (the error gives the nearest names); if ``bias_lr`` is out of
+            range, or given together with an "lr" in ``unadapted``; if ``unadapted`` has "adapt" or "params".
+        TypeError: if parameters have no names; if an ``exclude_from_adaptation`` is neither a pattern nor a class, or is a
+            class although ``model`` is not a module; if ``adapt`` returns neither True nor False.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
@@ -103,9 +101,9 @@ def param_groups(
     ]
     if bias_lr is None and "lr" not in of_the_rest and all(groups.values()) and not has_normalisation(model):
         advise(
-            "param_groups: biases and other tensors that are not adapted will take lr * gradient at LARS's lr, which "
-            "ruins the training of networks without normalisation layers, and this one has none. Pass "
-            "bias_lr=0.1, or another lr of SGD's size; or bias_lr=\"same\", if LARS's lr is what you want for them."
+            "param_groups: this model has no normalisation layers, and its biases and other tensors that are not adapted "
+            "will take plain SGD steps at LARS's lr, which ruins training. Pass bias_lr=0.1, or another lr of SGD's size. "
+            'If you do want LARS\'s lr for them, pass bias_lr="same".'
         )
     return [group for group in both if group["params"]]
 
@@ -114,7 +112,7 @@ def _lr_of_the_rest(bias_lr: BiasLR | None, unadapted: Mapping[str, Any] | None)
     if bias_lr is None:
         return {}
     if "lr" in (unadapted or {}):
-        raise ValueError(f"bias_lr={bias_lr!r} and unadapted={unadapted!r} both give an lr; leave one out")
+        raise ValueError(f"bias_lr={bias_lr!r} and unadapted={unadapted!r} both set an lr; leave one out")
     if isinstance(bias_lr, str):
         if bias_lr != "same":
             raise ValueError(f'bias_lr must be a number, a tensor or "same", got {bias_lr!r}')
@@ -124,13 +122,13 @@ def _lr_of_the_rest(bias_lr: BiasLR | None, unadapted: Mapping[str, Any] | None)
 
 
 def has_normalisation(model: nn.Module | Iterable[tuple[str, Tensor]]) -> bool:
-    """Whether a network has normalisation layers, also without parameters; of names alone, which do not tell, True."""
+    """Whether a module has normalisation layers, with or without parameters. True for named parameters, which cannot tell."""
     return not isinstance(model, nn.Module) or any(map(_normalises, model.modules()))
 
 
 def _normalises(module: nn.Module) -> bool:
     kind = type(module)
-    # weight and spectral normalisation, which torch.nn.utils has, normalise weights and not what flows through the net
+    # weight and spectral norm in torch.nn.utils normalise weights, not activations
     named = "norm" in kind.__name__.lower() and not kind.__module__.startswith("torch.nn.utils")
     return isinstance(module, _NORMALISATION) or named
 
@@ -144,8 +142,8 @@ def _named_parameters(model: nn.Module | Iterable[tuple[str, Tensor]]) -> list[t
         raise ValueError("param_groups got no parameters; pass a module that has some, or its named_parameters()")
     if lazy := [name for name, param in named if is_lazy(param)]:
         raise ValueError(
-            f"param_groups needs the shapes of parameters, and {lazy[0]!r} has none yet; run the model once, as a lazy module "
-            "takes its shapes from its first input"
+            f"param_groups needs the shapes of parameters, and {lazy[0]!r} has none yet; run the model once, because a lazy "
+            "module takes its shapes from its first input"
         )
     first_names: dict[Tensor, str] = {}
     for name, param in named:
@@ -180,7 +178,7 @@ def _of_normalisation_layers(model: nn.Module | Iterable[tuple[str, Tensor]]) ->
 
 
 def _own_parameters(module: nn.Module) -> Iterator[Tensor]:
-    """Those of the module itself, also where torch.nn.utils.parametrize has put them in a module of its own."""
+    """Parameters directly in the module, or moved by torch.nn.utils.parametrize into a submodule."""
     yield from module.parameters(recurse=False)
     if isinstance(parametrizations := getattr(module, "parametrizations", None), nn.ModuleDict):
         yield from parametrizations.parameters()
@@ -205,7 +203,7 @@ def _excluded(
             wanted, known = item.__name__, [type(module).__name__ for module in owners]
             found = {p for module in owners if isinstance(module, item) for p in _own_parameters(module)}
         else:
-            raise TypeError(f"exclude_from_adaptation must hold patterns of names and module classes, got {item!r}")
+            raise TypeError(f"exclude_from_adaptation must hold name patterns and module classes, got {item!r}")
         if not found:
             nearest = ", ".join(map(repr, _nearest(wanted, known)))
             raise ValueError(f"exclude_from_adaptation: {wanted!r} matches no parameter; the nearest are {nearest}")
@@ -214,8 +212,8 @@ def _excluded(
 
 
 def _nearest(wanted: str, known: Iterable[str]) -> list[str]:
-    """The three that look most like it."""
-    literal = re.sub(r"[*?]|\[.*?\]", "", wanted.lower())  # what a pattern leaves open is part of no name
+    """The three names that are most like ``wanted``."""
+    literal = re.sub(r"[*?]|\[.*?\]", "", wanted.lower())  # wildcards are not part of a name
 
     def likeness(name: str) -> float:
         matcher = difflib.SequenceMatcher(None, literal, name.lower(), autojunk=False)
@@ -225,5 +223,5 @@ def _nearest(wanted: str, known: Iterable[str]) -> list[str]:
 
 
 def unwrapped(name: str) -> str:
-    """A parameter's name without what DistributedDataParallel, torch.compile, FSDP, parametrize and prune add to it."""
+    """A parameter's name without the parts that DDP, torch.compile, FSDP, parametrize and prune add."""
     return _PARAMETRIZED.sub(r"\1\2\3", _WRAPPERS.sub("", name))

@@ -1,4 +1,4 @@
-"""Names that are no options: what other libraries call these options, and what a misspelt one was meant to be."""
+"""Option names that are not ours: those of other libraries, and misspellings."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from .advice import advise
 from .options import NAMES
 
 _GROUPS = (
-    "param groups say what is adapted and decayed: fastlars.param_groups(model, weight_decay) leaves biases and "
-    "normalisation tensors out, or write adapt=False and weight_decay=0 into a group"
+    "param groups decide what is adapted and decayed: use fastlars.param_groups(model, weight_decay), which leaves out "
+    "biases and normalisation tensors, or write adapt=False and weight_decay=0 into a group"
 )
-# The names of other LARSes, and ours: an option, or a sentence where it is not one.
+# The option names of other LARS optimizers, each with our option, or a sentence if we have none.
 FOREIGN = {
     "eta": "trust_coefficient",  # Barlow Twins, VICReg, solo-learn
     "eeta": "trust_coefficient",  # SimCLR, MLPerf, ColossalAI
@@ -36,13 +36,13 @@ FOREIGN = {
     "skip_list": _GROUPS,  # MLPerf
     "weight_decay_mask": _GROUPS,  # optax
     "trust_ratio_mask": _GROUPS,
-    "classic_momentum": 'True is dialect="simclr" here; the ratio of the momentum buffer, False, does not exist',  # SimCLR
-    "max_unorm": "a cap on SGD's step does not exist here; trust_clip=True is the nearest",  # bitsandbytes
+    "classic_momentum": 'for True, pass dialect="simclr"; False, the ratio of the momentum buffer, is not available',  # SimCLR
+    "max_unorm": "a cap on SGD's step is not available, and trust_clip=True comes nearest",  # bitsandbytes
 }
 
 
 def foreign_name(key: object) -> str | None:
-    """A sentence with our name for an option of another library, None for what is none."""
+    """A sentence with our name for another library's option; None if the key is not one."""
     ours = FOREIGN.get(key) if isinstance(key, str) else None
     if ours is None:
         return None
@@ -50,7 +50,7 @@ def foreign_name(key: object) -> str | None:
 
 
 def check_call(keys: Iterable[str]) -> None:
-    """Raise for an argument of another library, or a misspelt one; what looks like no option is left to Python."""
+    """Raise for another library's argument or a misspelt one. Python raises for all others."""
     for key in keys:
         if sentence := foreign_name(key):
             raise TypeError(sentence)
@@ -59,7 +59,7 @@ def check_call(keys: Iterable[str]) -> None:
 
 
 def check_keys(keys: Iterable[object], where: str, way_out: str = "") -> None:
-    """Raise for a group's key that is another library's option; warn of one that looks misspelt, and may be a tag."""
+    """Raise for a group key that is another library's option. Warn about a misspelt one, which may be the user's own tag."""
     for key in keys:
         if sentence := foreign_name(key):
             raise ValueError(f"{where}: {sentence}{way_out}")
@@ -71,10 +71,10 @@ _KNOWN = (*NAMES, "dialect")
 
 
 def nearest_name(key: str) -> str | None:
-    """The option that an unknown key was probably meant to be, None for keys that schedulers and users add."""
+    """The option that an unknown key probably means; None for keys that schedulers and users add."""
     if key in _KNOWN or any(key.startswith(f"{name}_") or key.endswith(f"_{name}") for name in NAMES):
         return None  # initial_lr, max_momentum, weight_decay_scale: companions of an option
-    # the short names look like many words
+    # short names resemble many words
     candidates = [(name, 0.74 if len(name) > 5 else 0.8) for name in _KNOWN]
     ratios = {name: difflib.SequenceMatcher(None, key.lower(), name).ratio() for name in _KNOWN}
     close = [name for name, cutoff in candidates if ratios[name] >= cutoff]

@@ -1,4 +1,4 @@
-"""class LARS: options, state, and the order of a step. The numbers are made in `step.py`."""
+"""class LARS: options, state, and the order of a step. `step.py` does the arithmetic."""
 
 from __future__ import annotations
 
@@ -44,78 +44,81 @@ _dtype = attrgetter("dtype")
 def _reading_names(
     init: Callable[Concatenate[LARS, _P], None],
 ) -> Callable[Concatenate[LARS, _P], None]:
-    """Before ``init``: the names of options are checked, and ``dialect`` becomes the options that it stands for.
+    """Wrap ``init`` to check the names of options and to replace ``dialect`` by its options.
 
-    Here, because ``init`` could not tell an option that was given from its default.
+    ``init`` itself cannot tell a given option from its default.
     """
 
     @functools.wraps(init)
     def checked_init(self: LARS, *args: _P.args, **kwargs: _P.kwargs) -> None:
         check_call(key for key in kwargs if key != "params")
         row = options_of(kwargs.pop("dialect", None), "LARS")
-        for key in ("params", *NAMES)[: len(args)]:  # what is given by position comes first too
+        for key in ("params", *NAMES)[: len(args)]:  # positional arguments override the dialect too
             row.pop(key, None)
         init(self, *args, **{**row, **kwargs})
 
-    return checked_init  # type: ignore[return-value]  # a function, though mypy takes `wraps` for an object
+    return checked_init  # type: ignore[return-value]  # a function, although mypy types `wraps` as an object
 
 
 class LARS(Optimizer):
     """Layer-wise adaptive rate scaling, for training with very large batches.
 
-    For each parameter tensor w with gradient g, in a group that is adapted::
+    For each parameter tensor w with gradient g in an adapted group::
 
         ratio = trust_coefficient * |w| / (|g| + weight_decay * |w| + eps)
         v     = momentum * v + (1 - dampening) * ratio * (g + weight_decay * w)
         w     = w - lr * v
 
-    Where a norm is zero, the tensor takes g neither scaled nor decayed. On a tensor's first step dampening does not
-    apply. Groups that are not adapted take torch's SGD step, bit for bit. Norms are L2 norms of whole tensors, in
-    float32 or better. Gradients are never written, and nothing is read on the host but CPU tensors.
+    If either norm is 0, the tensor takes the plain gradient, without ratio and weight decay. Dampening does not apply to a
+    tensor's first step. Groups that are not adapted take torch's SGD step, bit for bit. Norms are L2 norms of whole
+    tensors, in float32 or better. The step never writes ``.grad`` and never synchronises with the GPU.
 
-    It is no drop-in for SGD: a step moves a tensor by about ``lr * trust_coefficient`` of its norm (up to
-    ``1 / (1 - momentum)`` times that), so ``lr`` is of the order of 1 to 30. Biases and normalisation tensors are best
-    left out of the adaptation: see :func:`fastlars.param_groups`.
+    LARS is not a drop-in replacement for SGD. A step moves a tensor by about ``lr * trust_coefficient`` of its norm (up to
+    ``1 / (1 - momentum)`` times that), so a typical ``lr`` is 1 to 30. Use :func:`fastlars.param_groups` to leave biases and
+    normalisation tensors out of the adaptation.
 
     Args:
-        params: tensors or named tensors to optimize, or dicts that define param groups; every option below can be set
+        params: tensors or named tensors to optimize, or dicts that define param groups. Every option below can be set
             per group.
-        lr: learning rate, >= 0: a float or a 1-element tensor, which stays on its device. Required, here or in every
+        lr: learning rate, >= 0, a float or a 1-element tensor, which stays on its device. Required, here or in every
             group.
-        momentum: momentum factor, 0 <= momentum < 1.
-        dampening: dampening for momentum; the gradient enters later steps with 1 - dampening.
-        weight_decay: L2 penalty, >= 0.
-        nesterov: Nesterov momentum; needs momentum > 0 and dampening == 0.
-        trust_coefficient: the factor of the trust ratio (the paper's eta), >= 0.
-        eps: added to the denominator of the trust ratio, >= 0.
-        adapt: whether the group's steps are scaled by the trust ratio. None: exactly where ``weight_decay`` is not 0.
-        trust_clip: LARC, the ratio becomes min(ratio / lr, 1).
-        trust_denominator: "separate" as above; "joint": the ratio is trust_coefficient * abs(w) /
-            (abs(g + weight_decay * w) + eps), and 1 with decay kept where one of these norms is 0 (BYOL, SimCLR, optax).
-        lr_in_momentum: as in the paper, lr enters the momentum buffer: v = momentum * v + (1 - dampening) * lr * d and
-            w -= v; with nesterov w -= lr * d + momentum * v.
-        skip_nonfinite: if the norm of any gradient in the groups that set it is not finite, none of these groups
-            changes. Decided on the device; with momentum it needs dampening == 0.
-        maximize: maximize the objective instead of minimizing it.
-        foreach: whether updates run over lists of tensors, on CUDA from torch 2.11 on in few launches. None: where torch's
-            own optimizers do by default, which is on CUDA, Intel GPUs and plug-in devices, but not on MPS and XLA.
-        differentiable: whether autograd may run through the step.
-        fused: whether norms and update run in fused kernels: torch's own on CPU, Triton's on CUDA. None: on CPU only,
-            until GPUs have proven the others. Tensors that a kernel cannot serve (other dtypes, memory that is not
-            dense, unequal layouts) take another path within the step.
-        kahan_sum: whether weights in bfloat16 or float16 keep what rounding takes from their steps, in a second tensor of
-            their size (state key ``compensation``), and take it into the next step. None: in groups that are adapted.
-            Without it small steps are lost. Other dtypes need none. See :doc:`precision`.
-        dialect: a row of :data:`fastlars.dialects.DIALECTS`, such as "simclr" or "mlperf": the options that make this the LARS of
-            another paper or package. Options that are given beside it come first. Only the options are kept, and saved.
+        momentum: momentum factor, 0 <= momentum < 1 (default: 0).
+        dampening: dampening for momentum (default: 0). After a tensor's first step, gradients are scaled by 1 - dampening.
+        weight_decay: L2 penalty, >= 0 (default: 0).
+        nesterov: Nesterov momentum (default: False). It needs momentum > 0 and dampening == 0.
+        trust_coefficient: the factor of the trust ratio, eta in the paper, >= 0 (default: 0.001).
+        eps: added to the denominator of the trust ratio, >= 0 (default: 1e-8).
+        adapt: whether the trust ratio scales the group's steps. None (default): if ``weight_decay`` is not 0.
+        trust_clip: clip the ratio to min(ratio / lr, 1), as LARC does (default: False).
+        trust_denominator: "separate" (default) as above. With "joint" the ratio is
+            ``trust_coefficient * |w| / (|g + weight_decay * w| + eps)``, or 1 with weight decay if either norm is 0 (BYOL,
+            SimCLR, optax).
+        lr_in_momentum: put lr inside the momentum buffer, as in the paper (default: False). With
+            ``d = ratio * (g + weight_decay * w)``, this is ``v = momentum * v + (1 - dampening) * lr * d`` and ``w -= v``,
+            or ``w -= lr * d + momentum * v`` with nesterov.
+        skip_nonfinite: skip the step of all groups that set this if any of their gradients has a norm that is not finite
+            (default: False). The device decides. With momentum it needs dampening == 0.
+        maximize: maximize the objective instead of minimizing it (default: False).
+        foreach: whether updates run over lists of tensors, which takes few launches on CUDA from torch 2.11 on. None
+            (default): as in torch's optimizers, on CUDA, Intel GPUs and plug-in devices, but not on MPS and XLA.
+        differentiable: whether autograd may run through the step (default: False).
+        fused: whether norms and update run in fused kernels, torch's own on CPU and Triton's on CUDA. None (default): on
+            CPU only, until the CUDA kernels are proven on GPUs. Tensors that a kernel does not support (other dtypes,
+            memory that is not dense, different layouts) take another path within the step.
+        kahan_sum: whether bfloat16 and float16 weights keep the rounding error of each step and add it to the next one.
+            The errors take a second tensor of the weights' size (state key ``compensation``). None (default): in adapted
+            groups. Without it small steps are lost. Other dtypes do not need it. See :doc:`precision`.
+        dialect: a key of :data:`fastlars.dialects.DIALECTS`, such as "simclr" or "mlperf", whose options reproduce the LARS
+            of another paper or package (default: None). Options that you pass yourself override it. Only the options are
+            kept and saved.
 
     Raises:
-        ValueError: an option outside its range or contradicting another, a dialect that does not exist, a group without
-            lr, an option of another library in a group (ours is named), and a state dict whose groups or buffers do not
-            fit.
-        TypeError: an option of the wrong type, a misspelt option or one of another library in the call, a parameter that
-            is not floating or complex.
-        RuntimeError: ``fused=True`` that cannot be honoured; in :meth:`step`, sparse gradients. Nothing has changed then.
+        ValueError: if an option is out of range or contradicts another, a dialect does not exist, a group has no lr or an
+            option of another library (the error gives our name for it), or a state dict's groups or buffers do not fit.
+        TypeError: if an option has the wrong type, is misspelt or belongs to another library, or if a parameter is neither
+            floating nor complex.
+        RuntimeError: if ``fused=True`` cannot be honoured, and in :meth:`step` for sparse gradients. Nothing has changed
+            in either case.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.LayerNorm(4))
@@ -128,7 +131,7 @@ class LARS(Optimizer):
         ...     optimizer.step()
         ...     scheduler.step()
 
-        What runs and what is adapted, and by what factor (see also "When something looks wrong" in the documentation):
+        Print the optimizer to see which implementation runs and what is adapted:
 
         >>> optimizer
         LARS (
@@ -141,8 +144,8 @@ class LARS(Optimizer):
         ['0.weight']
 
     Source: You, Gitman, Ginsburg, *Large Batch Training of Convolutional Networks*, arXiv 1708.03888, Eq. 6 and
-    Algorithm 1. The paper puts lr inside the momentum buffer (``lr_in_momentum=True``); the default, outside, is what
-    the widely copied PyTorch code does, whose arguments, state and checkpoints these are.
+    Algorithm 1. The paper puts lr inside the momentum buffer (``lr_in_momentum=True``). By default it is outside, as in
+    the widely copied PyTorch code, with which arguments, state and checkpoints are compatible.
     """
 
     _looked_for_adapted = False
@@ -152,7 +155,7 @@ class LARS(Optimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = required,  # type: ignore[assignment]  # torch's marker of an option without a default
+        lr: float | Tensor = required,  # type: ignore[assignment]  # torch's marker for an option without a default
         momentum: float = 0.0,
         dampening: float = 0.0,
         weight_decay: float = 0.0,
@@ -173,24 +176,24 @@ class LARS(Optimizer):
         dialect: str | None = None,
     ) -> None:
         """See the class."""
-        del dialect  # _reading_names has put its options in its place
+        del dialect  # _reading_names has replaced it by its options
         given = locals()
         defaults = {name: given[name] for name in NAMES}
         self._memory = Memory()
-        # by the position of a group: its options and narrowest dtype at the last step, and the largest lr that they allow
+        # group index -> its options and narrowest dtype at the last step, and the largest lr that they allow
         self._checked: dict[int, tuple[list[Any], float]] = {}
         check_options({**defaults, "lr": 0.0} if _is_missing(lr) else defaults, "LARS")
         check_no_module(params, "LARS")
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group; its options default to those given at construction.
+        """Add a param group. Its options default to those given at construction.
 
         Args:
             param_group: ``params`` (tensors or named tensors) and any options.
 
         Raises:
-            ValueError, TypeError: as at construction; the optimizer has not changed then.
+            ValueError, TypeError: as at construction. The optimizer has not changed then.
 
         Example:
             >>> weight, bias = torch.nn.Parameter(torch.ones(4, 4)), torch.nn.Parameter(torch.zeros(4))
@@ -217,19 +220,19 @@ class LARS(Optimizer):
             sharding.check_not_flattened(param_group["params"], where)
             if options["fused"]:
                 check_fused(map(sharding.local_of, param_group["params"]), where)
-        super().add_param_group(param_group)  # what is no group at all is refused there
+        super().add_param_group(param_group)  # raises for anything that is not a group
         self._make_lr_tensors()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict: of this class, of torch's SGD, or of the LARS of Lightning Bolts, quadra and lightly.
+        """Load a state dict of this class, of torch's SGD, or of the LARS of Lightning Bolts, quadra or lightly.
 
         Args:
-            state_dict: what ``state_dict()`` returned. Options that it lacks keep the values they have.
+            state_dict: what ``state_dict()`` returned. Options that it lacks keep their current values.
 
         Raises:
-            ValueError, TypeError: for groups, options or buffers that do not fit, and for the state of other optimizers,
-                which :func:`fastlars.convert_state_dict` converts; the optimizer has not changed then.
-            RuntimeError: for Lightning's wrapper of an optimizer, which would keep to itself what it loads.
+            ValueError, TypeError: if groups, options or buffers do not fit, or if another optimizer saved the state, which
+                :func:`fastlars.convert_state_dict` converts. The optimizer has not changed then.
+            RuntimeError: if called on Lightning's wrapper of an optimizer, which would not pass on what it loads.
 
         Example:
             >>> w = torch.nn.Parameter(torch.ones(3))
@@ -240,15 +243,15 @@ class LARS(Optimizer):
             (8.0, True)
         """
         if "param_groups" not in self.__dict__:
-            # torch would give what it loads to the wrapper, and leave the optimizer as it was
+            # torch would load into the wrapper and leave the optimizer unchanged
             raise RuntimeError(
-                f"{type(self).__name__} wraps an optimizer and has no param groups itself: what it loaded would not reach the "
-                "optimizer; load into that one, as in self.optimizers().optimizer.load_state_dict(...) with Lightning"
+                f"{type(self).__name__} wraps an optimizer and has no param groups itself, so a state dict would not reach "
+                "the optimizer; load into that one, as in self.optimizers().optimizer.load_state_dict(...) with Lightning"
             )
         if not isinstance(state_dict, dict):
             groups_and_states(state_dict)
-        # Before torch casts the buffers, which would drop the imaginary parts of complex ones; and a hook, added last,
-        # because hooks of users may replace the state dict.
+        # Check before torch casts the buffers, which would drop imaginary parts. The check is a hook, added last, because
+        # users' hooks may replace the state dict.
         handle = self.register_load_state_dict_pre_hook(check_saved_state)
         try:
             super().load_state_dict(state_dict)
@@ -256,13 +259,13 @@ class LARS(Optimizer):
             handle.remove()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Unpickling, and the last stage of torch's load_state_dict, before which nothing has changed."""
+        """Called by unpickling, and as the last stage of torch's load_state_dict, which has changed nothing so far."""
         loading = "param_groups" in self.__dict__
         if not loading:
             self._memory = Memory()
             self._checked = {}
         for i, group in enumerate(state["param_groups"]):
-            # keys that SGD's, Bolts' and quadra's state dicts lack keep their values
+            # state dicts of SGD, Bolts and quadra lack some keys, which keep their values
             known = self.param_groups[i] if loading else {**Options(0.0)._asdict(), **state["defaults"]}
             for name in (*NAMES, "param_names"):
                 if name in known:
@@ -274,7 +277,7 @@ class LARS(Optimizer):
                 check_keys((key for key in group if key not in known), where, way_out)
             check_options(saved, where)
             if loading:
-                # says how this optimizer steps, see _check_whole
+                # this belongs to the optimizer, see _check_whole
                 saved["differentiable"] = group["differentiable"] = known["differentiable"]
             check_group(saved, group["params"], where)
             if group["fused"]:
@@ -284,7 +287,7 @@ class LARS(Optimizer):
                 if not isinstance(param, Tensor):
                     continue
                 if entry.get("momentum_buffer") is None:
-                    # of SGD without momentum: torch.compile would keep the None for a constant
+                    # SGD without momentum saves None, which torch.compile would treat as a constant
                     entry.pop("momentum_buffer", None)
                 elif param.is_complex():  # torch casts the state of floating parameters only
                     entry["momentum_buffer"] = entry["momentum_buffer"].to(param.dtype)
@@ -295,7 +298,7 @@ class LARS(Optimizer):
         self._make_lr_tensors()
 
     def _make_lr_tensors(self) -> None:
-        """Make each float lr a tensor if the optimizer's lr is one: a graph takes a float for a constant."""
+        """Turn each float lr into a tensor if the optimizer's lr is one, because a graph treats a float as a constant."""
         default = self.defaults["lr"]
         if isinstance(default, Tensor):
             for group in self.param_groups:
@@ -313,16 +316,16 @@ class LARS(Optimizer):
         compensations: list[Tensor | None],
         in_graph: bool = False,
     ) -> None:
-        # torch.compile runs this method eagerly when it traces a step: state is made here, and here only
+        # torch.compile runs this method eagerly when it traces a step, so state is made only here
         if not self._looked_for_adapted:
             self._warn_if_nothing_is_adapted()
             self._warn_if_steps_round_away()
             for i, each in enumerate(self.param_groups):
-                # FSDP keeps the parameters that it finds, and makes flat pieces of them
+                # FSDP keeps these parameter objects when it flattens them later
                 sharding.check_not_flattened(each["params"], f"param group {i}")
         if in_graph and group is self.param_groups[0]:
-            # The compiler guards the entries of the state that are there after the first call, so all have to be: others
-            # make torch 2.4 fail when state is dropped or loaded in part.
+            # The compiler guards the state entries that exist after the first call. Later ones make torch 2.4 fail when
+            # state is dropped or loaded in part, so all are made now.
             for each in self.param_groups:
                 options = _options(each)
                 for p in each["params"]:
@@ -351,9 +354,9 @@ class LARS(Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether GradScaler leaves it to `step` to divide by the scale and to skip: it reads this, and sets what that needs.
+        """Whether GradScaler lets `step` unscale and skip. It reads this, and then sets ``grad_scale`` and ``found_inf``.
 
-        Where fused=True is written in every group, as torch has it, and the host need not know of a skipped step.
+        True if every group sets fused=True, as in torch, and if the host need not know whether a step was skipped.
         """
         return all(
             group["fused"] and (group["momentum"] == 0 or group["dampening"] == 0) for group in self.param_groups
@@ -365,13 +368,13 @@ class LARS(Optimizer):
         if any(is_adapted(options) or options.adapt is not None for options in groups):
             return
         advise(
-            "LARS adapts no parameter: weight_decay is 0 in every group, so each takes a plain SGD step. Set "
-            "weight_decay, or build the groups with fastlars.param_groups(model, weight_decay), or pass adapt=True "
-            "(adapt=False, if SGD is what you want)."
+            "LARS adapts no parameter, because weight_decay is 0 in every group. Every step is a plain SGD step. Set "
+            "weight_decay, build the groups with fastlars.param_groups(model, weight_decay), or pass adapt=True "
+            "(adapt=False if you do want SGD)."
         )
 
     def _warn_if_steps_round_away(self) -> None:
-        """As `check` asks, of groups that say kahan_sum=False; an lr on an accelerator would have to be waited for."""
+        """Warn about groups with kahan_sum=False, like `check`. An lr on an accelerator is not read, to avoid a sync."""
         for i, group in enumerate(self.param_groups):
             options, lr = _options(group), group.get("initial_lr", group["lr"])
             known = not isinstance(lr, Tensor) or lr.device.type == "cpu"
@@ -382,9 +385,9 @@ class LARS(Optimizer):
             step = options.trust_coefficient * (1.0 if options.trust_clip else rate)
             if step > 0 and any(rounds_away(dtype, step, options) for dtype in dtypes):
                 advise(
-                    f"param group {i}: steps of {step:.2g} of a weight's norm are mostly lost where weights in half "
-                    "precision are rounded. Leave kahan_sum at None, which keeps what rounding takes, or keep weights in "
-                    "float32 and compute under torch.autocast."
+                    f"param group {i}: half-precision weights round away most of a step of {step:.2g} of their norm. Leave "
+                    "kahan_sum at None, which keeps the rounding error for the next step, or keep weights in float32 and "
+                    "compute under torch.autocast."
                 )
                 return
 
@@ -393,15 +396,15 @@ class LARS(Optimizer):
         """Perform a single optimization step.
 
         Args:
-            closure: reevaluates the model and returns the loss.
+            closure: recomputes the gradients and returns the loss.
 
         Returns:
-            What the closure returned, None without one.
+            What the closure returned, or None without one.
 
         Raises:
-            RuntimeError: for sparse gradients, and where a CUDA graph captures the step of tensors that lack a momentum
-                buffer; nothing has changed then.
-            ValueError, TypeError: for options that were written into a group and break their rule; nothing has changed then.
+            RuntimeError: for sparse gradients, and if a CUDA graph captures the step before the momentum buffers exist.
+                Nothing has changed then.
+            ValueError, TypeError: if an option written into a group breaks its rule. Nothing has changed then.
 
         Example:
             >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
@@ -430,7 +433,7 @@ class LARS(Optimizer):
             sharding.any_sharded(params) or leaves_graph(params, options) or (options.momentum and options.dampening)
             for params, options in self._params_and_options()
         ):
-            # without arguments: after load_state_dict a compiled frame would pass the lr tensors from before
+            # no arguments, because a compiled frame would pass the old lr tensors after load_state_dict
             self._step_groups_outside_graphs()
         else:
             self._step_groups()
@@ -438,7 +441,7 @@ class LARS(Optimizer):
 
     def _step_groups(self) -> None:
         params_and_options = self._params_and_options()
-        # GradScaler's, which is told to set them by _step_supports_amp_scaling
+        # set by GradScaler, because of _step_supports_amp_scaling
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for i, group in enumerate(self.param_groups):  # all before the first state is made
             if torch.compiler.is_compiling():
@@ -479,23 +482,23 @@ class LARS(Optimizer):
                     self.state.get(param, {}).pop(key, None)
 
     def _check_whole(self, options: dict[str, Any], where: str) -> None:
-        """Raise for options that one group cannot set by itself."""
+        """Raise for options that a single group cannot set."""
         if bool(options["differentiable"]) != bool(self.defaults["differentiable"]):
             raise ValueError(
                 f"{where}: differentiable must be the same in all groups, {self.defaults['differentiable']}, got "
-                f"{options['differentiable']}: a step runs with gradients or without; give it to LARS"
+                f"{options['differentiable']}, because autograd is on or off for the whole step; pass it to LARS"
             )
         if options["skip_nonfinite"]:
             sharding.check_not_divided(where)
 
     def _check_before_step(self, i: int, group: dict[str, Any]) -> None:
-        """Check what was written into a group since the last step, before any group moves; `split` checks its tensors."""
+        """Check the options of a group, which users may write, before any group moves. `split` checks its tensors."""
         where, lr = f"param group {i}", group["lr"]
         if group["differentiable"] and torch.is_grad_enabled():
             check_no_leaves([p for p in group["params"] if p.grad is not None])
         narrowest = narrowest_dtype(group["params"]) if group["params"] else None
         values = [group[name] for name in NAMES]
-        values[0] = 0.0 if isinstance(lr, (float, Tensor)) else lr  # schedules may round it below 0
+        values[0] = 0.0 if isinstance(lr, (float, Tensor)) else lr  # rounding in a schedule may take it below 0
         values += [narrowest]
         checked = self._checked.get(i)
         if checked is None or any(new is not old for new, old in zip(values, checked[0])):
@@ -508,7 +511,7 @@ class LARS(Optimizer):
             checked = self._checked[i] = values, limit
         check_lr(lr, next(iter(group["params"]), None), checked[1], where)
 
-    # As torch's own fused step leaves the graph, but once for all groups, whose gradients may decide together.
+    # Leaves the graph like torch's own fused step, but once for all groups, because skip_nonfinite decides for all.
     _step_groups_outside_graphs = outside_graphs(_step_groups)
 
     def _params_and_options(self) -> list[tuple[list[Tensor], Options]]:
@@ -516,17 +519,17 @@ class LARS(Optimizer):
 
     @torch.no_grad()
     def trust_ratios(self) -> dict[str, float]:
-        """The trust ratio of each adapted tensor, from its present value and gradient; of a sharded one, of the last step.
+        """The trust ratio of each adapted tensor, from its current value and gradient.
 
-        Computed when asked, at no cost to other steps; the values are read on the host at once. Nothing is exchanged
-        between processes, so any of them may ask alone. Ask after ``backward()`` (and after unscaling, with a GradScaler)
-        and before ``zero_grad()``. Of sharded tensors the step has exchanged the norms, so their ratios are those of the
-        last step, whenever they are asked for: of a step that was skipped too, where they may be 0 or NaN.
+        Call it after ``backward()`` (and after unscaling, with a GradScaler) and before ``zero_grad()``. It synchronises
+        with the device and costs nothing in steps without a call. Processes do not communicate, so one of them may call it
+        alone. For a sharded tensor it returns the ratio of the last step, which has exchanged the norms. If that step was
+        skipped, the ratio may be 0 or NaN.
 
         Returns:
-            Name to ratio, in the optimizer's order; the names of named parameters, else "group.position" as in "0.3",
-            which also follows a name that an earlier tensor has. Plain tensors without a gradient and groups that are not
-            adapted are left out. A tensor that is zero, or has a zero gradient, has 1: it is not scaled.
+            A dict of ratios by name, in the optimizer's order. Tensors without a name are called "group.position", as in
+            "0.3", and a repeated name gets this as a suffix. Plain tensors without a gradient and groups that are not
+            adapted are left out. The ratio is 1 if the tensor or its gradient is zero.
 
         Raises:
             RuntimeError: for sparse gradients, and for sharded tensors before the first step.
@@ -538,7 +541,7 @@ class LARS(Optimizer):
             >>> optimizer.trust_ratios()
             {'0.0': 0.25}
 
-        :func:`fastlars.plots.trust_ratios` draws what several steps have given.
+        :func:`fastlars.plots.trust_ratios` draws the ratios of several steps.
         """
         ratios: dict[str, float] = {}
         for group_index, (names, (params, of_step)) in enumerate(
@@ -546,7 +549,7 @@ class LARS(Optimizer):
         ):
             if not is_adapted(of_step):
                 continue
-            # with an exchange every trained tensor has a row, whatever gradient this process has
+            # the exchange has a row for every trained tensor, with or without a gradient in this process
             asked = [j for j, p in enumerate(params) if p.requires_grad or p.grad is not None]
             exchanged = {j: norms for j in asked if (norms := self._exchanged_norms(params[j])) is not None}
             present = [j for j, p in enumerate(params) if j not in exchanged and p.grad is not None]
@@ -574,19 +577,19 @@ class LARS(Optimizer):
         return ratios
 
     def _exchanged_norms(self, param: Tensor) -> Tensor | None:
-        """Param norm and direction norm of a sharded tensor, from the last step; None for tensors that are whole here."""
+        """Param norm and direction norm of a sharded tensor from the last step; None for tensors that are not sharded."""
         if not sharding.is_divided(param):
             return None
         shards = self._shards_of_last_step
         if (norms := None if shards is None else shards.known_norms(param)) is None:
             raise RuntimeError(
-                "trust ratios of sharded tensors are those of the last step, which exchanges their norms with the other "
-                "processes, and there has been none; ask after step()"
+                "trust ratios of sharded tensors need a step, which exchanges their norms between processes, and there has "
+                "been none; call trust_ratios() after step()"
             )
         return norms
 
     def _names(self) -> list[list[str]]:
-        """Of all tensors, group by group: those of named parameters, or their positions."""
+        """The names of all tensors, group by group: those of named parameters, or positions."""
         seen: set[str] = set()
         named: list[list[str]] = []
         for i, group in enumerate(self.param_groups):
@@ -601,18 +604,18 @@ class LARS(Optimizer):
 
     @contextlib.contextmanager
     def relative_steps(self) -> Iterator[dict[str, float]]:
-        """How far the steps inside this context move each tensor, relative to its norm before them.
+        """Measure how far the steps inside this context move each tensor, relative to its norm before them.
 
-        For tensors that are adapted and for those that are not. It keeps a copy of the parameters meanwhile, and costs
-        nothing outside. Of a sharded tensor it looks at this process's part, and exchanges nothing.
+        It covers all tensors, adapted or not. Inside the context it keeps a copy of the parameters; outside it costs
+        nothing. For a sharded tensor it measures this process's shard, without communication.
 
         Returns:
-            A context that gives a dict, which is filled when the context ends. It maps each name, as in
+            A context manager that gives a dict and fills it when the context ends. The dict maps each name, as in
             :meth:`trust_ratios`, to the norm of the change divided by the norm before. After a skipped step all values are
-            0. A tensor that was zero has inf, or 0 if it did not move.
+            0. For a tensor that was zero, the value is inf, or 0 if it did not move.
 
         Raises:
-            RuntimeError: what the steps inside raise; the dict is empty then.
+            RuntimeError: if a step inside raises it. The dict is empty then.
 
         Example:
             >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
@@ -638,7 +641,7 @@ class LARS(Optimizer):
             steps[name] = moved / norm if norm else math.inf if moved else 0.0
 
     def __repr__(self) -> str:
-        """What runs, what is adapted, and the options that are not at their defaults, group by group."""
+        """Which backend runs each group, whether it is adapted, and its options that are not defaults."""
         groups = self.param_groups
         return "\n".join([f"{type(self).__name__} (", describe(groups, [_options(group) for group in groups]), ")"])
 
@@ -648,14 +651,16 @@ def _options(group: dict[str, Any]) -> Options:
 
 
 def _is_missing(lr: object) -> bool:
-    # not `is required`: pickle and deepcopy make another one
+    # not `is required`, because pickle and deepcopy make another instance
     return isinstance(lr, type(required))
 
 
 def _as_list(params: Any) -> dict[str, Any]:
-    """The params of a group as a list; for torch before 2.6 also their names, as later versions keep them."""
+    """The params of a group as a list, and before torch 2.6 also their names, which later versions keep themselves."""
     if isinstance(params, (Tensor, set)):
-        return {"params": [params] if isinstance(params, Tensor) else params}  # torch refuses sets, for their order
+        return {
+            "params": [params] if isinstance(params, Tensor) else params
+        }  # torch raises for sets, which have no order
     params = list(params)
     if not NAMED_PARAMETERS and params and all(isinstance(p, tuple) for p in params):
         return {"params": [p[1] for p in params], "param_names": [p[0] for p in params]}

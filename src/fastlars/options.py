@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Options(NamedTuple):
-    """What one param group sets; the fields are the param-group keys, the frozen part of the checkpoint format."""
+    """The options of one param group. The fields are its keys, a frozen part of the checkpoint format."""
 
     lr: Union[float, Tensor]
     momentum: float = 0.0
@@ -38,19 +38,19 @@ _OPTIONAL_BOOLEAN = ("adapt", "foreach", "fused", "kahan_sum")
 
 
 def check_options(options: Mapping[str, Any], where: str) -> None:
-    """Raise for the first option that breaks its rule; ``where`` says whose options these are, as in "param group 1"."""
+    """Raise for the first option that breaks its rule. ``where`` names their owner, such as "param group 1"."""
     check_lr(options["lr"], where)
     for name in _NON_NEGATIVE:
         _check_number(name, options[name], where, minimum=0.0)
     if options["momentum"] >= 1:
         raise ValueError(
-            f"{where}: momentum must be < 1, got {options['momentum']}: it would add up all past gradients and forget none; "
+            f"{where}: momentum must be < 1, got {options['momentum']}, with which the buffer would never forget a gradient; "
             "0.9 is usual"
         )
     _check_number("dampening", options["dampening"], where)
     for name in _BOOLEAN + _OPTIONAL_BOOLEAN:
         value, optional = options[name], name in _OPTIONAL_BOOLEAN
-        # 0 and 1 too: config files and old checkpoints have them
+        # config files and old checkpoints have 0 and 1
         if not (isinstance(value, int) and value in (0, 1)) and not (optional and value is None):
             rule = "None, True or False" if optional else "True or False"
             raise TypeError(f"{where}: {name} must be {rule}, got {value!r}")
@@ -78,31 +78,31 @@ def _check_together(options: Mapping[str, Any], where: str) -> None:
     )
     for first, second in pairs:
         if options[first] and options[second]:
-            raise ValueError(f"{where}: {first}=True and {second}=True exclude each other; set one of them")
+            raise ValueError(f"{where}: {first}=True and {second}=True exclude each other; set only one of them")
 
 
 def check_can_be_skipped(momentum: float, dampening: float, what: str) -> None:
-    """Raise where a step that the device may skip cannot be made; ``what`` asks for it."""
+    """Raise for dampening in a step that the device may skip. ``what`` names the option that asks for it."""
     if momentum != 0 and dampening != 0:
         raise ValueError(
-            f"{what} with momentum needs dampening == 0, got dampening={dampening}: dampening starts after a tensor's "
-            "first step, and whether that step was skipped is known on the device only"
+            f"{what} with momentum needs dampening == 0, got dampening={dampening}, because dampening starts after a "
+            "tensor's first step and only the device knows whether that step was skipped"
         )
 
 
 def check_lr(lr: Any, where: str, name: str = "lr") -> None:
-    """Raise for an lr that is no number >= 0 and no 1-element tensor."""
+    """Raise unless lr is a number >= 0 or a 1-element tensor."""
     if not isinstance(lr, Tensor):
         _check_number(name, lr, where, minimum=0.0)
         return
     check_tensor_lr(lr, where, name)
-    # a value on an accelerator would have to be waited for; schedulers write it there anyway
+    # reading a value on an accelerator would synchronise, and schedulers overwrite it anyway
     if lr.device.type == "cpu":
         _check_number(name, lr.item(), where, minimum=0.0)
 
 
 def check_tensor_lr(lr: Tensor, where: str, name: str = "lr") -> None:
-    """Raise for a tensor that cannot be an lr, whatever its value."""
+    """Raise for a tensor whose shape, dtype or layout is not that of an lr."""
     if lr.numel() != 1 or not lr.is_floating_point() or lr.layout != torch.strided:
         raise ValueError(
             f"{where}: Tensor {name} must be 1-element and of a floating dtype, got shape {tuple(lr.shape)} and {lr.dtype}"
@@ -112,8 +112,8 @@ def check_tensor_lr(lr: Tensor, where: str, name: str = "lr") -> None:
 
 def _check_number(name: str, value: Any, where: str, minimum: float = -math.inf) -> None:
     rule = "must be a finite number" + (" >= 0" if minimum == 0 else "")
-    # Python's numbers and numpy's scalars. Fractions, Decimals and 0-dim arrays, which float() takes too, torch's
-    # operators refuse: in the middle of a step.
+    # Python's numbers and numpy's scalars pass. float() also takes Fractions, Decimals and 0-dim arrays, but torch's
+    # operators raise for them, in the middle of a step.
     exact = isinstance(value, numbers.Rational) and not isinstance(value, numbers.Integral)
     if not isinstance(value, numbers.Real) or isinstance(value, bool) or exact:
         raise TypeError(f"{where}: {name} {rule}, got {value!r}")
@@ -125,11 +125,11 @@ def _check_number(name: str, value: Any, where: str, minimum: float = -math.inf)
 
 
 def check_no_module(params: Any, where: str) -> None:
-    """Raise for a module in place of its parameters; some can be iterated over, and torch's error would not tell."""
+    """Raise for a module in place of its parameters. Some modules are iterable, and torch's error would not say so."""
     if isinstance(params, torch.nn.Module):
         raise TypeError(
             f"{where}: LARS takes parameters, got a {type(params).__name__}; pass model.parameters(), or "
-            "fastlars.param_groups(model, weight_decay), which leaves biases and normalisation tensors out"
+            "fastlars.param_groups(model, weight_decay), which does not adapt biases and normalisation tensors"
         )
 
 

@@ -1,4 +1,4 @@
-"""Pictures. They need matplotlib, the extra ``plot``, which is imported when one is drawn."""
+"""Plots. They need matplotlib (the extra ``plot``), which is imported only when you draw one."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ if TYPE_CHECKING:
 
 __all__ = ["trust_ratios"]
 
-# unlike any colour of the scale, which runs from dark blue over green to yellow
+# colours that are not in the scale, which runs from dark blue through green to yellow
 _NO_RATIO = "#d4d4d4"
 _NOT_FINITE = "#d62728"
-_LINE = 0.17  # inches that a row's name needs
-_MOST_LINES = 80  # in a figure made here; with more rows, not every one has its name
+_LINE = 0.17  # inches per row label
+_MOST_LINES = 80  # in a figure made here; with more rows, only some have labels
 
 
 def trust_ratios(
     history: Mapping[int, Mapping[str, float]], *, names: Sequence[str] | None = None, ax: Axes | None = None
 ) -> Axes:
-    """Draw trust ratios: a row a tensor, a column a recorded step, the ratio as colour on a log scale.
+    """Draw trust ratios as a heat map: one row per tensor, one column per recorded step, colours on a log scale.
 
-    Grey are steps without a ratio: of tensors that are not adapted, or had no gradient. Red is a ratio that is not
+    Grey marks steps without a ratio, because the tensor is not adapted or had no gradient. Red marks a ratio that is not
     finite, because the gradient was not.
 
     Args:
-        history: step to what :meth:`fastlars.LARS.trust_ratios` returned in it, steps increasing.
-        names: rows from top to bottom, such as ``[name for name, _ in model.named_parameters()]``, which shows the
-            tensors that are not adapted too. None: all that have a ratio in any step.
-        ax: axes to draw on. None: those of a new pyplot figure, as large as its rows and names need.
+        history: what :meth:`fastlars.LARS.trust_ratios` returned, by step, in increasing order of steps.
+        names: names of the rows from top to bottom. ``[name for name, _ in model.named_parameters()]`` also shows the
+            tensors that are not adapted. None (default): all tensors with a ratio in any step.
+        ax: axes to draw on. None (default): a new pyplot figure, sized for its rows and names.
 
     Returns:
-        The axes; ``ax.figure.savefig("ratios.png")`` writes the picture.
+        The axes. ``ax.figure.savefig("ratios.png")`` saves the picture.
 
     Raises:
-        ImportError: without matplotlib.
+        ImportError: if matplotlib cannot be imported.
         ValueError: if steps do not increase, or there is no ratio to draw.
 
     Example:
@@ -55,15 +55,15 @@ def trust_ratios(
     if not drawn:
         raise ValueError(
             f"no ratio to draw in {len(steps)} steps and {len(rows)} rows; record optimizer.trust_ratios() after "
-            "backward() and before zero_grad(), and give names as it has them"
+            "backward() and before zero_grad(), and take names from its keys"
         )
 
     try:
         import matplotlib  # noqa: F401, PLC0415  an extra, and slow to import
     except ImportError as error:
         raise ImportError(
-            f"fastlars.plots draws with matplotlib, which cannot be imported ({error}): pip install 'fastlars[plot]', "
-            "or pip install matplotlib"
+            f"fastlars.plots needs matplotlib, which cannot be imported ({error}); run pip install 'fastlars[plot]' or "
+            "pip install matplotlib"
         ) from error
     from matplotlib import colormaps, pyplot  # noqa: PLC0415
     from matplotlib.colors import LogNorm  # noqa: PLC0415
@@ -78,7 +78,7 @@ def trust_ratios(
         inches = ax.get_window_extent().height / ax.figure.dpi
     colours = colormaps["viridis"].with_extremes(bad=_NO_RATIO, over=_NOT_FINITE)
     scale = LogNorm(min(drawn), max(drawn)) if min(drawn) < max(drawn) else LogNorm(drawn[0] / 2, drawn[0] * 2)
-    # what is no number has the colour of no number, what is not finite that of more than the scale has
+    # NaN is drawn in the colour for no ratio, a value above the scale in that for a ratio that is not finite
     over = 10 * max(drawn)
     values = [[math.nan if x is None else x if math.isfinite(x) else over for x in row] for row in cells]
     edges = [i - 0.5 for i in range(len(rows) + 1)]
@@ -111,7 +111,7 @@ def trust_ratios(
 
 
 def _edges(steps: Sequence[int]) -> list[float]:
-    """The borders of columns that stand at the steps: half-way between them."""
+    """The borders of the columns, half-way between neighbouring steps."""
     between = [(earlier + later) / 2 for earlier, later in itertools.pairwise(steps)]
     first = steps[0] - (between[0] - steps[0] if between else 0.5)
     last = steps[-1] + (steps[-1] - between[-1] if between else 0.5)

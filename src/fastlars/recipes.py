@@ -1,7 +1,7 @@
-"""Published training settings as functions: each returns the optimizer and its schedule, for a model of yours.
+"""Published training settings as functions. Each returns an optimizer and a schedule for your model.
 
-What the authors ran is the default, and every value can be given by name. Schedules begin at lr / warm-up steps, a step
-later than the authors' own.
+The defaults are what the authors ran. You can override every value by name. Schedules begin at lr / warm-up steps, one
+step later than the authors' own.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Run = tuple[LARS, LambdaLR]
 
 
 class Values(TypedDict, total=False):
-    """What can be given to a recipe by name, in place of what was published.
+    """Values that you can pass to a recipe by name to override what was published.
 
-    ``lr`` is the peak for the given batch, as it will be used; ``warmup_epochs`` may be a fraction; ``end_factor`` and
-    ``power`` are those of the schedule; ``bias_lr``, ``weight_decay``, ``exclude_from_adaptation`` and ``adapt`` those of
-    :func:`fastlars.param_groups`; the others are options of :class:`fastlars.LARS`.
+    ``lr`` is the peak for your batch size and is not scaled any further. ``warmup_epochs`` may be a fraction.
+    ``end_factor`` and ``power`` are arguments of the schedule. ``bias_lr``, ``weight_decay``, ``exclude_from_adaptation``
+    and ``adapt`` are arguments of :func:`fastlars.param_groups`. The others are options of :class:`fastlars.LARS`.
     """
 
     lr: float | Tensor
@@ -58,7 +58,7 @@ class Values(TypedDict, total=False):
 
 
 class MLPerf(NamedTuple):
-    """What MLPerf's ResNet-50 runs with at one batch."""
+    """The settings of MLPerf's ResNet-50 for one batch size."""
 
     lr: float
     warmup_epochs: int
@@ -90,22 +90,22 @@ def mlperf(
 ) -> Run:
     """MLPerf's supervised ResNet-50: polynomial decay of power 2 to an lr of 0.0001.
 
-    lr, warm-up, momentum and weight decay go with the batch. For a batch that was not published they are those of the
-    nearest one (by ratio), its lr scaled with the root of the batch.
+    lr, warm-up, momentum and weight decay depend on the batch size. For a batch size that was not published, they are
+    those of the nearest one (by ratio), with lr scaled by the square root of the ratio.
 
     Args:
-        model: a module, or named parameters, as for :func:`fastlars.param_groups`.
-        batch_size: images a step, over all devices and accumulated batches; published are 1632 to 65536.
-        steps_per_epoch: optimizer steps an epoch; at ImageNet the authors have ``ceil(1281167 / batch_size)``.
-        epochs: of the whole schedule. None: as published, warm-up and decay together.
+        model: a module or named parameters, as for :func:`fastlars.param_groups`.
+        batch_size: images per step, over all devices and accumulated batches. Published are 1632 to 65536.
+        steps_per_epoch: optimizer steps per epoch. On ImageNet the authors use ``ceil(1281167 / batch_size)``.
+        epochs: length of the whole schedule, including the warm-up. None (default): as published.
         values: see :class:`fastlars.recipes.Values`.
 
     Returns:
-        The optimizer, and its schedule, to be stepped after every optimizer step.
+        The optimizer and its schedule. Call ``scheduler.step()`` after every ``optimizer.step()``.
 
     Raises:
-        TypeError: for a value of another name (the nearest is given).
-        ValueError: for a value out of its range, and unless the warm-up is shorter than the run.
+        TypeError: for an unknown value (the error gives the nearest name).
+        ValueError: for a value out of range, and if the warm-up is not shorter than the run.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.BatchNorm1d(4))
@@ -139,23 +139,23 @@ def mlperf(
 def simclr(model: Model, *, batch_size: int, epochs: int, steps_per_epoch: int, **values: Unpack[Values]) -> Run:
     """SimCLR: lr 0.3 x batch / 256, weight decay 1e-6, 10 epochs of warm-up, cosine to 0.
 
-    Published: batch 4096, 100 epochs. For smaller batches the authors scale with the root too:
-    ``lr=schedules.sqrt_scaling(0.075, batch_size, base_batch_size=1)``. A supervised head beside the network is neither
-    adapted nor decayed: ``exclude_from_adaptation="head_supervised.*"``. SimCLRv2 has ``weight_decay=1e-4``.
+    Published: batch 4096, 100 epochs. For smaller batches the authors also scale lr by the square root,
+    ``lr=schedules.sqrt_scaling(0.075, batch_size, base_batch_size=1)``. They neither adapt nor decay a supervised head that
+    trains beside the network, ``exclude_from_adaptation="head_supervised.*"``. SimCLRv2 has ``weight_decay=1e-4``.
 
     Args:
-        model: a module, or named parameters, as for :func:`fastlars.param_groups`.
-        batch_size: images a step, over all devices and accumulated batches.
-        epochs: of the whole run.
-        steps_per_epoch: optimizer steps an epoch; the authors have ``images // batch_size``.
+        model: a module or named parameters, as for :func:`fastlars.param_groups`.
+        batch_size: images per step, over all devices and accumulated batches.
+        epochs: length of the whole run.
+        steps_per_epoch: optimizer steps per epoch. The authors use ``images // batch_size``.
         values: see :class:`fastlars.recipes.Values`.
 
     Returns:
-        The optimizer, and its schedule, to be stepped after every optimizer step.
+        The optimizer and its schedule. Call ``scheduler.step()`` after every ``optimizer.step()``.
 
     Raises:
-        TypeError: for a value of another name (the nearest is given).
-        ValueError: for a value out of its range, and unless the warm-up is shorter than the run.
+        TypeError: for an unknown value (the error gives the nearest name).
+        ValueError: for a value out of range, and if the warm-up is not shorter than the run.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.BatchNorm1d(4))
@@ -174,22 +174,22 @@ def simclr(model: Model, *, batch_size: int, epochs: int, steps_per_epoch: int, 
 def byol(model: Model, *, batch_size: int, epochs: int, steps_per_epoch: int, **values: Unpack[Values]) -> Run:
     """BYOL: lr 0.2 x batch / 256, weight decay 1.5e-6, 10 epochs of warm-up, cosine to 0.
 
-    Published: batch 4096, 1000 epochs. Runs of 300 and 100 epochs have lr 0.3 and 0.45, and weight decay 1e-6; another
-    number of epochs takes what was published for the nearest (by ratio).
+    Published: batch 4096, 1000 epochs. Runs of 300 and 100 epochs have lr 0.3 and 0.45, and weight decay 1e-6. For any
+    other number of epochs, the settings are those of the nearest published one (by ratio).
 
     Args:
-        model: a module, or named parameters, as for :func:`fastlars.param_groups`: the online network, not the target.
-        batch_size: images a step, over all devices and accumulated batches.
-        epochs: of the whole run.
-        steps_per_epoch: optimizer steps an epoch; the authors have ``images // batch_size``.
+        model: a module or named parameters, as for :func:`fastlars.param_groups`. The online network, not the target.
+        batch_size: images per step, over all devices and accumulated batches.
+        epochs: length of the whole run.
+        steps_per_epoch: optimizer steps per epoch. The authors use ``images // batch_size``.
         values: see :class:`fastlars.recipes.Values`.
 
     Returns:
-        The optimizer, and its schedule, to be stepped after every optimizer step.
+        The optimizer and its schedule. Call ``scheduler.step()`` after every ``optimizer.step()``.
 
     Raises:
-        TypeError: for a value of another name (the nearest is given).
-        ValueError: for a value out of its range, and unless the warm-up is shorter than the run.
+        TypeError: for an unknown value (the error gives the nearest name).
+        ValueError: for a value out of range, and if the warm-up is not shorter than the run.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.BatchNorm1d(4))
@@ -205,21 +205,22 @@ def byol(model: Model, *, batch_size: int, epochs: int, steps_per_epoch: int, **
 def barlow_twins(model: Model, *, batch_size: int, epochs: int, steps_per_epoch: int, **values: Unpack[Values]) -> Run:
     """Barlow Twins: lr 0.2 x batch / 256, biases and normalisation 0.0048 x batch / 256, cosine to lr / 1000.
 
-    Published: batch 2048, 1000 epochs, 10 of them warm-up. The paper says weight decay 1.5e-6, the code 1e-6, as here.
+    Published: batch 2048, 1000 epochs, 10 of them warm-up. Weight decay is 1e-6, as in their code; the paper says
+    1.5e-6.
 
     Args:
-        model: a module, or named parameters, as for :func:`fastlars.param_groups`.
-        batch_size: images a step, over all devices and accumulated batches.
-        epochs: of the whole run.
-        steps_per_epoch: optimizer steps an epoch; the authors have ``images // batch_size``.
+        model: a module or named parameters, as for :func:`fastlars.param_groups`.
+        batch_size: images per step, over all devices and accumulated batches.
+        epochs: length of the whole run.
+        steps_per_epoch: optimizer steps per epoch. The authors use ``images // batch_size``.
         values: see :class:`fastlars.recipes.Values`.
 
     Returns:
-        The optimizer, and its schedule, to be stepped after every optimizer step.
+        The optimizer and its schedule. Call ``scheduler.step()`` after every ``optimizer.step()``.
 
     Raises:
-        TypeError: for a value of another name (the nearest is given).
-        ValueError: for a value out of its range, and unless the warm-up is shorter than the run.
+        TypeError: for an unknown value (the error gives the nearest name).
+        ValueError: for a value out of range, and if the warm-up is not shorter than the run.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.BatchNorm1d(4))
@@ -238,22 +239,22 @@ def barlow_twins(model: Model, *, batch_size: int, epochs: int, steps_per_epoch:
 def vicreg(model: Model, *, batch_size: int, epochs: int, steps_per_epoch: int, **values: Unpack[Values]) -> Run:
     """VICReg: lr 0.2 x batch / 256 for all tensors, weight decay 1e-6, 10 epochs of warm-up, cosine to lr / 1000.
 
-    Published: batch 2048, 1000 epochs; for 100 epochs, at batch 512, lr 0.3. Another number of epochs takes what was
-    published for the nearest (by ratio).
+    Published: batch 2048, 1000 epochs, and lr 0.3 for 100 epochs at batch 512. For any other number of epochs, the
+    settings are those of the nearest published one (by ratio).
 
     Args:
-        model: a module, or named parameters, as for :func:`fastlars.param_groups`.
-        batch_size: images a step, over all devices and accumulated batches.
-        epochs: of the whole run.
-        steps_per_epoch: optimizer steps an epoch; the authors have ``images // batch_size``.
+        model: a module or named parameters, as for :func:`fastlars.param_groups`.
+        batch_size: images per step, over all devices and accumulated batches.
+        epochs: length of the whole run.
+        steps_per_epoch: optimizer steps per epoch. The authors use ``images // batch_size``.
         values: see :class:`fastlars.recipes.Values`.
 
     Returns:
-        The optimizer, and its schedule, to be stepped after every optimizer step.
+        The optimizer and its schedule. Call ``scheduler.step()`` after every ``optimizer.step()``.
 
     Raises:
-        TypeError: for a value of another name (the nearest is given).
-        ValueError: for a value out of its range, and unless the warm-up is shorter than the run.
+        TypeError: for an unknown value (the error gives the nearest name).
+        ValueError: for a value out of range, and if the warm-up is not shorter than the run.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.BatchNorm1d(4))
@@ -270,22 +271,23 @@ def vicreg(model: Model, *, batch_size: int, epochs: int, steps_per_epoch: int, 
 def moco_v3(model: Model, *, batch_size: int, epochs: int, steps_per_epoch: int, **values: Unpack[Values]) -> Run:
     """MoCo v3 with a ResNet-50: lr 0.6 x batch / 256, weight decay 1e-6, 10 epochs of warm-up, cosine to 0.
 
-    Published: batch 4096, 100 epochs. Runs of 300 and 1000 epochs have lr 0.3, the last with weight decay 1.5e-6; another
-    number of epochs takes what was published for the nearest (by ratio). Its ViTs train with AdamW.
+    Published: batch 4096, 100 epochs. Runs of 300 and 1000 epochs have lr 0.3, and the last one weight decay 1.5e-6. For
+    any other number of epochs, the settings are those of the nearest published one (by ratio). The authors train ViTs
+    with AdamW.
 
     Args:
-        model: a module, or named parameters, as for :func:`fastlars.param_groups`: without the momentum encoder.
-        batch_size: images a step, over all devices and accumulated batches.
-        epochs: of the whole run.
-        steps_per_epoch: optimizer steps an epoch; the authors have ``images // batch_size``.
+        model: a module or named parameters, as for :func:`fastlars.param_groups`, without the momentum encoder.
+        batch_size: images per step, over all devices and accumulated batches.
+        epochs: length of the whole run.
+        steps_per_epoch: optimizer steps per epoch. The authors use ``images // batch_size``.
         values: see :class:`fastlars.recipes.Values`.
 
     Returns:
-        The optimizer, and its schedule, to be stepped after every optimizer step.
+        The optimizer and its schedule. Call ``scheduler.step()`` after every ``optimizer.step()``.
 
     Raises:
-        TypeError: for a value of another name (the nearest is given).
-        ValueError: for a value out of its range, and unless the warm-up is shorter than the run.
+        TypeError: for an unknown value (the error gives the nearest name).
+        ValueError: for a value out of range, and if the warm-up is not shorter than the run.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.BatchNorm1d(4))
@@ -304,18 +306,18 @@ def mae_probe(model: Model, *, batch_size: int, epochs: int, steps_per_epoch: in
     Published: batch 16384, 90 epochs (50 for ViT-L and ViT-H). The weight is adapted although it is not decayed.
 
     Args:
-        model: the head alone, a ``BatchNorm1d(affine=False, eps=1e-6)`` and a ``Linear``: nothing else trains.
-        batch_size: images a step, over all devices and accumulated batches.
-        epochs: of the whole run.
-        steps_per_epoch: optimizer steps an epoch; the authors have ``images // batch_size``.
+        model: only the head, a ``BatchNorm1d(affine=False, eps=1e-6)`` and a ``Linear``. Nothing else trains.
+        batch_size: images per step, over all devices and accumulated batches.
+        epochs: length of the whole run.
+        steps_per_epoch: optimizer steps per epoch. The authors use ``images // batch_size``.
         values: see :class:`fastlars.recipes.Values`.
 
     Returns:
-        The optimizer, and its schedule, to be stepped after every optimizer step.
+        The optimizer and its schedule. Call ``scheduler.step()`` after every ``optimizer.step()``.
 
     Raises:
-        TypeError: for a value of another name (the nearest is given).
-        ValueError: for a value out of its range, and unless the warm-up is shorter than the run.
+        TypeError: for an unknown value (the error gives the nearest name).
+        ValueError: for a value out of range, and if the warm-up is not shorter than the run.
 
     Example:
         >>> head = torch.nn.Sequential(torch.nn.BatchNorm1d(768, affine=False), torch.nn.Linear(768, 1000))
@@ -347,7 +349,7 @@ def _byol_like(
     steps_per_epoch: int,
     values: Values,
 ) -> Run:
-    """A recipe in the dialect of BYOL, whose lr and weight decay go with the epochs."""
+    """A recipe in BYOL's dialect, whose lr and weight decay depend on the number of epochs."""
     _, (lr, weight_decay) = _nearest(runs, epochs)
     published = {"dialect": "byol", "lr": linear_scaling(lr, batch_size), "weight_decay": weight_decay}
     return _build(name, model, epochs * steps_per_epoch, steps_per_epoch, {**_SELF_SUPERVISED, **published, **values})
@@ -358,13 +360,15 @@ def _build(name: str, model: Model, total_steps: int, steps_per_epoch: int, valu
         if key not in Values.__annotations__ or (key == "power" and name != "mlperf"):
             known = [each for each in Values.__annotations__ if each != "power" or name == "mlperf"]
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise TypeError(foreign_name(key) or f"{name}: {key!r} is no value of a recipe; did you mean {nearest!r}?")
+            raise TypeError(
+                foreign_name(key) or f"{name}: {key!r} is not a value of a recipe; did you mean {nearest!r}?"
+            )
     warmup_epochs = values.pop("warmup_epochs")
     warmup_steps = round(warmup_epochs * steps_per_epoch)
     if not warmup_steps < total_steps:
         raise ValueError(
             f"{name}: the warm-up of {warmup_epochs} epochs, {warmup_steps} steps, must be shorter than the run of "
-            f"{total_steps} steps; pass warmup_epochs, such as a tenth of the run's epochs"
+            f"{total_steps} steps; pass fewer warmup_epochs, such as a tenth of the run's epochs"
         )
     of_groups = {"weight_decay", "bias_lr", "exclude_from_adaptation", "adapt"}
     of_schedule = {"end_factor", "power"}

@@ -1,7 +1,7 @@
-"""Learning rates of large-batch training: linear warm-up, then polynomial or cosine decay; scaling with the batch.
+"""Learning rates for large-batch training: linear warm-up with polynomial or cosine decay, and scaling with the batch.
 
-Each schedule is torch's own LambdaLR, to be stepped once after every optimizer step. All groups get the same factor on
-their own lr. A tensor lr is written in place, so a compiled or captured step follows without recompiling.
+Each schedule is a torch LambdaLR. Call its ``step()`` once after every optimizer step. Every group keeps its own lr and
+gets the same factor. A tensor lr is written in place, so a compiled or captured step sees it without recompiling.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ __all__ = ["linear_scaling", "sqrt_scaling", "warmup_cosine", "warmup_polynomial
 
 
 def linear_scaling(lr: float, batch_size: int, base_batch_size: int = 256) -> float:
-    """The lr for a batch, in proportion to it: lr * batch_size / base_batch_size.
+    """Scale lr linearly with the batch size: lr * batch_size / base_batch_size.
 
     Args:
-        lr: the lr for batches of ``base_batch_size``.
-        batch_size: images (or whatever the loss averages over) a step, over all devices and accumulated batches.
-        base_batch_size: what published lrs refer to is 256 in SimCLR, BYOL, Barlow Twins, VICReg, MoCo v3 and MAE.
+        lr: the lr for ``base_batch_size``.
+        batch_size: images (or other items that the loss averages over) per step, over all devices and accumulated batches.
+        base_batch_size: the batch size that ``lr`` is for. Default: 256, as in SimCLR, BYOL, Barlow Twins, VICReg, MoCo v3
+            and MAE.
 
     Returns:
-        The lr for batches of ``batch_size``.
+        The lr for ``batch_size``.
 
     Raises:
-        ValueError: unless both batch sizes are > 0.
+        ValueError: if a batch size is not > 0.
 
     Example:
         >>> fastlars.schedules.linear_scaling(0.3, batch_size=4096)  # SimCLR
@@ -41,18 +42,18 @@ def linear_scaling(lr: float, batch_size: int, base_batch_size: int = 256) -> fl
 
 
 def sqrt_scaling(lr: float, batch_size: int, base_batch_size: int = 256) -> float:
-    """The lr for a batch, with its root: lr * sqrt(batch_size / base_batch_size).
+    """Scale lr with the square root of the batch size: lr * sqrt(batch_size / base_batch_size).
 
     Args:
-        lr: the lr for batches of ``base_batch_size``.
-        batch_size: images a step, over all devices and accumulated batches.
-        base_batch_size: SimCLR's lr of 0.075 * sqrt(batch) has 1 here.
+        lr: the lr for ``base_batch_size``.
+        batch_size: images per step, over all devices and accumulated batches.
+        base_batch_size: the batch size that ``lr`` is for. Default: 256. SimCLR's 0.075 * sqrt(batch) needs 1.
 
     Returns:
-        The lr for batches of ``batch_size``.
+        The lr for ``batch_size``.
 
     Raises:
-        ValueError: unless both batch sizes are > 0.
+        ValueError: if a batch size is not > 0.
 
     Example:
         >>> fastlars.schedules.sqrt_scaling(0.075, batch_size=4096, base_batch_size=1)  # SimCLR
@@ -74,24 +75,25 @@ def _batches(batch_size: int, base_batch_size: int) -> float:
 def warmup_polynomial(
     optimizer: Optimizer, warmup_steps: int, total_steps: int, power: float = 2.0, *, end_factor: float = 0.0
 ) -> LambdaLR:
-    """Warm-up, then lr * (1 - progress) ** power: MLPerf's schedule for LARS, with power 2.
+    """Linear warm-up, then lr * (1 - progress) ** power. This is MLPerf's schedule for LARS, with power 2.
 
     Args:
-        optimizer: its groups' present lr is what the warm-up reaches at step ``warmup_steps``; where an earlier
-            scheduler left ``initial_lr`` in the group (it is saved with the optimizer), that, as in torch's schedulers.
-        warmup_steps: steps of linear growth, from lr / warmup_steps to lr; 0 for none. ``total_steps // 10`` is a
-            tenth of the run.
-        total_steps: steps of the whole run; lr is ``end_factor * lr`` from there on.
-        power: power of the decay, > 0; 1 is linear.
-        end_factor: what is left of lr at the end, 0 to 1; the decay goes there, it is not cut off there. MLPerf's code
-            ends at 0.0001, which is ``end_factor=1e-4 / lr``.
+        optimizer: the current lr of each group is its peak, which the warm-up reaches at step ``warmup_steps``. If an
+            earlier scheduler left ``initial_lr`` in the group (it is saved with the optimizer), that is the peak, as in
+            torch's schedulers.
+        warmup_steps: number of steps of linear growth from lr / warmup_steps to lr; 0 for no warm-up.
+            ``total_steps // 10`` is a tenth of the run.
+        total_steps: number of steps of the whole run. From then on lr is ``end_factor * lr``.
+        power: power of the decay, > 0 (default: 2). 1 is linear.
+        end_factor: the final lr as a share of lr, 0 to 1 (default: 0). The whole decay is scaled to end there, not cut
+            off. MLPerf's code ends at an lr of 0.0001, which is ``end_factor=1e-4 / lr``.
 
     Returns:
-        A scheduler whose ``step()`` is to be called after every ``optimizer.step()``.
+        A scheduler. Call its ``step()`` after every ``optimizer.step()``.
 
     Raises:
         ValueError: unless 0 <= warmup_steps < total_steps, power > 0 and 0 <= end_factor <= 1.
-        TypeError: unless both numbers of steps are whole numbers.
+        TypeError: if a number of steps is not an integer.
 
     Example:
         >>> optimizer = fastlars.LARS([torch.nn.Parameter(torch.ones(3))], lr=8.0, weight_decay=1e-4)
@@ -115,23 +117,24 @@ def warmup_polynomial(
 
 
 def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int, *, end_factor: float = 0.0) -> LambdaLR:
-    """Warm-up, then lr * (1 + cos(pi * progress)) / 2: the schedule of SimCLR, BYOL, Barlow Twins and MoCo v3.
+    """Linear warm-up, then lr * (1 + cos(pi * progress)) / 2. SimCLR, BYOL, Barlow Twins and MoCo v3 use it.
 
     Args:
-        optimizer: its groups' present lr is what the warm-up reaches at step ``warmup_steps``; where an earlier
-            scheduler left ``initial_lr`` in the group (it is saved with the optimizer), that, as in torch's schedulers.
-        warmup_steps: steps of linear growth, from lr / warmup_steps to lr; 0 for none. ``total_steps // 10`` is a
-            tenth of the run.
-        total_steps: steps of the whole run; lr is ``end_factor * lr`` from there on.
-        end_factor: what is left of lr at the end, 0 to 1: 0 in SimCLR, BYOL and MoCo v3, 0.001 in Barlow Twins and
-            VICReg.
+        optimizer: the current lr of each group is its peak, which the warm-up reaches at step ``warmup_steps``. If an
+            earlier scheduler left ``initial_lr`` in the group (it is saved with the optimizer), that is the peak, as in
+            torch's schedulers.
+        warmup_steps: number of steps of linear growth from lr / warmup_steps to lr; 0 for no warm-up.
+            ``total_steps // 10`` is a tenth of the run.
+        total_steps: number of steps of the whole run. From then on lr is ``end_factor * lr``.
+        end_factor: the final lr as a share of lr, 0 to 1 (default: 0). It is 0 in SimCLR, BYOL and MoCo v3, and 0.001 in
+            Barlow Twins and VICReg.
 
     Returns:
-        A scheduler whose ``step()`` is to be called after every ``optimizer.step()``.
+        A scheduler. Call its ``step()`` after every ``optimizer.step()``.
 
     Raises:
         ValueError: unless 0 <= warmup_steps < total_steps and 0 <= end_factor <= 1.
-        TypeError: unless both numbers of steps are whole numbers.
+        TypeError: if a number of steps is not an integer.
 
     Example:
         >>> optimizer = fastlars.LARS([torch.nn.Parameter(torch.ones(3))], lr=8.0, weight_decay=1e-4)
@@ -144,7 +147,7 @@ def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int, *, 
 
 def _warmup(optimizer: Optimizer, warmup_steps: int, total_steps: int, end_factor: float, decay: Any) -> LambdaLR:
     for name, steps in (("warmup_steps", warmup_steps), ("total_steps", total_steps)):
-        # a share of the run, such as 0.1, would make a first step at ten times the peak
+        # a share of the run, such as 0.1, would start at ten times the peak
         if not isinstance(steps, numbers.Integral) or isinstance(steps, bool):
             raise TypeError(
                 f"{name} must be a whole number of optimizer steps, an int, got {steps!r}; for a tenth of the run "

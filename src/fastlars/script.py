@@ -1,4 +1,4 @@
-"""The step in TorchScript, which knows neither classes nor fused kernels: one group, and the same formula and update."""
+"""The step for TorchScript, which supports neither classes nor fused kernels. Formula and update are the same code."""
 
 from typing import List, Optional, Tuple  # noqa: UP035  TorchScript reads these spellings in every version
 
@@ -20,8 +20,8 @@ def scripted_step(
     grad_scale: Optional[Tensor],
     found_inf: Optional[Tensor],
 ) -> None:
-    """As `step.step`: measure all, decide, move all."""
-    fused = options.fused  # TorchScript narrows names only
+    """Like `step.step`: measure all tensors, decide, then move all of them."""
+    fused = options.fused  # TorchScript narrows only local variables
     if fused is not None and fused:
         raise RuntimeError("fused=True cannot be scripted; leave fused=None or use foreach=True")
     kahan_sum = options.kahan_sum
@@ -29,7 +29,7 @@ def scripted_step(
         raise RuntimeError(
             "kahan_sum=True cannot be scripted; leave kahan_sum=None, which keeps no compensation in scripts"
         )
-    # a real gradient's last dimension could be taken for real and imaginary part
+    # the last dimension of a real gradient could be mistaken for real and imaginary part
     grads = [g.to(p.dtype) if p.is_complex() and not g.is_complex() else g for p, g in zip(params, grads)]
     if grad_scale is not None:
         grads = [unscaled(grad, grad_scale) for grad in grads]
@@ -38,7 +38,7 @@ def scripted_step(
     skip: Optional[Tensor] = None if found_inf is None else found_inf.reshape(()) != 0
     for i, param in enumerate(params):
         first_step = options.momentum != 0 and momentum_buffers[i] is None
-        # autograd keeps what a norm was taken of, and the update writes it
+        # autograd keeps the input of a norm, and the update overwrites it
         b_i, c_i = _coefficients(param.clone() if options.differentiable else param, grads[i], first_step, options)
         b.append(b_i)
         c.append(c_i)
@@ -73,7 +73,7 @@ def scripted_step(
 
 
 def _writable(tensor: Tensor, gated: bool) -> Tensor:
-    """The tensor; of half types, in gated steps and of conjugate views a copy, as in backends/eager.py."""
+    """The tensor itself, or a copy for half types, gated steps and conjugate views, as in backends/eager.py."""
     half = is_half(tensor.dtype)
     if not (gated or half or is_conjugate(tensor)):
         return tensor
@@ -88,10 +88,10 @@ def _multi_tensor_update(
     c: List[Tensor],
     options: Options,
 ) -> None:
-    """Out of place, and then written tensor by tensor.
+    """Compute out of place, then write tensor by tensor.
 
-    TorchScript takes a foreach op in place for a write to its list, not to the tensors there, and drops it if the list
-    was made in the script and is not used again.
+    TorchScript treats an in-place foreach op as a write to its list, not to the tensors in it, and removes the op if the
+    list was made in the script and is not used again.
     """
     weights = [real(param) for param in params]
     directions = torch._foreach_mul([real(grad).to(w.dtype) for grad, w in zip(grads, weights)], b)

@@ -1,10 +1,10 @@
-"""Sharded tensors: a step works on their local parts, with the norms of the whole from one exchange. Only this file knows DTensor.
+"""Sharded tensors: a step updates local shards with the norms of whole tensors. Only this file knows DTensor.
 
-The exchange: every rank puts the squares of the norms of its parts, two numbers a tensor, into one table that holds all
-sharded tensors of all adapted groups, in the order of the optimizer, whether or not this rank has anything of them or a
-gradient. A dimension of a device mesh along which tensors are sharded costs one all-reduce of their rows; dimensions
-along which nothing is sharded, or of one rank, cost nothing. Dimensions of several meshes that join the same ranks are
-one. The last row says whether some rank has a reason not to step, so that all ranks that a dimension joins decide alike.
+Each step exchanges norms once. Every rank puts the squared norms of its shards, two numbers per tensor, into one table. The
+table holds all sharded tensors of all adapted groups in the optimizer's order, whether or not this rank has elements or a
+gradient of them. Each mesh dimension along which tensors are sharded costs one all-reduce of their rows. Dimensions with
+one rank, or along which nothing is sharded, cost nothing. Dimensions of several meshes that join the same ranks count as
+one. The last row says whether some rank has a reason to skip the step, so that all ranks of a dimension decide alike.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from .formula import is_adapted
 from .norms import norms
 from .options import Options
 
-# where DTensor lives: from torch 2.5 on, and in 2.4. A program that has loaded neither has no sharded tensors.
+# The module of DTensor, from torch 2.5 on and in 2.4. A program that has loaded neither has no sharded tensors.
 _MODULES = ("torch.distributed.tensor", "torch.distributed._tensor")
 _ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
 _XLA = "torch_xla.distributed.spmd"
 
 
 def dtensor() -> Any:
-    """The class DTensor, None in a program that has not loaded it."""
+    """The class DTensor, or None if the program has not loaded it."""
     for name in _MODULES:
         if name in sys.modules and (kind := getattr(sys.modules[name], "DTensor", None)) is not None:
             return kind
@@ -40,7 +40,7 @@ def dtensor() -> Any:
 
 
 def any_sharded(params: Iterable[Any]) -> bool:
-    """Whether a DTensor is among these; asked in every step.
+    """Whether any of these is a DTensor. Every step calls this.
 
     torch_xla's XLAShardedTensor does not count. It inherits from DTensor, but it stands for the whole tensor: XLA splits the
     computation and adds the collectives itself, so every norm that LARS takes of it is already global.
@@ -58,22 +58,22 @@ def is_sharded(tensor: Any) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor; other tensors as they are."""
+    """This rank's shard of a sharded tensor; other tensors unchanged."""
     if not is_sharded(tensor):
         return tensor
-    with torch.no_grad():  # with gradients it would be a view in a graph
+    with torch.no_grad():  # with autograd it would be a view in the graph
         part: Any = tensor.to_local()  # type: ignore[attr-defined]
     return part if type(part) is Tensor else part.wait()  # a collective is still under way
 
 
 def local_of(item: Any) -> Any:
-    """As `local`, of a tensor or a named tensor."""
+    """Like `local`, for a tensor or a named tensor."""
     return local(item[1] if isinstance(item, tuple) else item)
 
 
 def _divides(mesh: Any, i: int, placement: Any) -> bool:
-    """Whether a mesh dimension leaves this rank a part only."""
-    # whatever is not replicated is sharded: there are other kinds than Shard
+    """Whether this rank has only a part along a mesh dimension."""
+    # not only Shard divides tensors, so every placement but Replicate counts
     return not placement.is_replicate() and mesh.size(i) > 1 and mesh.get_coordinate() is not None
 
 
@@ -86,34 +86,34 @@ def is_divided(tensor: Any) -> bool:
 
 
 def check_not_flattened(params: Iterable[Any], where: str) -> None:
-    """Raise for parameters of torch's first FSDP: flat or sliced, they have lost the tensors whose norms LARS takes."""
+    """Raise for parameters of FSDP1, which flattens or slices the tensors whose norms LARS needs."""
     if "torch.distributed.fsdp" not in sys.modules:
         return
     for i, item in enumerate(params):
         param = item[1] if isinstance(item, tuple) else item
         if getattr(param, "_fsdp_flattened", False):
             raise RuntimeError(
-                f"{where}: the parameter at position {i} belongs to FullyShardedDataParallel, which keeps flat pieces of "
-                "tensors: norms of whole tensors cannot be had from them; shard the model with fully_shard "
+                f"{where}: the parameter at position {i} belongs to FullyShardedDataParallel, which flattens tensors, so "
+                "LARS cannot take the norms of whole tensors; shard the model with fully_shard "
                 "(torch.distributed.fsdp, in torch 2.4 and 2.5 torch.distributed._composable.fsdp) instead"
             )
 
 
 def check_not_divided(where: str) -> None:
-    """Raise inside torch's ZeroRedundancyOptimizer, which gives each rank an optimizer of some of the tensors."""
+    """Raise inside torch's ZeroRedundancyOptimizer, which gives each rank an optimizer for some of the tensors."""
     frame: FrameType | None = sys._getframe() if _ZERO in sys.modules else None
     while frame is not None:
         if frame.f_globals.get("__name__") == _ZERO:
             raise ValueError(
-                f"{where}: skip_nonfinite=True under ZeroRedundancyOptimizer would have each rank decide for its own "
-                "tensors, and make half a step; leave it out and test the gradients before step(), which DDP has made "
-                "equal on all ranks (the documentation shows how: Several processes, ZeRO)"
+                f"{where}: skip_nonfinite=True under ZeroRedundancyOptimizer would let each rank decide for its own "
+                "tensors, so only some of them would be skipped; leave it out and check the gradients, which DDP makes equal "
+                "on all ranks, before step() (see Several processes, ZeRO in the documentation)"
             )
         frame = frame.f_back
 
 
 def check_saved_buffer(buffer: Tensor, param: Tensor, what: str) -> None:
-    """Raise for a saved buffer that is distributed in another way than its parameter: every step would refuse it."""
+    """Raise for a saved buffer that is not distributed like its parameter, because every step would raise."""
     if any_sharded([buffer]) != any_sharded([param]):
         raise TypeError(
             f"{what} must be a DTensor exactly if the parameter is one; save and load through "
@@ -127,26 +127,26 @@ def check_saved_buffer(buffer: Tensor, param: Tensor, what: str) -> None:
 
 
 def sharded(groups: Sequence[tuple[Sequence[Tensor], Options]]) -> Sharded | None:
-    """What a step needs to know of the sharded tensors among these, all groups of an optimizer; None if there are none."""
+    """The `Sharded` for all groups of an optimizer; None if no tensor is sharded."""
     return Sharded(groups) if any(any_sharded(params) for params, _ in groups) else None
 
 
 class Sharded:
-    """The sharded tensors of one step: their local parts, and the exchange."""
+    """The sharded tensors of one step: their local shards, and the exchange of norms."""
 
     def __init__(self, groups: Sequence[tuple[Sequence[Tensor], Options]]) -> None:
-        """For all params of an optimizer, whether or not they have gradients, the same on all ranks."""
+        """Take all params of an optimizer, with or without gradients, the same on all ranks."""
         self._kind = dtensor()
         self._dims: dict[tuple[Any, ...], tuple[frozenset[int], ...]] = {}
-        # ranks that a mesh dimension joins -> (its process group, the type of device that it works on)
+        # ranks that a mesh dimension joins -> (its process group, its device type)
         self._joined: dict[frozenset[int], tuple[Any, str]] = {}
         self._rows: dict[frozenset[int], list[int]] = {}
-        self._options: list[Options] = []  # of the rows
-        self._parts: list[Tensor] = []  # the local part of each row
+        self._options: list[Options] = []  # of each row
+        self._parts: list[Tensor] = []  # the shard of each row
         self._part_of: dict[int, Tensor] = {}  # by the id of a parameter
-        self._row: dict[int, int] = {}  # by the id of a local part
+        self._row: dict[int, int] = {}  # by the id of a shard
         self._skips = any(options.skip_nonfinite for _, options in groups)
-        self._whole_norms: Tensor | None = None  # of the last exchange, a row a tensor
+        self._whole_norms: Tensor | None = None  # of the last exchange, one row per tensor
         for params, options in groups:
             for param in params:
                 if is_sharded(param):
@@ -158,7 +158,7 @@ class Sharded:
         dims = self._sharded_dims(param)
         if not dims or not is_adapted(options):
             return
-        # once: it is another view each time
+        # once, because each call makes another view
         part = self._part_of[id(param)] = local(param)
         row = len(self._parts)
         self._row[id(part)] = row
@@ -168,19 +168,21 @@ class Sharded:
             self._rows[ranks].append(row)
 
     def _sharded_dims(self, param: Any) -> tuple[frozenset[int], ...]:
-        """The mesh dimensions along which a tensor is sharded, as the ranks that each joins with this one."""
+        """The mesh dimensions along which a tensor is sharded, each as the set of ranks that it joins."""
         mesh, placements = param.device_mesh, param.placements
         if (mesh, placements) in self._dims:
             return self._dims[mesh, placements]
         dims = []
         for i, placement in enumerate(placements):
             if placement.is_partial():
-                raise RuntimeError(f"LARS cannot update a parameter of placements {placements}; redistribute it first")
+                raise RuntimeError(
+                    f"LARS cannot update a parameter with placements {placements}; redistribute it first"
+                )
             if not _divides(mesh, i, placement):
                 continue
             group = mesh.get_group(i)
             ranks = frozenset(torch.distributed.get_process_group_ranks(group))
-            # by first appearance, which all these ranks share: they meet in the same order
+            # in order of first appearance, which all these ranks share, so their collectives match
             self._joined.setdefault(ranks, (group, mesh.device_type))
             self._rows.setdefault(ranks, [])
             dims.append(ranks)
@@ -188,7 +190,7 @@ class Sharded:
         return tuple(dims)
 
     def local(self, group: Group) -> Group:
-        """A group with local parts in place of sharded tensors; gradients are laid out as their parameters first."""
+        """The group with local shards in place of sharded tensors. Gradients are first redistributed like their parameters."""
         params, grads = group.params, group.grads
         buffers = group.momentum_buffers if group.options.momentum != 0 else []
         for name, state in (("momentum_buffer", buffers), ("compensation", group.compensations)):
@@ -227,7 +229,7 @@ class Sharded:
             )
 
     def finish(self, groups: Sequence[Group], stepped: Sequence[Group]) -> None:
-        """After the step: new buffers become DTensors like their parameters; what was written is marked as written."""
+        """After the step, turn new buffers into DTensors and bump version counters."""
         written: list[Tensor] = []
         for group, local_group in zip(groups, stepped, strict=True):
             written += filter(is_sharded, group.params)
@@ -250,18 +252,18 @@ class Sharded:
     def exchange(
         self, buckets: Sequence[Bucket], measured: list[Norms], found_inf: Tensor | None, nonfinite: Tensor | None
     ) -> tuple[list[Norms], Tensor | None, Tensor | None]:
-        """Norms of whole tensors from those of local parts, and the decisions of all ranks; every rank calls it.
+        """Combine the norms of shards into norms of whole tensors, and the decisions of all ranks. Every rank calls it.
 
         Args:
-            buckets: those of the step.
-            measured: the norms of each here.
-            found_inf: 1-element tensor, not 0 where this rank has a reason not to step; None on all ranks or on none.
-            nonfinite: the same, for a reason that counts for ``skip_nonfinite`` only; None where this rank has none.
+            buckets: the buckets of the step.
+            measured: this rank's norms of each bucket.
+            found_inf: 1-element tensor, not 0 if this rank has a reason to skip; None on all ranks or on none.
+            nonfinite: the same, for groups with ``skip_nonfinite`` only; None if this rank has none.
 
         Returns:
-            The norms of whole tensors; the two flags, as 0-dim tensors; the second counts for ``skip_nonfinite`` only.
+            The norms of whole tensors, and the two flags as 0-dim tensors.
         """
-        # asked of each dimension alone, for which all its ranks answer alike: some may be outside of other meshes
+        # decided per dimension, where all its ranks decide alike; some of them may be outside other meshes
         asked = [ranks for ranks in self._joined if self._rows[ranks] or self._skips or found_inf is not None]
         if not asked:
             return measured, found_inf, nonfinite
@@ -271,7 +273,7 @@ class Sharded:
             alone = len(rows) == len(self._parts)
             index = None if alone else _index((*rows, len(self._parts)), table.device)
             message = table if index is None else table[index]
-            # to the device: parts may be offloaded to the CPU
+            # to the device, because shards may be offloaded to the CPU
             message = message.to(device_type, self._dtype(rows))
             torch.distributed.all_reduce(message, group=group)
             message = message.to(table.device, table.dtype)
@@ -288,7 +290,7 @@ class Sharded:
         )
 
     def known_norms(self, param: Tensor) -> Tensor | None:
-        """Of the last exchange, param norm and direction norm of a whole sharded tensor; None for all others."""
+        """Param norm and direction norm of a whole sharded tensor in the last exchange; None for other tensors."""
         part = self._part_of.get(id(param))
         return None if part is None or self._whole_norms is None else self._whole_norms[self._row[id(part)]]
 
@@ -299,10 +301,10 @@ class Sharded:
         found_inf: Tensor | None,
         nonfinite: Tensor | None,
     ) -> Tensor:
-        """Squares of what this rank has of the norms, a row a tensor; then the row of the flags."""
+        """This rank's squared norms, one row per tensor, and a last row for the flags."""
         device = self._device(buckets)
         dtype = self._dtype(range(len(self._parts)))
-        pieces = [torch.zeros(1, 2, device=device)]  # of what has no gradient, or nothing of which is here
+        pieces = [torch.zeros(1, 2, device=device)]  # the row of the flags
         count = 1
         place = [0] * len(self._parts)
         for bucket, known in zip(buckets, measured, strict=True):
@@ -315,7 +317,7 @@ class Sharded:
         for row in range(len(self._parts)):
             if place[row] != 0:
                 continue
-            # no gradient here: where other ranks have one, they need the norm of the whole parameter
+            # no gradient here, but ranks that have one need the norm of the whole parameter
             norm = norms([real(self._parts[row])], foreach=False)
             options = self._options[row]
             decayed = norm * options.weight_decay if options.trust_denominator == "joint" else torch.zeros_like(norm)
@@ -330,7 +332,7 @@ class Sharded:
         return table
 
     def _dtype(self, rows: Iterable[int]) -> torch.dtype:
-        """Of the norms of these rows together; asked of those that a message holds, which all its ranks have."""
+        """The dtype of a message with the norms of these rows, which all its ranks have."""
         wide = any(norm_dtype(self._parts[row].dtype.to_real()) == torch.float64 for row in rows)
         return torch.float64 if wide else torch.float32
 
@@ -362,6 +364,6 @@ def _index(places: tuple[int, ...], device: torch.device) -> Tensor:
     return _kept_index(places, device)
 
 
-@lru_cache(maxsize=64)  # a copy from the host, which would be in the way of a captured graph
+@lru_cache(maxsize=64)  # building it copies from the host, which a captured CUDA graph cannot do
 def _kept_index(places: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(places, dtype=torch.int64, device=device)

@@ -1,6 +1,6 @@
-"""The pages of docs/frameworks: each is run from top to bottom, as a program, before its tests look at what it made.
+"""The pages of docs/frameworks: each runs from top to bottom as a program, before its tests look at the results.
 
-These files run in the nox session `frameworks` only, one environment a framework; the suite does not collect them.
+These files run only in the nox session `frameworks`, with one environment per framework. The suite does not collect them.
 """
 
 import runpy
@@ -14,7 +14,7 @@ PAGES = Path(__file__).parents[2] / "docs" / "frameworks"
 
 @pytest.fixture(scope="module")
 def blocks(request: pytest.FixtureRequest) -> list[str]:
-    """The Python of the module's page, each block behind as many empty lines as stand before it on the page."""
+    """The Python of the module's page, with each block at its line number on the page."""
     page = PAGES / f"{request.path.stem.removeprefix('test_')}.md"
     found, block = [], False
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines()):
@@ -29,7 +29,7 @@ def blocks(request: pytest.FixtureRequest) -> list[str]:
 
 @pytest.fixture(scope="module")
 def page(blocks: list[str], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The names that the page defines when it is run; tracebacks show the page's line numbers."""
+    """The names that the page defines. Tracebacks show the page's line numbers."""
     program = ""
     for block in blocks:
         program += block[program.count("\n") :]

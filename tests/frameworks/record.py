@@ -1,4 +1,4 @@
-"""Record with which versions the page of a framework has run: `python tests/frameworks/record.py lightning`."""
+"""Record the versions with which a framework's page has run: `python tests/frameworks/record.py lightning`."""
 
 import csv
 import datetime
@@ -15,7 +15,7 @@ HEADER = ["page", "ran on", "Python", "with"]
 
 
 def main(framework: str) -> None:
-    """Write or replace the framework's row, with what its dependency group names, torch and fastlars."""
+    """Write or replace the framework's row, with the versions of its dependency group, of torch and of fastlars."""
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["dependency-groups"]
     required = {re.match(r"[\w-]+", requirement)[0] for requirement in groups[f"frameworks-{framework}"]} - {"pytest"}
     packages = ["fastlars", "torch", framework, *sorted(required - {framework})]

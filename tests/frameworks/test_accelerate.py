@@ -1,4 +1,4 @@
-"""Accelerate: its loop leaves the weights that a plain loop leaves, bit for bit."""
+"""Accelerate: its loop gives the weights of a plain loop, bit for bit."""
 
 import contextlib
 import subprocess
@@ -13,14 +13,14 @@ import fastlars
 
 
 def plain_loop(page: dict[str, Any], processes: int = 1) -> tuple[torch.nn.Module, list[dict[str, float]]]:
-    """The page's training in torch alone, groups, schedule and accumulation written out; bfloat16 in one process."""
+    """The page's training in plain torch, with groups, schedule and accumulation written out; bfloat16 if in one process."""
     net = page["make_net"]()
     conv, norm, _, _, linear = net
     adapted = {"params": [conv.weight, linear.weight], "weight_decay": 1e-4}
     rest = {"params": [conv.bias, norm.weight, norm.bias, linear.bias], "lr": 0.1}
     optimizer = fastlars.LARS([adapted, rest], lr=20.0, momentum=0.9)
     small_batches = list(zip(page["images"].split(32), page["labels"].split(32), strict=True))
-    count = 4 * processes  # a step
+    count = 4 * processes  # per step
     ratios = []
     for step in range(0, 40, processes):
         factor = (step + 1) / 4 if step < 4 else (1 - (step - 4) / 36) ** 2
@@ -33,7 +33,7 @@ def plain_loop(page: dict[str, Any], processes: int = 1) -> tuple[torch.nn.Modul
                 logits = net(images)
             (torch.nn.functional.cross_entropy(logits.float(), labels) / count).backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)
-        of_the_step = optimizer.trust_ratios()  # those of sharded tensors, whenever they are asked for
+        of_the_step = optimizer.trust_ratios()  # the ratios of sharded tensors are those of the last step
         optimizer.step()
         ratios.append(optimizer.trust_ratios() if processes == 1 else of_the_step)
     return net, ratios
@@ -73,7 +73,7 @@ def test_only_the_wrapped_optimizer_is_ours(page: dict[str, Any]) -> None:
     assert not hasattr(wrapper, "trust_ratios"), "the page says that one must go through .optimizer"
 
 
-# Accelerate shards on accelerators only; here it is made to believe that gloo on CPUs is one. All else is its own.
+# Accelerate shards on accelerators only. Here it takes gloo on CPUs for one, and everything else is its own code.
 ON_CPU = """
 from accelerate.state import AcceleratorState, DistributedType
 

@@ -1,4 +1,4 @@
-"""lightly: in its SimCLR our LARS replaces its own, state included."""
+"""lightly: in its SimCLR our LARS replaces its own, including the state."""
 
 import copy
 from typing import Any
@@ -12,7 +12,7 @@ import fastlars
 
 @pytest.fixture
 def in_float64(page: dict[str, Any]) -> Any:
-    """So that rounding has no say; lightly's LARS shares no line with ours."""
+    """In float64, so that rounding does not matter. lightly's LARS shares no line with ours."""
     globals_of_page = page["train"].__globals__
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(globals_of_page, "images", page["images"].double())
@@ -31,7 +31,7 @@ def difference(model: torch.nn.Module, other: torch.nn.Module) -> float:
 
 
 def contrastive_loss(page: dict[str, Any], model: torch.nn.Module) -> float:
-    """Over fixed views, other than those of the training."""
+    """Over fixed views that are not used in training."""
     model, views = copy.deepcopy(model), [page["images"][:, :, i : i + 8, 4 - i : 12 - i] for i in range(5)]
     losses = [page["NTXentLoss"](temperature=0.5)(model(a), model(b)) for a in views for b in views if a is not b]
     return torch.stack(losses).mean().item()
@@ -50,7 +50,7 @@ def test_it_is_the_training_of_lightlys_own(page: dict[str, Any], in_float64: An
     assert losses == pytest.approx(their_losses, rel=1e-10)
 
 
-def test_a_checkpoint_of_lightlys_goes_on(page: dict[str, Any], in_float64: Any) -> None:
+def test_a_checkpoint_of_lightly_resumes(page: dict[str, Any], in_float64: Any) -> None:
     model, theirs, _ = trained(page, lars.LARS, epochs=2)
     twin = copy.deepcopy(model)
     ours = page["make_optimizer"](twin)

@@ -1,4 +1,4 @@
-"""Lightning and Fabric: their loops leave the weights that a plain loop leaves, bit for bit."""
+"""Lightning and Fabric: their loops give the weights of a plain loop, bit for bit."""
 
 import contextlib
 import copy
@@ -13,7 +13,7 @@ from lightning.pytorch.plugins import MixedPrecision
 
 import fastlars
 
-# of Lightning's own making, and none of them about optimizers
+# Lightning's own warnings, none of them about optimizers
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
@@ -24,7 +24,7 @@ STEPS = 40
 
 
 class Plain:
-    """The loop of the page in torch alone, groups and schedule written out."""
+    """The page's loop in plain torch, with groups and schedule written out."""
 
     def __init__(self, page: dict[str, Any], dtype: torch.dtype | None = None, max_norm: float | None = None) -> None:
         self.net = page["make_net"]()
@@ -85,7 +85,7 @@ def test_automatic_optimization_and_resume_are_the_plain_loop(page: dict[str, An
 
 
 def test_resuming_trains_the_second_half_only(page: dict[str, Any]) -> None:
-    """A resumed run that began anew would end with the same weights."""
+    """A resumed run that started from the beginning would end with the same weights."""
     seen = []
 
     class Counting(page["Classifier"]):
@@ -121,7 +121,7 @@ def test_clipping_hardly_changes_what_is_adapted(page: dict[str, Any]) -> None:
     assert {name for name, share in kept.items() if share < 0.1} == {"1.weight", "1.bias", "4.bias"}
 
 
-# torch's, and right: the first steps are left out
+# torch's warning, and right, because the first steps are skipped
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step..` before `optimizer.step")
 def test_an_overflow_leaves_the_step_out(page: dict[str, Any]) -> None:
     class Watched(page["Classifier"]):
@@ -152,7 +152,7 @@ def test_manual_optimization_is_the_plain_loop(page: dict[str, Any]) -> None:
     assert list(page["manual"].last_ratios.values()) == list(plain.ratios[-1].values())
 
 
-def test_the_wrappers_are_ours_and_not_ours(page: dict[str, Any]) -> None:
+def test_the_wrapper_has_our_class_but_not_our_state(page: dict[str, Any]) -> None:
     wrapped = page["manual"].optimizers()
     assert isinstance(wrapped, fastlars.LARS) and type(wrapped) is not fastlars.LARS
     assert type(wrapped.optimizer) is fastlars.LARS
@@ -167,11 +167,11 @@ def test_fabric_is_the_plain_loop(page: dict[str, Any]) -> None:
     assert loss_of(page["net"].module, page) < 0.6
 
 
-def test_fabric_goes_on_bit_for_bit(page: dict[str, Any]) -> None:
+def test_fabric_resumes_bit_for_bit(page: dict[str, Any]) -> None:
     fabric = Fabric(accelerator="cpu", precision="bf16-mixed")
     net = torch.nn.Sequential(*page["make_net"]())
     for p in net.parameters():
-        p.data.zero_()  # whatever is not loaded shows
+        p.data.zero_()  # anything that is not loaded shows
     optimizer = fastlars.LARS(fastlars.param_groups(net, weight_decay=0.5), lr=1.0)
     scheduler = fastlars.schedules.warmup_polynomial(optimizer, warmup_steps=4, total_steps=40)
     net, optimizer = fabric.setup(net, optimizer)

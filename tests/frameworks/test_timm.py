@@ -1,4 +1,4 @@
-"""timm: what its factory makes trains as LARS made by hand does, bit for bit, and as timm's own does, but for rounding."""
+"""timm: an optimizer from its factory trains like LARS made by hand, bit for bit, and like timm's own within rounding."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ import fastlars
 def plain_loop(
     page: dict[str, Any], model: torch.nn.Module, make_optimizer: Any, lrs: tuple[float, float], steps: int = 16
 ) -> torch.nn.Module:
-    """The page's training in torch alone; ``make_optimizer`` gets the matrices and the vectors."""
+    """The page's training in plain torch. ``make_optimizer`` gets the matrices and the vectors."""
     dtype = next(model.parameters()).dtype
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
@@ -60,9 +60,9 @@ def test_it_learns(page: dict[str, Any], name: str) -> None:
 )
 @pytest.mark.parametrize("zero_init", [False, True])
 def test_timms_own_lars_trains_the_same(page: dict[str, Any], name: str, options: Any, zero_init: bool) -> None:
-    """An implementation that shares no line with ours; in float64, so that rounding has no say.
+    """An implementation that shares no line with ours, in float64, so that rounding does not matter.
 
-    Blocks that start with a zero scale give convolutions zero gradients: there timm decays, and we do not.
+    Blocks that start with a zero scale give convolutions zero gradients. timm decays those, and we do not.
     """
 
     def timms(groups: Any) -> torch.optim.Optimizer:

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer: it leaves the weights that a plain loop leaves, bit for bit."""
+"""Hugging Face's Trainer gives the weights of a plain loop, bit for bit."""
 
 import json
 import math
@@ -14,7 +14,7 @@ import fastlars
 
 @pytest.fixture(scope="module")
 def batches(page: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
-    """What the Trainer feeds the model, which it shuffles."""
+    """The Trainer's batches, which it shuffles."""
     trainer, fed = page["make_trainer"](), []
     trainer.model.register_forward_pre_hook(
         lambda _, args, kwargs: fed.append({name: kwargs[name].clone() for name in ("input_ids", "labels")}),
@@ -32,7 +32,7 @@ def plain_loop(
     trust_coefficient: float,
     warmup_from: int = 1,
 ) -> tuple[torch.nn.Module, list[dict[str, float]]]:
-    """The page's training in torch alone, groups, schedule, accumulation and clipping written out."""
+    """The page's training in plain torch, with groups, schedule, accumulation and clipping written out."""
     model = page["make_model"]()
     adapted = [p for name, p in model.named_parameters() if p.ndim == 2]
     rest = [p for name, p in model.named_parameters() if p.ndim == 1]
@@ -71,7 +71,7 @@ def test_a_finished_optimizer_and_resume_are_the_plain_loop(page: dict[str, Any]
 
 
 def test_the_resumed_run_did_half_of_the_steps(page: dict[str, Any]) -> None:
-    """One that began anew would end in the same weights."""
+    """A run that started from the beginning would end with the same weights."""
     logged = {entry["step"] for entry in page["resumed"].state.log_history if "loss" in entry}
     saved = json.loads(Path("bert/checkpoint-20/trainer_state.json").read_text(encoding="utf-8"))
     assert saved["global_step"] == 20 and logged == {10, 20, 30, 40}
@@ -104,7 +104,7 @@ def test_class_and_options_adapt_what_the_trainer_decays(page: dict[str, Any]) -
 
 
 def test_class_and_options_are_the_plain_loop(page: dict[str, Any], batches: Any) -> None:
-    """With the schedule of the Trainer, whose warm-up starts at 0."""
+    """With the Trainer's schedule, whose warm-up starts at 0."""
     model, _ = plain_loop(page, batches, (0.1, 0.1), 0.08, warmup_from=0)
     assert_same(page["simple"].model, model)
 

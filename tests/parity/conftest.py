@@ -1,4 +1,4 @@
-"""Parity with the packages themselves: run by `nox -s parity`, which installs them, and by nothing else."""
+"""Parity with the packages themselves. Only `nox -s parity` runs it, which installs them."""
 
 from importlib.metadata import version
 

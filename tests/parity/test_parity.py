@@ -1,4 +1,4 @@
-"""LARS and other packages from the same parameters and gradients, with an lr that changes every step: float64, 20 steps."""
+"""LARS and other packages from the same parameters and gradients, with an lr that changes every step, in float64, 20 steps."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from reference import Array, norm, to_array
 
 M, DECAY, C = 0.9, 0.05, 0.1
 STEPS = 20
-# warm-up, decay, a step without one; more than 1, for the clips
+# warm-up, decay, one step at 0; above 1, for the clips
 LRS = [0.1 * (step + 1) for step in range(5)] + [3.0 * (1 - step / 15) ** 2 for step in range(14)] + [0.0]
 RNG = np.random.default_rng(0)
 # adapted: a matrix, a kernel, a tensor of zeros; not adapted: a vector
@@ -29,7 +29,7 @@ SHAPES = [(3, 5), (4, 3, 2, 2), (2, 7), (6,)]
 PARAMS = [RNG.standard_normal(shape) for shape in SHAPES]
 PARAMS[2] = 0 * PARAMS[2]
 GRADS = [[RNG.standard_normal(shape) for shape in SHAPES] for _ in range(STEPS)]
-# between gradients, none for the first tensor; not where the package decays then
+# sometimes no gradient for the first tensor, unless the package then decays it
 PAUSES = [[g * (i > 0 or step % 7 != 3) for i, g in enumerate(grads)] for step, grads in enumerate(GRADS)]
 ADAPTED, VECTORS = slice(0, 3), slice(3, 4)
 
@@ -39,7 +39,7 @@ Groups = list[dict[str, Any]]
 
 # ---------------------------------------------------------------- running either
 class Run:
-    """A torch optimizer over copies of the parameters; a vector is in a group of its own."""
+    """A torch optimizer over copies of the parameters, with vectors in a group of their own."""
 
     def __init__(
         self, make: Callable[[Groups], torch.optim.Optimizer], params: Sequence[Array], **vectors: Any
@@ -60,7 +60,7 @@ class Run:
 
 
 class OptaxRun:
-    """optax.lars over the same; vectors are masked."""
+    """optax.lars over the same parameters, with vectors masked."""
 
     def __init__(self, params: Sequence[Array], **options: Any) -> None:
         def make(learning_rate: Any) -> Any:
@@ -116,7 +116,7 @@ CASES: dict[str, Case] = {
     "timm_dampening": Case("bolts", in_torch(Lars, **TIMM, **DAMPENING), DAMPENING, GRADS),
     "timm_always": Case(
         "torchlars",
-        # without decay a zero gradient is no difference
+        # without decay, a zero gradient makes no difference
         in_torch(Lars, momentum=M, trust_coeff=C, always_adapt=True, vectors={"always_adapt": False}),
         {"weight_decay": 0.0},
     ),
@@ -134,7 +134,7 @@ CASES: dict[str, Case] = {
 
 
 def first_params(name: str) -> list[Array]:
-    """Without the tensor of zeros where the package differs there: a test below says how."""
+    """Without the tensor of zeros if the package differs there, which a test below describes."""
     return [values + (name.startswith("timm_larc") and not values.any()) for values in PARAMS]
 
 
@@ -174,7 +174,7 @@ def test_what_is_not_adapted_is_torch_sgd(dialect: str) -> None:
 
 # ---------------------------------------------------------------- defaults: what a user gets who changes the import
 @pytest.mark.parametrize("cls", [Lightly, Lars, POLars], ids=["lightly", "timm", "pytorch_optimizer"])
-def test_our_defaults_are_theirs_but_for_what_the_migration_notes_say(cls: Any) -> None:
+def test_our_defaults_are_theirs_except_for_the_migration_notes(cls: Any) -> None:
     parameter = [Parameter(torch.ones(2, 2))]
     theirs, mine = cls(parameter, lr=1.0).defaults, LARS(parameter, lr=1.0).defaults
     renamed = {"trust_coeff": "trust_coefficient", "always_adapt": "adapt"}
@@ -217,7 +217,7 @@ def test_every_difference_of_an_installed_package_is_tested_here() -> None:
         "solo-learn",
         "paper",
         "mlperf",
-    )  # do not install here; tests/test_dialects.py has formulas
+    )  # not installable here; tests/test_dialects.py has their formulas
     told = {case for about in ABOUT.values() for case in about.differs if case.split()[0] not in elsewhere}
     assert told == set(DIFFERENCES)
 
@@ -229,7 +229,7 @@ def test_a_package_differs_as_the_table_says(case: str) -> None:
 
 
 def test_bitsandbytes_caps_the_update_and_is_no_dialect() -> None:
-    """v = m v + g + decay w; w -= lr min(1, max_unorm |w| / |v|) v: no ratio of a gradient, float32 only."""
+    """v = m v + g + decay w; w -= lr min(1, max_unorm |w| / |v|) v. There is no ratio of a gradient, and float32 only."""
     p = Parameter(torch.tensor(W, dtype=torch.float32))
     optimizer = bitsandbytes.optim.LARS32bit([p], lr=0.5, momentum=M, weight_decay=DECAY, max_unorm=0.02)
     w, v = W, 0 * W
@@ -254,7 +254,7 @@ def saved_by(theirs: Run | OptaxRun) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", CONVERSIONS)
-def test_a_run_goes_on_after_conversion(name: str) -> None:
+def test_a_run_resumes_after_conversion(name: str) -> None:
     case = CASES[name]
     theirs = case.theirs(first_params(name))
     for grads, lr in zip(case.grads[:10], LRS[:10], strict=True):
@@ -282,8 +282,8 @@ def test_lightly_needs_no_conversion() -> None:
         assert_close(run, theirs, f"step {step}")
 
 
-def test_timm_sorts_parameters_its_own_way() -> None:
-    """create_optimizer_v2 puts those without decay first; the order of its groups tells whose state it is."""
+def test_timm_orders_parameters_in_its_own_way() -> None:
+    """create_optimizer_v2 puts tensors without decay first. The order of its groups tells whose state it is."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.LayerNorm(3), torch.nn.Linear(3, 3)).double()
     theirs = timm.optim.create_optimizer_v2(model, "lars", lr=0.5, weight_decay=DECAY, momentum=M)
@@ -301,7 +301,7 @@ def test_timm_sorts_parameters_its_own_way() -> None:
 
 
 @pytest.mark.parametrize("cls", ["LARS", "PytorchLARS"])
-def test_bitsandbytes_moves_on_as_capped(cls: str) -> None:
+def test_bitsandbytes_stays_capped(cls: str) -> None:
     p = Parameter(torch.tensor(W, dtype=torch.float32))
     theirs = getattr(bitsandbytes.optim, cls)([p], lr=0.5, momentum=M, weight_decay=DECAY, max_unorm=0.02)
     for grads in GRADS[:3]:
@@ -317,5 +317,5 @@ def test_bitsandbytes_moves_on_as_capped(cls: str) -> None:
     before = to_array(p)
     p.grad = torch.zeros_like(p)
     optimizer.step()
-    # their cap goes by the norm before the step, the conversion by the norm after it: 1 % apart here
+    # their cap uses the norm before the step, the conversion the norm after it, 1 % apart here
     np.testing.assert_allclose(to_array(p) - before, M * last, rtol=0.02, atol=1e-6)

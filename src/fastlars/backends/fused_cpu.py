@@ -1,9 +1,9 @@
 """The fused step on CPU: norms, then torch's own fused SGD kernel, tensor by tensor while the tensor is in cache.
 
 ``_fused_sgd_`` computes v = m v + (1 - dampening) (g + weight_decay w) and w -= lr v in one pass. With weight_decay = c / b,
-dampening = 1 - b and lr = q that is LARS. Bytes a float32 parameter: 20, and 8 for the norms where the cache does not serve
-them. The kernel ignores strides, writes nonsense for half types in some versions and bumps no version counter: `serves`
-says where it is right, and `update` bumps the counters.
+dampening = 1 - b and lr = q this is LARS. Bytes per float32 parameter: 20, and 8 for the norms if the cache does not hold
+them. The kernel ignores strides, writes wrong values for half types in some versions and bumps no version counter. So
+`serves` admits only tensors that it computes correctly, and `update` bumps the counters.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from fastlars.options import Options
 from .eager import make_state, measure
 from .layouts import can_be_walked, on_cpu
 
-# Tensors up to this size are stacked with others of their shape: calls for each would cost more than the work.
+# Tensors up to this size are stacked with others of their shape, because a call for each costs more than its work.
 SMALL = 12 * 1024
-# Elements whose squares are added in float32 without rows: relative error of their norm up to 3e-6.
+# Up to this many squares are added in float32 without rows. The relative error of the norm is up to 3e-6.
 AT_ONCE = 4096
-# Elements stacked at a time, in two workspaces of 1 MiB: page faults cost most of a stack.
+# Elements stacked at a time, in two workspaces of 1 MiB. Stacking into new memory mostly waits for page faults.
 STACK = 1 << 18
-# Row norms that one dot product may add in float32: relative error up to 5e-7.
+# One dot product adds up to this many row norms in float32. The relative error is up to 5e-7.
 ROWS = 4096
 # 1 - b is passed in double precision, and b is taken back from it: exactly for a float32 b of this size and above.
 SMALLEST_B = 2.0**-29
 
-_WORK: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
+_WORK: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # not torch's defaults, which users may change
 _dtype, _is_cpu = attrgetter("dtype"), attrgetter("is_cpu")
 
 
@@ -51,13 +51,13 @@ class FusedCPU:
     mixes_first_steps = False
 
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:  # noqa: ARG002
-        """On the CPU where it is asked for, and by default for adapted groups: torch's SGD is fused only where one asks."""
+        """On CPU if requested, and by default for adapted groups. torch's SGD is fused only if requested."""
         if options.fused is None and options.foreach is None and not options.differentiable:
             return bool(is_adapted(options)) and all(on_cpu(params))
         return bool(options.fused) and any(on_cpu(params))
 
     def serves(self, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]) -> bool:
-        """Whether the kernel, which walks over memory, computes these right."""
+        """Whether the kernel, which ignores strides, computes these correctly."""
         others = [grads, momentum_buffers] if momentum_buffers else [grads]
         tensors = [*params, *grads, *momentum_buffers]
         return (
@@ -80,7 +80,7 @@ class FusedCPU:
     @torch.no_grad()
     def update(self, bucket: Bucket, norms: Norms, gate: Tensor | None) -> None:
         """Stacks first, then tensor by tensor."""
-        if gate is not None and gate.any():  # on the CPU: reading it waits for nothing
+        if gate is not None and gate.any():  # on the CPU, where reading it does not synchronise
             return
         first_step = bucket.is_first_step
         params, grads, buffers = bucket.params, bucket.grads, make_state(bucket)[0]
@@ -146,7 +146,7 @@ class Plan:
 
 
 class _Fused:
-    """The step of tensors that share options and that `serves` let in."""
+    """The step of tensors that share options and that `serves` accepted."""
 
     def __init__(self, options: Options, first_step: bool, workspace: Tensor) -> None:
         self.options = options
@@ -185,7 +185,7 @@ class _Fused:
         self._sgd([params[i] for stack in stacks for i in stack.places], updates, buffers)
 
     def alone(self, param: Tensor, grad: Tensor, buffer: list[Tensor], norms: tuple[float, float] | None) -> None:
-        """A tensor by itself: norms, then one call of the kernel, which reads again what is still in cache."""
+        """One tensor: take its norms, then call the kernel while the tensor is still in cache."""
         if self.has_addresses and any(_is_shifted(grad, written) for written in (param, *buffer)):
             grad = grad.clone()
         if norms is None and self.adapted:
@@ -194,7 +194,7 @@ class _Fused:
         if self.options.momentum == 0 and b != 0 and math.isfinite(c / b):
             self._sgd([param], [grad], [], weight_decay=c / b, factor=b)
         elif not self.options.nesterov and SMALLEST_B <= abs(b) < math.inf:
-            b = ctypes.c_float(b).value  # else bits would depend on the scale of b, which is that of the loss
+            b = ctypes.c_float(b).value  # else the bits would depend on the scale of b, and so of the loss
             self._sgd([param], [grad], buffer, weight_decay=c / b, dampening=1 - b)
         else:
             self._block_by_block(param, grad, buffer, b, c)
@@ -251,7 +251,7 @@ class _Fused:
 
 
 def _is_shifted(grad: Tensor, written: Tensor) -> bool:
-    """Whether the kernel would write elements of the gradient before it reads them; of the same memory it reads first."""
+    """Whether the kernel would overwrite gradient elements before it reads them. Exactly the same memory is safe."""
     return 0 < abs(grad.data_ptr() - written.data_ptr()) < grad.nbytes
 
 
@@ -261,7 +261,7 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _norm(tensor: Tensor) -> float:
-    """Of a dense tensor as `norms.flat_norm`, in fewer calls, and in float32 to the end: a host number is wanted."""
+    """The norm of a dense tensor as a Python number, like `norms` but in fewer calls and in float32 to the end."""
     matrix = _matrix(tensor.numel())
     if matrix is None:
         return norms([_flat(tensor)], foreach=False).item()
@@ -271,7 +271,7 @@ def _norm(tensor: Tensor) -> float:
 
 @cache
 def _matrix(numel: int) -> tuple[tuple[int, int], tuple[int, int]] | None:
-    """Size and strides of this many elements as a matrix of long rows; None where there is none, or it has too many."""
+    """Size and strides of this many elements as a matrix of long rows; None if there is none or it has too many rows."""
     row = _row(numel)
     return None if row == 0 or numel > row * ROWS else ((numel // row, row), (row, 1))
 
@@ -287,7 +287,7 @@ def _norms_of_rows(matrix: Tensor) -> Tensor:
 
 @cache
 def _row(numel: int) -> int:
-    """The longest row, up to ROW, into which this many elements fall without a rest; 0 if it is a short one."""
+    """Largest divisor of ``numel`` up to ROW, or 0 if it is not above ROW / 16."""
     return next((row for row in range(ROW, ROW // 16, -1) if numel % row == 0), 0)
 
 

@@ -1,48 +1,48 @@
-"""How tensors lie in memory: what kernels that walk over memory, whatever the strides, need to know."""
+"""Memory layouts of tensors, for kernels that ignore strides."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-PLAIN = {Tensor, torch.nn.Parameter}  # a subclass may mean anything
+PLAIN = {Tensor, torch.nn.Parameter}  # a subclass may behave differently
 
 
 def on_cpu(params: list[Tensor]) -> list[bool]:
     """Whether each tensor is on the CPU."""
     if torch.compiler.is_compiling():
-        # is_cpu would be an operation of the graph, which keeps the tensor alive
+        # is_cpu would become an operation in the graph, which keeps the tensor alive
         return [param.device.type == "cpu" for param in params]
     return [param.is_cpu for param in params]
 
 
 def can_be_walked(params: list[Tensor], *others: list[Tensor]) -> bool:
-    """Whether plain tensors, their gradients and their buffers are dense and have their elements in the same order."""
+    """Whether these are plain dense tensors with gradients and buffers in the same order of elements."""
     tensors = [tensor for each in (params, *others) for tensor in each]
     # map, because a loop takes twice as long over a model's tensors
     return (
         PLAIN.issuperset(map(type, tensors))
         and not any(map(Tensor.is_neg, tensors))
         and (torch.is_inference_mode_enabled() or not any(map(Tensor.is_inference, tensors)))
-        # a kernel would go on beyond the end of the smaller one
+        # a kernel would run past the end of the smaller one
         and all(all(map(Tensor.is_same_size, params, other)) for other in others)
         and (all(map(Tensor.is_contiguous, tensors)) or all(map(are_laid_out_alike, params, *others)))
     )
 
 
 def are_laid_out_alike(tensor: Tensor, *others: Tensor) -> bool:
-    """Whether tensors of one shape are dense and have their elements in the same order."""
+    """Whether tensors of one shape are dense and have the same order of elements."""
     strides = _effective_strides(tensor)
     return all(_effective_strides(other) == strides for other in others) and _is_dense(strides)
 
 
 def _effective_strides(tensor: Tensor) -> list[tuple[int, int]]:
-    """(stride, size) of the dimensions that matter: one of size 1 may have any stride."""
+    """(stride, size) of the dimensions with more than one element. Others may have any stride."""
     return [(stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size != 1]
 
 
 def _is_dense(strides: list[tuple[int, int]]) -> bool:
-    """Whether a tensor of these strides fills its stretch of memory, each element once."""
+    """Whether a tensor with these strides fills a contiguous range of memory, each element once."""
     expected = 1
     for stride, size in sorted(strides):
         if stride != expected:
@@ -55,7 +55,7 @@ def own_every_element(tensor: Tensor) -> bool:
     """Whether no two elements of a strided tensor share memory, as those of an expanded tensor do."""
     if tensor.is_contiguous():
         return True
-    reach = 0  # the largest offset so far: a larger stride steps over all of them
+    reach = 0  # the largest offset so far; a larger stride steps past all elements
     for stride, size in sorted(_effective_strides(tensor)):
         if stride == 0:
             return False
@@ -66,7 +66,7 @@ def own_every_element(tensor: Tensor) -> bool:
 
 
 def find_shared_memory(tensors: list[Tensor], first: int) -> tuple[int, int] | None:
-    """The places of two tensors with an element in the same memory, one of them among the ``first``; None if there are none."""
+    """Indices of two tensors that share memory, at least one of them among the ``first``; None if there are none."""
     spans: list[tuple[str, int, int, int]] = []
     for i, tensor in enumerate(tensors):
         if type(tensor) in PLAIN and tensor.numel() > 0 and not tensor.is_meta:

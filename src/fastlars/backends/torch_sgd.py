@@ -19,7 +19,7 @@ from .layouts import on_cpu
 
 
 def is_torch_sgd(params: list[Tensor], options: Options) -> bool:
-    """Whether torch's SGD computes this step. What it lacks, or would read lr on the host for, is our own update."""
+    """Whether torch's SGD computes this step, and not our own update. It must have the options and not read lr from a GPU."""
     if options.kahan_sum and any([is_half(param.dtype) for param in params]):  # noqa: C419  old compilers trace no generators
         return False
     lr = options.lr
@@ -28,25 +28,25 @@ def is_torch_sgd(params: list[Tensor], options: Options) -> bool:
 
 
 class TorchSGD:
-    """torch's SGD on the tensors that ``ours``, the backend of the same kind, wants and serves."""
+    """torch's SGD, for the tensors that ``ours``, our backend of the same kind, wants and serves."""
 
     takes_scale = False
 
     def __init__(self, ours: Backend, *, foreach: bool = False, fused: bool = False) -> None:
-        """In torch's implementation of the same kind as ``ours``."""
+        """Use torch's implementation of the same kind as ``ours``."""
         self._ours, self._foreach, self._fused = ours, foreach, fused
         self.name = "fused" if fused else ours.name
         self.traceable = ours.traceable
-        # its bits depend on which buffers it makes, among tensors that are past their first step
+        # for torch's bits, tensors with and without a buffer must be in one call
         self.mixes_first_steps = not fused
 
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:
-        """Groups that are not adapted. torch's SGD knows no gate: the host reads it, on the CPU, where nothing waits."""
+        """Groups that are not adapted. torch's SGD has no gate, so the host reads it, only on CPU, where that is free."""
         reads_gate = not gated or (not torch.compiler.is_compiling() and all(on_cpu(params)))
         return is_torch_sgd(params, options) and reads_gate and self._ours.wants(params, options, gated)
 
     def serves(self, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]) -> bool:
-        """As ours, with gradients of the parameter's dtype: torch would make buffers of another, and its kernel read nonsense."""
+        """Like ours, if the gradient has the parameter's dtype. torch makes buffers of its dtype, which its kernel misreads."""
         alike = all([param.dtype == grad.dtype for param, grad in zip(params, grads)])  # noqa: C419  a list traces
         return alike and self._ours.serves(params, grads, momentum_buffers)
 
@@ -62,7 +62,7 @@ class TorchSGD:
         if gate is not None and gate.any():
             return
         grads, buffers, options = bucket.grads, bucket.momentum_buffers, bucket.options
-        # torch's foreach Nesterov writes gradients that it has not copied
+        # torch's foreach Nesterov overwrites gradients that it has not copied
         if self._foreach and options.nesterov and options.weight_decay == 0 and not options.maximize:
             grads = list(torch._foreach_mul(grads, 1.0))
         dampening = options.dampening
@@ -81,7 +81,7 @@ class TorchSGD:
             fused=self._fused,
             weight_decay=options.weight_decay,
             momentum=options.momentum,
-            lr=cast(float, lr),  # it takes tensors too; older versions do not say so
+            lr=cast(float, lr),  # it takes tensors too, but older versions are not typed so
             dampening=dampening,
             nesterov=options.nesterov,
             maximize=options.maximize,

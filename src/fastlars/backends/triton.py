@@ -1,9 +1,9 @@
 """The fused step on CUDA: which tensors it serves, tables of addresses on the device, and three launches a bucket.
 
-`partial_sums` and `norms` measure, `update` writes; `triton_kernels.py` says what they compute. All three find their tensors
-in a table on the device, so their number does not depend on the number of tensors. A table is never rewritten: it belongs to
-the addresses and sizes it was made from, and is found again by them. The host reads nothing from the device and, while
-addresses stay, allocates nothing there. Triton is imported when fused=True is asked for on CUDA.
+`partial_sums` and `norms` measure, and `update` writes; `triton_kernels.py` says what they compute. All three find their
+tensors in a table on the device, so the number of launches does not depend on the number of tensors. A table is never
+rewritten. It is cached by the addresses and sizes that it was built from. The host reads nothing from the device and, while
+addresses stay the same, allocates nothing there. Triton is imported only if fused=True is requested on CUDA.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ from fastlars.options import Options
 from .eager import make_state
 from .layouts import PLAIN, can_be_walked
 
-# Elements a program of `partial_sums` and `update`: 8 a thread, for which these take at most 48 registers on sm_80 and sm_90
-# and 56 on sm_100, so that five and four programs fit on a multiprocessor, and spill none.
 COLUMNS = 8  # of a table; a multiple of two, so that what follows the rows is aligned to 16 bytes
+# Elements per program of `partial_sums` and `update`, 8 per thread. They then take at most 48 registers on sm_80 and sm_90,
+# and 56 on sm_100, so that five and four programs fit on a multiprocessor without spilling.
 CHUNK = 2048
 BLOCK = 2048  # partial sums that `norms` adds at a time
-# Of scale * g + weight_decay * w the compiler would fuse one product with the sum, and which one depends on whether there is
-# a scale: with a GradScaler norms would have other bits, though it scales by powers of two.
+# In scale * g + weight_decay * w the compiler would fuse one product with the sum. Which one depends on whether there is a
+# scale, so norms would have other bits with a GradScaler, although it scales by powers of two.
 LAUNCH_SUMS = {"num_warps": 8, "enable_fp_fusion": False}
-LAUNCH_FEW = {"num_warps": 16, "enable_fp_fusion": True}  # one program a tensor: a large one has many sums to wait for
+LAUNCH_FEW = {"num_warps": 16, "enable_fp_fusion": True}  # one program per tensor, and a large tensor has many sums
 LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CAPABILITY = (8, 0)  # the oldest GPUs that Triton supports; before, there is no bfloat16 conversion
+CAPABILITY = (8, 0)  # the oldest GPUs that Triton supports; older ones cannot convert bfloat16
 
-KEPT_STEPS = 16  # a table that so many steps did not use is dropped
-CAPTURES = 4  # graphs that can capture a step before an eager step is needed again
+KEPT_STEPS = 16  # a table is dropped after this many steps without use
+CAPTURES = 4  # captures of a step until another eager step is needed
 
 
 def check_fused(params: Iterable[Any], where: str) -> None:
-    """Raise where ``fused=True`` cannot be honoured for these tensors; what is no tensor is not looked at."""
+    """Raise if ``fused=True`` cannot be honoured for these tensors. Anything that is not a tensor is ignored."""
     devices: dict[torch.device, str | None] = {}
     for i, param in enumerate(params):
         if not isinstance(param, Tensor) or param.is_cpu:
@@ -68,7 +68,7 @@ def check_fused(params: Iterable[Any], where: str) -> None:
 
 
 def _refusal(device: torch.device) -> str | None:
-    """Why kernels cannot run on a CUDA device; None where they can."""
+    """Why kernels cannot run on a CUDA device; None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "on CUDA needs Triton, which is not installed (pip install triton)"
     if torch.version.hip is not None:
@@ -86,9 +86,9 @@ def _refusal(device: torch.device) -> str | None:
 
 @dataclass(eq=False)
 class _Table:
-    """What the kernels of one part read and write besides its tensors, in device memory."""
+    """The device memory that the kernels of one bucket use besides its tensors."""
 
-    rows: Tensor  # int64, COLUMNS a tensor: see `triton_kernels.py`
+    rows: Tensor  # int64, COLUMNS per tensor, see `triton_kernels.py`
     chunk_tensor: Tensor  # int32, the row of every chunk
     sums: Tensor  # (chunks, 3)
     norms: Tensor  # (3, n)
@@ -96,13 +96,13 @@ class _Table:
 
 
 class Tables:
-    """The tables of one optimizer. They hold addresses, and keep no tensor alive; not to be copied or saved with it."""
+    """The tables of one optimizer. They hold addresses and keep no tensor alive. Do not copy or save them."""
 
     def __init__(self) -> None:
         """Without any table."""
         self.now = 0
         self._tables: dict[tuple[Any, ...], _Table] = {}
-        # by device and sizes, pinned memory for captures, which must not allocate it
+        # (device, sizes) -> pinned memory for captures, which must not allocate it
         self._spares: dict[tuple[torch.device, tuple[int, ...]], list[Tensor]] = {}
         self._captured: list[Tensor] = []
 
@@ -111,7 +111,7 @@ class Tables:
         self.now = now
         device = bucket.params[0].device
         sizes = tuple(map(Tensor.numel, bucket.params))
-        # buffers are made before
+        # buffers exist by now
         columns: tuple[Any, ...] = (bucket.params, bucket.grads, bucket.momentum_buffers, bucket.compensations)
         addresses = tuple(
             chain.from_iterable(map(Tensor.data_ptr, each) if each else repeat(0, len(sizes)) for each in columns)
@@ -119,12 +119,12 @@ class Tables:
         if is_capturing():
             return self._captured_table(device, addresses, sizes)
 
-        # With the stream: memory that is dropped is used again in the order of the stream it was made on.
+        # The stream is in the key, because freed memory is reused in the order of the stream it was allocated on.
         key = (device, _stream(device), sizes, addresses)
         table = self._tables.get(key)
         if table is None:
             self._drop_old()
-            # torch's pinned memory is not used again before copies out of it have ended
+            # torch does not reuse pinned memory before copies out of it have finished
             table = self._tables[key] = _new_table(_host_table(device, addresses, sizes), len(sizes), device)
         if not self._spares.get((device, sizes)):
             length = table.rows.numel() + (table.chunk_tensor.numel() + 1) // 2
@@ -138,15 +138,15 @@ class Tables:
         self._spares = {k: spares for k, spares in self._spares.items() if k in used}
 
     def _captured_table(self, device: torch.device, addresses: tuple[int, ...], sizes: tuple[int, ...]) -> _Table:
-        # Device memory comes from the graph's own pool, and each replay copies the table there again. What it copies
-        # must stay as it is for as long as the graph: it goes with the optimizer, like the graph's momentum buffers.
+        # Device memory comes from the graph's own pool, and each replay copies the table there again. The source must not
+        # change while the graph exists, so the optimizer keeps it, like the graph's momentum buffers.
         if spares := self._spares.get((device, sizes)):
             spare = spares.pop()
             self._captured.append(spare)
             return _new_table(_host_table(device, addresses, sizes, spare), len(sizes), device)
         raise RuntimeError(
-            "capturing a fused LARS step needs an eager step of the same tensors and options before it (which compiles "
-            f"the kernels and makes the state), and another one after every {CAPTURES} captures; nothing has changed"
+            "capturing a fused LARS step needs an eager step of the same tensors and options before it, which compiles the "
+            f"kernels and creates the state, and another one after every {CAPTURES} captures. Nothing has changed"
         )
 
 
@@ -167,7 +167,7 @@ def _host_table(
         chunk_tensor.extend(array("i", [i]) * count)
     after_rows = 8 * len(rows)
     assert 8 * host.numel() >= after_rows + 4 * ends[-1]
-    # not by torch, whose threads wait for each other for milliseconds on a busy machine
+    # not with torch, whose threads may wait for each other for milliseconds on a busy machine
     for start, values in ((host.data_ptr(), array("q", rows)), (host.data_ptr() + after_rows, chunk_tensor)):
         address, length = values.buffer_info()
         ctypes.memmove(start, address, length * values.itemsize)
@@ -198,23 +198,23 @@ class Triton:
     mixes_first_steps = False
 
     def __init__(self, device: str = "cuda") -> None:
-        """With tables for the functional form, whose calls have no optimizer to keep them.
+        """Create the tables of the functional form, whose calls have no optimizer to keep them.
 
         Args:
-            device: the type of the devices whose tensors are served: "cpu" under Triton's interpreter.
+            device: the device type that is served; "cpu" under Triton's interpreter.
         """
         self._device = device
         self._tables = Tables()
         self._lock = threading.Lock()  # all threads share them
 
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:  # noqa: ARG002
-        """Where it is asked for."""
+        """If requested."""
         return bool(options.fused) and any([param.device.type == self._device for param in params])  # noqa: C419
 
     def serves(self, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]) -> bool:
-        """Whether the kernels, which walk over memory, compute these right.
+        """Whether the kernels, which ignore strides, compute these correctly.
 
-        Addresses need not be aligned: where they are not, the kernels go element by element.
+        Addresses need not be aligned. If they are not, the kernels go element by element.
         """
         others = [grads, momentum_buffers] if momentum_buffers else [grads]
         return (
@@ -225,13 +225,13 @@ class Triton:
         )
 
     def plan(self, params: list[Tensor]) -> None:
-        """Nothing: tables are found by addresses."""
+        """Nothing, because tables are looked up by address."""
 
     def measure(self, bucket: Bucket, now: bool) -> Norms:  # noqa: ARG002
         """All norms in two launches."""
         make_state(bucket)  # the table holds their addresses
         options, device = bucket.options, bucket.params[0].device
-        adapted = bool(is_adapted(options))  # numpy's scalars make numpy's bools, which are no constants to Triton
+        adapted = bool(is_adapted(options))  # numpy scalars give numpy bools, which Triton does not take as constants
         joint = adapted and options.trust_denominator == "joint"
         grad_norm = bool(options.skip_nonfinite) or (adapted and not joint)
         which = {"ADAPTED": adapted, "JOINT": joint, "GRAD_NORM": grad_norm}
@@ -261,11 +261,11 @@ class Triton:
         return Norms(param, direction if joint else grad, grad if grad_norm else None, kept=table)
 
     def update(self, bucket: Bucket, norms: Norms, gate: Tensor | None) -> None:
-        """Parameters and buffers in one launch, which begins with the formula."""
+        """Update parameters and buffers in one launch, which evaluates the formula first."""
         options, device = bucket.options, bucket.params[0].device
         table: _Table = norms.kept
         lr_ptr, lr = _lr(options.lr, device)
-        # those of whole sharded tensors are as an exchange made them
+        # after an exchange they may have another dtype or layout
         param_norms, direction_norms = (norm if norm is None else norm.float().contiguous() for norm in norms[:2])
         with torch.cuda.device_of(bucket.params[0]):  # type: ignore[no-untyped-call]  # torch's
             _kernels().update[(table.sums.size(0),)](
@@ -320,11 +320,11 @@ def _kernels() -> Any:
 
 
 def _lr(lr: float | Tensor, device: torch.device) -> tuple[Tensor | None, float]:
-    """The two arguments of a kernel: a tensor that it reads, or a number (float32 there, whatever its value)."""
+    """The two lr arguments of a kernel: a tensor that it reads, or a number, which is float32 there."""
     if not isinstance(lr, Tensor):
         return None, float(lr)
     if lr.device.type == "cpu" and device.type != "cpu":
-        return None, float(lr)  # nothing to wait for
+        return None, float(lr)  # no synchronisation
     return _scalar(lr, device), 0.0
 
 

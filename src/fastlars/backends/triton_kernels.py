@@ -1,17 +1,18 @@
 """The Triton kernels of the fused CUDA step: partial sums, norms, update. The only file that imports triton.
 
 Every tensor is cut into chunks of CHUNK elements, and a program takes one chunk. A kernel finds its tensors in a table of
-int64, a row a tensor: the addresses of parameter, gradient, momentum buffer and compensation, the number of elements, and
-the first and past-the-last of its chunks, and a 0; chunk_tensor_ptr holds the row of every chunk. Arithmetic is float32; `norms` adds in float64.
-Sums are made in a fixed order, without atomics: the same bits every run.
+int64 with one row per tensor: the addresses of parameter, gradient, momentum buffer and compensation, the number of
+elements, its first chunk, the chunk after its last one, and a 0. chunk_tensor_ptr holds the row of every chunk. Arithmetic
+is float32, except that `norms` adds in float64. Sums are added in a fixed order without atomics, so every run has the same
+bits.
 
 A chunk whose addresses are multiples of 16 bytes and whose length is a multiple of 8 is loaded and stored 16 bytes at a time.
-Others, of odd length or at odd addresses, go element by element. Kernels hold both branches: `static_range` makes a copy for
-each value of VECTOR, and in one of the two the compiler knows what `_pointers` and `_mask` say.
+Others go element by element. Kernels hold both branches: `static_range` makes a copy for each value of VECTOR, and in one of
+them `_pointers` and `_mask` tell the compiler about the alignment.
 """
 
 # mypy: ignore-errors
-# What stands below is a language of its own, and types are checked where triton is not installed, too.
+# The kernels are in Triton's language, and types are also checked without triton installed.
 import triton
 import triton.language as tl
 from triton.runtime.driver import driver  # noqa: F401  for `triton.check_fused`
@@ -39,7 +40,7 @@ def _pointers(address, start, like_ptr, CHUNK: tl.constexpr, VECTOR: tl.constexp
 @triton.jit
 def _mask(count, CHUNK: tl.constexpr, VECTOR: tl.constexpr):
     if VECTOR:
-        count = (count // 8) * 8  # the same number, seen by the compiler to be a multiple of 8
+        count = (count // 8) * 8  # the same number, but the compiler sees a multiple of 8
     return tl.arange(0, CHUNK) < count
 
 
@@ -58,10 +59,10 @@ def _store(address, start, count, like_ptr, values, CHUNK: tl.constexpr, VECTOR:
 
 @triton.jit
 def _scale(grad_scale_ptr, MAXIMIZE: tl.constexpr):
-    """s: what makes a raw gradient the one to descend along."""
+    """s, the factor that makes a raw gradient the one to descend along."""
     scale = tl.full([], -1.0 if MAXIMIZE else 1.0, tl.float32)
     if grad_scale_ptr is not None:
-        # rounded correctly, so exact for a power of two; a plain division may be off by 2 in the last place
+        # correctly rounded, so exact for a power of two; a plain division may be off by 2 ulp
         scale = tl.div_rn(scale, tl.load(grad_scale_ptr).to(tl.float32))
     return scale
 
@@ -71,9 +72,9 @@ def partial_sums(
     table_ptr, chunk_tensor_ptr, sums_ptr, grad_scale_ptr, param_ptr, grad_ptr, weight_decay,
     CHUNK: tl.constexpr, ADAPTED: tl.constexpr, JOINT: tl.constexpr, GRAD_NORM: tl.constexpr, MAXIMIZE: tl.constexpr,
 ):  # fmt: skip
-    """Sums of squares of every chunk: of w, of s g + weight_decay w (JOINT) and of s g (GRAD_NORM), as rows of three.
+    """Sums of squares of every chunk, in rows of three: of w, s g + weight_decay w (JOINT) and s g (GRAD_NORM).
 
-    Reads 8 bytes a float32 parameter. param_ptr and grad_ptr are there for their types.
+    Reads 8 bytes per float32 parameter. param_ptr and grad_ptr only pass their types.
     """
     chunk = tl.program_id(0)
     tensor = tl.load(chunk_tensor_ptr + chunk)
@@ -83,7 +84,7 @@ def partial_sums(
     is_aligned = ((param | grad) % 16 == 0) & (count % 8 == 0)
     for VECTOR in tl.static_range(2):
         if is_aligned == (VECTOR == 1):
-            # scaled before it is squared: a scaler's factor may be so large that squares overflow where gradients do not
+            # scaled before squaring, because with a scaler's large factor squares overflow where gradients do not
             g = scale * _load(grad, start, count, grad_ptr, CHUNK, VECTOR)
             if ADAPTED:
                 w = _load(param, start, count, param_ptr, CHUNK, VECTOR)
@@ -108,7 +109,7 @@ def _norm(sums_ptr, first, last, BLOCK: tl.constexpr):
 def norms(
     table_ptr, sums_ptr, norms_ptr, BLOCK: tl.constexpr, ADAPTED: tl.constexpr, JOINT: tl.constexpr, GRAD_NORM: tl.constexpr
 ):  # fmt: skip
-    """The norms of every tensor, one a program, from the sums of its chunks.
+    """The norms of every tensor from the sums of its chunks, one program per tensor.
 
     norms_ptr gets rows of n: |w|, |s g + weight_decay w| (JOINT) and |s g| (GRAD_NORM).
     """
@@ -129,7 +130,7 @@ def _coefficients(
     param_norm, direction_norm, rate, scale, weight_decay, trust_coefficient, eps, keep,
     ADAPTED: tl.constexpr, JOINT: tl.constexpr, CLIP: tl.constexpr, LR_IN_MOMENTUM: tl.constexpr,
 ):  # fmt: skip
-    """b and c of a tensor from its norms: the formula of `formula.py`, and no other.
+    """b and c of a tensor from its norms, by the formula of `formula.py`.
 
     With s = 1 / grad_scale (negative when maximizing), r = lr if LR_IN_MOMENTUM else 1, and ``keep`` = 1 on a tensor's
     first step or without momentum, else 1 - dampening:
@@ -145,7 +146,7 @@ def _coefficients(
     ratio = one
     decay = one * weight_decay
     if ADAPTED:
-        # != 0 and not > 0: a NaN norm must reach the parameters, as it does in the formula
+        # != 0 and not > 0, because a NaN norm must reach the parameters, as in `formula.py`
         nonzero = (param_norm != 0) & (direction_norm != 0)
         denominator = direction_norm + eps
         if not JOINT:
@@ -175,9 +176,9 @@ def update(
 
     NESTEROV: w -= q (b g + c w + momentum v). Without MOMENTUM: w -= q (b g + c w), and there is no v.
     KAHAN: w is parameter + compensation, and what rounding takes from the new parameter becomes the compensation.
-    Nothing is read or written where the gate is not 0. Moves 20 bytes a float32 parameter. It walks the chunks backwards:
-    what `partial_sums` read last is what the L2 cache still holds. All that is read here is read for the last time, so
-    evict_first: it need not push what the programs to come still read out of that cache.
+    If the gate is not 0, nothing is read or written. Moves 20 bytes per float32 parameter. Chunks are visited backwards,
+    because the L2 cache still holds what `partial_sums` read last. Everything here is read for the last time, so it is
+    loaded with evict_first and does not displace what later programs still read.
     """
     chunk = tl.num_programs(0) - 1 - tl.program_id(0)
     tensor = tl.load(chunk_tensor_ptr + chunk)
