@@ -1,4 +1,4 @@
-"""The nouns of a step: `Group` comes in, is sorted into `Bucket`s, each with its `Norms` and the `Backend` that steps it."""
+"""The data types of a step: a `Group` is split into `Bucket`s, each with its `Norms` and the `Backend` that steps it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Group(NamedTuple):
     params: list[Tensor]
     grads: list[Tensor]
     momentum_buffers: list[Tensor | None]  # None before the first step; not read without momentum
-    # what rounding has taken from parameters in half precision, None before the first step; empty where none keeps it
+    # rounding errors of parameters in half precision; None before the first step, empty if none are kept
     compensations: list[Tensor | None]
     options: Options
     where: str = "lars"  # what errors call it: "param group 0"
@@ -37,14 +37,17 @@ class Group(NamedTuple):
 
 
 class Bucket(NamedTuple):
-    """Tensors of one group that one backend steps together: of one device and dtype, all at their first step or none, as a rule."""
+    """Tensors of one group that one backend steps together.
+
+    They share device and dtype, and usually all or none are at their first step.
+    """
 
     backend: Backend
-    indices: list[int]  # places in the lists of the group
+    indices: list[int]  # indices into the lists of the group
     params: list[Tensor]
     grads: list[Tensor]
     momentum_buffers: list[Tensor | None]  # empty without momentum
-    compensations: list[Tensor | None]  # empty where they are not kept
+    compensations: list[Tensor | None]  # empty if they are not kept
     options: Options
     is_first_step: bool = False  # with momentum, whose buffers are then None
     grad_scale: Tensor | None = None  # what the backend has to divide gradients by
@@ -59,7 +62,7 @@ class Bucket(NamedTuple):
 
 
 class Norms(NamedTuple):
-    """Norms of the n tensors of a bucket, each of shape (n,) or None where no one needs it."""
+    """Norms of the n tensors of a bucket, each of shape (n,), or None if not needed."""
 
     param: Tensor | None = None  # |w|
     direction: Tensor | None = None  # |g|, or with trust_denominator="joint" |g + weight_decay * w|
@@ -76,16 +79,16 @@ class Backend(Protocol):
     mixes_first_steps: bool  # whether a bucket may hold tensors with and without a buffer
 
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:
-        """Whether it is for a group of these options and devices; ``gated`` steps may be skipped or have scaled gradients."""
+        """Whether it wants a group with these options and devices. ``gated`` steps may be skipped or have scaled gradients."""
 
     def serves(self, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]) -> bool:
-        """Whether it steps all of these, by layout and dtype; there may be no buffers yet."""
+        """Whether it supports the layout and dtype of all of these; buffers may be missing."""
 
     def plan(self, params: list[Tensor]) -> Any:
-        """What can be known of a bucket before its steps; it depends on the metadata of tensors only."""
+        """Precompute what depends only on tensor metadata; it is kept between steps."""
 
     def measure(self, bucket: Bucket, now: bool) -> Norms:
         """Norms of the bucket; a backend may leave those of w and g to `update`, unless they are needed ``now``."""
 
     def update(self, bucket: Bucket, norms: Norms, gate: Tensor | None) -> None:
-        """Write parameters and buffers; nothing where the 1-element tensor ``gate`` is not 0. New buffers go into the bucket."""
+        """Write parameters and state. If the 1-element tensor ``gate`` is not 0, write nothing."""

@@ -116,7 +116,7 @@ def check_fit(
 
 
 def _misfit(param: Tensor, grad: Tensor, buffer: Tensor | None, compensation: Tensor | None) -> str | None:
-    """Why these cannot be stepped together; None if they can."""
+    """Why the gradient or state does not fit the parameter; None if it does."""
     if reason := _sparse(grad):
         return reason
     what = f"a parameter of shape {tuple(param.shape)}"
@@ -167,7 +167,7 @@ def is_capturing() -> bool:
 
 
 def check_captured(group: Group) -> None:
-    """Raise where a CUDA graph that captures this step would make state: every replay would fill it with zeros."""
+    """Raise if a CUDA graph that captures this step would create state, which every replay would reset to zeros."""
     if torch.compiler.is_compiling() or not is_capturing():
         return
     buffers = group.momentum_buffers if group.options.momentum != 0 else group.params
@@ -175,6 +175,6 @@ def check_captured(group: Group) -> None:
         kept = is_compensated(param.dtype, group.options) and bool(group.compensations)
         if param.is_cuda and (buffer is None or (kept and group.compensations[i] is None)):
             raise RuntimeError(
-                f"{group.where}: capturing a LARS step needs an eager step of the same tensors before it, which makes their momentum "
-                f"buffers and compensations; tensor {i} of those with a gradient has none. Nothing has changed"
+                f"{group.where}: capturing a LARS step needs an eager step of the same tensors before it, which creates "
+                f"their momentum buffers and compensations; tensor {i} of those with a gradient has none. Nothing has changed"
             )

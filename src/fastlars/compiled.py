@@ -1,4 +1,4 @@
-"""What only torch.compile needs: operators that stay whole in its graphs.
+"""Custom operators for torch.compile, which Inductor does not decompose.
 
 Inductor, its usual backend, copies each result of ``_foreach_norm`` in a kernel of its own when they are stacked, and on
 a CPU traces a dozen operations for each norm. So a graph has one operator for the norms of a list. Everything else
@@ -48,9 +48,9 @@ for _name, _kernel, _fake in (
 
 
 def is_traced(tensor: Tensor) -> bool:
-    """Whether what is computed from this tensor goes into a graph in which our operators serve.
+    """Whether work on this tensor is traced into a graph that supports our operators.
 
-    Not where gradients are recorded, because autograd does not see through an operator.
+    False with autograd on, which cannot see through an operator.
     """
     return torch.compiler.is_compiling() and not torch.is_grad_enabled() and tensor.device.type in _DEVICES
 
@@ -72,7 +72,7 @@ def joint_norms(params: list[Tensor], grads: list[Tensor], sign: float, weight_d
 
 
 def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A float32 tensor rounded to a half type. In a graph through the bits: Inductor drops a conversion that is converted back."""
+    """A float32 tensor rounded to a half type. In a graph via its bits, because Inductor drops a conversion and its inverse."""
     if not torch.compiler.is_compiling():
         return tensor.to(dtype).to(tensor.dtype)
     if tensor.is_cpu and not COMPILES_BITS:
@@ -84,7 +84,7 @@ def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def unbind(vector: Tensor) -> list[Tensor]:
     """The numbers of a vector as 0-dim tensors.
 
-    In a graph on CPU the vector is made first: Inductor would compute it again in the loop over each tensor that reads it.
+    In a graph on CPU the vector is materialised first: Inductor would recompute it in the loop over each tensor.
     """
     if vector.is_cpu and is_traced(vector):
         vector = torch.ops.fastlars.realized.default(vector)

@@ -27,20 +27,20 @@ else:
 
 
 def is_adapted(options: Options) -> bool:
-    """Whether steps are scaled by the trust ratio: as ``adapt`` says, else exactly where there is weight decay."""
+    """Whether the trust ratio scales steps: ``adapt``, or if None, ``weight_decay != 0``."""
     adapt = options.adapt
     return options.weight_decay != 0 if adapt is None else adapt
 
 
 def is_compensated(dtype: torch.dtype, options: Options) -> bool:
-    """Whether parameters of this dtype keep what rounding takes from them: half types, by default where they are adapted."""
+    """Whether parameters of this dtype keep rounding errors: half types, by default in adapted groups."""
     kahan_sum = options.kahan_sum
     wanted = is_adapted(options) if kahan_sum is None else bool(kahan_sum)
     return wanted and is_half(dtype) and not options.differentiable
 
 
 def rounds_away(dtype: torch.dtype, relative_step: float, options: Options) -> bool:
-    """Whether storing parameters of this dtype takes most of a step that moves them by this part of their norm."""
+    """Whether rounding in this dtype loses most of a step of this relative size."""
     return is_half(dtype) and not is_compensated(dtype, options) and relative_step < torch.finfo(dtype).eps
 
 
@@ -53,24 +53,24 @@ def where(condition: Condition, if_true: Number, if_false: float) -> Number:
 
 
 def is_nonzero(param_norm: Number, direction_norm: Number) -> Condition:
-    """Whether there is a ratio to take. Not `> 0`, because a NaN norm must reach the parameters."""
+    """Whether both norms are nonzero. Not `> 0`, because a NaN norm must reach the parameters."""
     return (param_norm != 0) & (direction_norm != 0)
 
 
 def trust_ratio(nonzero: Condition, param_norm: Number, direction_norm: Number, lr: Number, options: Options) -> Number:
     """lam, the trust ratio. ``direction_norm`` is |g| for "separate" and |g + weight_decay * w| for "joint".
 
-    ``nonzero`` is what `is_nonzero` says of the norms; callers may need it too.
+    ``nonzero`` is the result of `is_nonzero`, which callers may need too.
     """
     denominator = direction_norm + options.eps
     if options.trust_denominator == "separate":
         denominator = denominator + options.weight_decay * param_norm
     if options.differentiable or options.eps == 0:
-        # no division by 0 in the branch not taken: its gradient would be NaN, and Python's numbers raise
+        # avoid a division by 0 in the branch not taken: its gradient is NaN, and Python's numbers raise
         denominator = where(nonzero, denominator, 1.0)
     ratio = options.trust_coefficient * param_norm / denominator
     if options.trust_clip:
-        # min(ratio / lr, 1), and 1 at lr = 0; a NaN stays one
+        # min(ratio / lr, 1), and 1 at lr = 0; NaN stays NaN
         is_smaller = (ratio < lr) | (ratio != ratio)  # noqa: PLR0124  isnan, of a number or a tensor
         ratio = where(is_smaller, ratio / where(lr > 0, lr, 1.0), 1.0)
     return where(nonzero, ratio, 1.0)
@@ -96,7 +96,7 @@ def coefficients(
 
 
 def _scaled(ratio: Number, lr: Number, first_step: bool, options: Options) -> Number:
-    """The ratio times k and r; factors of 1 are left out, because each is an operation of its own."""
+    """The ratio times k and r; factors of 1 are skipped, because each costs an operation."""
     if options.momentum != 0 and options.dampening != 0 and not first_step:
         ratio = ratio * (1 - options.dampening)
     if options.lr_in_momentum:
@@ -118,9 +118,9 @@ def on_device(value: Tensor, like: Tensor) -> Tensor:
 def unscaled(grad: Tensor, grad_scale: Tensor) -> Tensor:
     """A gradient divided by grad_scale, with the bits of ``GradScaler.unscale_``."""
     inverse = on_device(grad_scale, grad).to(torch.float32).reciprocal()
-    # not in float16: numbers too small for it are why there is a scale
+    # in float32, because float16 underflows, which is why there is a scale
     dtype = torch.float32 if grad.dtype == torch.float16 else grad.dtype
-    # converted last because of two 0-dim tensors the product has the wider dtype
+    # converted last, because the product of two 0-dim tensors has the wider dtype
     return (grad.to(dtype) * inverse).to(dtype)
 
 

@@ -50,15 +50,14 @@ def lars(
     Args:
         params: tensors to update, of any shape, floating or complex.
         grads: their gradients, of the same shapes.
-        momentum_buffers: their momentum buffers, updated in place; None for a tensor whose first step this is, whose
-            place in the list then receives the new buffer. Without momentum it is not read and may be empty.
+        momentum_buffers: their momentum buffers, updated in place; None at a tensor's first step, which is
+            replaced in the list by the new buffer. Without momentum it is not read and may be empty.
         lr: learning rate, a float or a 1-element tensor, which is not read on the host.
-        grad_scale: 1-element tensor that the gradients are divided by first, as of ``torch.amp.GradScaler``: on a copy of
-            them, outside the CUDA kernels.
+        grad_scale: 1-element tensor by which the gradients are divided first, like ``torch.amp.GradScaler``'s; outside the
+            CUDA kernels on a copy.
         found_inf: 1-element tensor; where it is not 0, nothing changes. Decided on the device.
-        compensations: what rounding has taken from each half-precision parameter so far, in its dtype, updated in place;
-            None at first, whose place in the list then receives the new tensor. Without this list there are no Kahan
-            sums. Tensors of other dtypes need none, and entries for them are not read.
+        compensations: rounding errors of each half-precision parameter, in its dtype, updated in place; None entries are
+            filled in. Without this list there are no Kahan sums. Entries for parameters of other dtypes are not read.
 
     Raises:
         ValueError: for ``dampening`` with ``found_inf`` or ``skip_nonfinite`` (see :class:`fastlars.LARS`), and for
@@ -111,8 +110,8 @@ def _step(
     grad_scale: Optional[Tensor],
     found_inf: Optional[Tensor],
 ) -> None:
-    """The step of tensors that TorchScript does not see."""
-    # entries for parameters that keep none are not read
+    """The step outside TorchScript."""
+    # entries of parameters that keep none are not read
     kept = [i for i, param in enumerate(params) if is_compensated(param.dtype, options)]
     if compensations is None and options.kahan_sum and kept:
         raise ValueError("kahan_sum=True needs compensations: a list like params, of None before the first step")
@@ -135,5 +134,5 @@ def _step_group(group: Group, grad_scale: Optional[Tensor], found_inf: Optional[
     step([group], grad_scale, found_inf, sharding.sharded([(group.params, group.options)]))
 
 
-# A fused step leaves the graph as a whole, as torch's own: once, and nothing of it is traced.
+# A fused step leaves the graph as a whole, like torch's own; torch.compile traces none of it.
 _step_group_outside_graphs = outside_graphs(_step_group)

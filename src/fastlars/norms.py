@@ -1,7 +1,7 @@
 """L2 norms of whole tensors: in float32 or better, relative error <= 1e-5 up to 1e8 elements, no host read.
 
 torch's own norm on CPU adds float32 squares one after the other and is off by 1e-2 at 1e8 elements. Norms of rows, then
-the norm of those, is right to 1e-7 at the same speed. On accelerators torch reduces in a tree and is right as it is.
+the norm of those, is accurate to 1e-7 at the same speed. On accelerators torch reduces in a tree, which is accurate too.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch.linalg import vector_norm
 
 from .dtypes import norm_dtype
 
-ROW = 1024  # elements whose squares are added in float32: relative error of their norm up to 8e-7, of 4096 up to 3e-6
+ROW = 1024  # squares added in float32 at a time: relative error of the norm up to 8e-7 (3e-6 at 4096)
 ROWS = 4096  # norms of rows that are added at once
 COPY = 1 << 20  # elements that are converted at a time: a temporary of 4 MiB
 SUM = 1 << 18  # elements of two tensors that are added at a time: 1 MiB, which stays in cache
@@ -20,7 +20,7 @@ CHUNK = 1 << 24
 
 
 def chunks(tensors: list[Tensor], limit: int = CHUNK) -> list[list[int]]:
-    """Indices of consecutive tensors, at most ``limit`` elements together (a larger tensor stands alone)."""
+    """Indices of consecutive tensors, at most ``limit`` elements together (a larger tensor gets its own chunk)."""
     result: list[list[int]] = []
     size = 0
     for i, tensor in enumerate(tensors):
@@ -72,7 +72,7 @@ def _joint_norms_by_chunks(
 
 
 def _norms_of(row_norms: list[Tensor], dtype: torch.dtype, row: int = ROW, at_once: int = ROWS) -> Tensor:
-    """The norm of each of these, in one call for all."""
+    """The norm of each, with one foreach call."""
     short = [_norms_of_rows(each, row) if each.numel() > at_once else each for each in row_norms]
     return torch.stack(torch._foreach_norm(short, 2.0, dtype=dtype))
 
@@ -88,8 +88,8 @@ def _joint_row_norms(param: Tensor, grad: Tensor, decay: float, limit: int = SUM
 
 
 def _row_norms(tensor: Tensor, row: int = ROW) -> Tensor:
-    """What has the norm of this CPU tensor and so few elements that one sum of squares is exact enough."""
-    # elements that are not beside each other are added one by one: 3e-5 off after 4096 equal ones, 4e-6 if they are
+    """A tensor with the same norm, small enough for one sum of squares. ``tensor`` is on CPU."""
+    # elements that are not adjacent are added one by one: 3e-5 off after 4096 equal ones, 4e-6 if they are
     if tensor.is_contiguous():
         if tensor.numel() <= row:
             return tensor
@@ -107,7 +107,7 @@ def _row_norms(tensor: Tensor, row: int = ROW) -> Tensor:
 
 
 def _norms_of_rows(tensor: Tensor, row: int) -> Tensor:
-    """Norms of the rows into which the elements of a contiguous tensor fall, and of what is left."""
+    """Norms of the rows of a contiguous tensor, and of the remainder."""
     if tensor.numel() % row == 0:
         norms: Tensor = vector_norm(tensor.view(-1, row), dim=1)
         return norms
@@ -117,7 +117,7 @@ def _norms_of_rows(tensor: Tensor, row: int) -> Tensor:
 
 
 def _pieces(tensor: Tensor, limit: int = COPY) -> list[Tensor]:
-    """Views of at most ``limit`` elements, the same ones of every tensor of a shape."""
+    """Views of at most ``limit`` elements, cut the same way for every tensor of a shape."""
     pieces: list[Tensor] = []
     pending = [tensor]
     while len(pending) > 0:

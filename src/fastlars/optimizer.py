@@ -291,7 +291,7 @@ class LARS(Optimizer):
                     entry.pop("momentum_buffer", None)
                 elif param.is_complex():  # torch casts the state of floating parameters only
                     entry["momentum_buffer"] = entry["momentum_buffer"].to(param.dtype)
-                # of a parameter of another dtype: what it held is to be added to the weights first
+                # unused in other dtypes; users add it to the weights before
                 if entry.get("compensation") is None or not is_half(param.dtype):
                     entry.pop("compensation", None)
         super().__setstate__(state)
@@ -342,9 +342,9 @@ class LARS(Optimizer):
             compensations += self._state_of(with_grad, "compensation", needed, in_graph)
 
     def _state_of(self, params: list[Tensor], key: str, needed: list[bool], in_graph: bool) -> list[Tensor | None]:
-        """The state of each parameter that needs it under this key; None for others, and for what the step is to make."""
+        """The state under this key of each parameter that needs it; None for others, and if the step must create it."""
         found = [self.state.get(p, _NO_STATE).get(key) if need else None for p, need in zip(params, needed)]
-        # a graph is to serve all steps, and a parameter that comes twice has one state
+        # One graph serves all steps, and a parameter that is listed twice has one state. Otherwise the step creates it.
         if not _NONE.isdisjoint(map(type, found)) and (in_graph or len(set(map(id, params))) < len(params)):
             for p, need in zip(params, needed):
                 if need and self.state[p].get(key) is None:
@@ -429,7 +429,7 @@ class LARS(Optimizer):
         ):
             self._make_lr_tensors_outside_graphs()  # written into a group since the last step
         if torch.compiler.is_compiling() and any(
-            # with dampening the first step of a tensor differs, and one graph is to serve all steps
+            # dampening makes a tensor's first step different, and one graph serves all steps
             sharding.any_sharded(params) or leaves_graph(params, options) or (options.momentum and options.dampening)
             for params, options in self._params_and_options()
         ):
@@ -443,7 +443,7 @@ class LARS(Optimizer):
         params_and_options = self._params_and_options()
         # set by GradScaler, because of _step_supports_amp_scaling
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        for i, group in enumerate(self.param_groups):  # all before the first state is made
+        for i, group in enumerate(self.param_groups):  # all groups, before the first state is created
             if torch.compiler.is_compiling():
                 for grad in [p.grad for p in group["params"]]:
                     if grad is not None and grad.layout is not torch.strided:

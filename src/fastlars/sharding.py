@@ -238,7 +238,7 @@ class Sharded:
                 (group.compensations, local_group.compensations),
             ):
                 for i, (param, part) in enumerate(zip(group.params, parts)):
-                    if part is not None:  # a first step that was skipped may have made none
+                    if part is not None:  # a skipped first step may have made none
                         made = whole[i]
                         if made is None:
                             made = whole[i] = self._like(param, part) if is_sharded(param) else part

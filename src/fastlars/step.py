@@ -18,10 +18,10 @@ def step(
     found_inf: Tensor | None = None,
     shards: Sharded | None = None,
 ) -> None:
-    """Step all groups; new momentum buffers and compensations are put into their lists.
+    """Step all groups, and store new momentum buffers and compensations in their lists.
 
-    All buckets are measured before any is updated, because one gradient may stop all that ask for it, and because
-    sharded tensors exchange their norms at once.
+    All buckets are measured before any is updated, because one gradient may skip every group with
+    ``skip_nonfinite``, and because sharded tensors exchange their norms at once.
     """
     for group in groups:
         check_captured(group)
@@ -44,7 +44,7 @@ def step(
 
     for group, each in zip(local, buckets_of):
         for bucket in each:
-            if len(bucket.indices) < len(group.params):  # else its list is the group's
+            if len(bucket.indices) < len(group.params):  # otherwise the bucket uses the group's own lists
                 for i, buffer in zip(bucket.indices, bucket.momentum_buffers):
                     group.momentum_buffers[i] = buffer
                 for i, compensation in zip(bucket.indices, bucket.compensations):
@@ -55,7 +55,7 @@ def step(
 
 def any_nonfinite(norms: list[Norms], found_inf: Tensor | None) -> Tensor:
     """Whether ``found_inf`` is set or a gradient norm is not finite, as a 0-dim bool tensor."""
-    flags = [~known.grad.amax().isfinite() for known in norms if known.grad is not None]  # the largest keeps a NaN
+    flags = [~known.grad.amax().isfinite() for known in norms if known.grad is not None]  # amax propagates NaN
     if found_inf is not None:
         flags.append(found_inf.reshape(()) != 0)
     return torch.stack([on_device(flag, flags[0]) for flag in flags]).any()

@@ -36,7 +36,7 @@ BACKENDS: list[Backend] = [
 
 
 class _Place(NamedTuple):
-    """Which tensors of a group make a bucket."""
+    """The tensors of a group that form a bucket, by index."""
 
     backend: Backend
     indices: list[int]
@@ -49,8 +49,8 @@ def wanted(params: list[Tensor], options: Options, gated: bool = False) -> list[
 
 
 def leaves_graph(params: list[Tensor], options: Options) -> bool:
-    """Whether torch.compile cannot trace what is preferred for a group."""
-    for backend in BACKENDS:  # only as far as it takes: what a compiled frame looks at, it keeps alive
+    """Whether torch.compile cannot trace the preferred backend of a group."""
+    for backend in BACKENDS:  # stops early: a compiled frame keeps alive whatever it inspects
         if backend.wants(params, options, False):
             return not backend.traceable
     return False
@@ -97,7 +97,7 @@ def split(group: Group, grad_scale: Tensor | None = None, found_inf: Tensor | No
 
 
 class _Assignment:
-    """How a group was sorted, for as long as one guard says that the metadata of all its tensors is the same.
+    """Cached dispatch of a group, valid while one guard finds all tensor metadata unchanged.
 
     Sorting takes longer than the step of small tensors on a CPU, and than all launches on a GPU.
     """
@@ -113,9 +113,7 @@ class _Assignment:
         self, backends: list[Backend], group: Group, buffers: list[Tensor | None]
     ) -> tuple[list[_Place], list[Tensor]]:
         """As `_sort`."""
-        if (
-            operations_are_seen()
-        ):  # what a mode makes may be no real tensor, and what was made before is a constant to it
+        if operations_are_seen():  # a mode may create fake tensors, and treats existing memory as a constant
             return _sort(backends, group, buffers)
         made = [buffer for buffer in buffers if buffer is not None]
         kept = [compensation for compensation in group.compensations if compensation is not None]
@@ -127,7 +125,7 @@ class _Assignment:
                 return self._places, group.grads
         failed, self._guard = self._guard is not None, None
         self._places, grads = _sort(backends, group, buffers)
-        # The guard is built the second time a list is seen, and not right after one failed: building costs two sorts. It
+        # The guard is built the second time a list is seen, and not right after one failed, because building costs as much as two sorts. It
         # does not see which buffers are missing, nor what gradients share memory with.
         if self._seen and not failed and len(made) in (0, len(buffers)) and grads is group.grads:
             self._guard = metadata_guard(tensors)
@@ -136,12 +134,12 @@ class _Assignment:
 
 
 def _sort(backends: list[Backend], group: Group, buffers: list[Tensor | None]) -> tuple[list[_Place], list[Tensor]]:
-    """The places, and the gradients; copies of those that the step could not read as they are."""
+    """The places, and the gradients, copied where the step would overwrite them."""
     params, grads = group.params, group.grads
     made = [buffer for buffer in buffers if buffer is not None]
     kept = [compensation for compensation in group.compensations if compensation is not None]
     if not torch.compiler.is_compiling() and len(set(map(id, params))) < len(params):
-        # one step after the other: in lists each would start from what the tensor was
+        # a repeated tensor takes two steps in order; in a list both would start from its old value
         backends = [backend for backend in backends if backend.name == SINGLE.name]
     one_step = len(made) in (0, len(buffers))
     fused = not backends[0].traceable
@@ -186,7 +184,7 @@ def _is_written(grad: Tensor, *of_step: Tensor | None) -> bool:
 
 
 def _share_storage(grads: list[Tensor], written: list[Tensor]) -> bool:
-    """Whether a gradient lies in the storage of a written tensor, as after ``p.grad = p.detach()``; `_sort` looks closer."""
+    """Whether a gradient lies in the storage of a written tensor, as after ``p.grad = p.detach()``; `_sort` checks exactly."""
     if grads[0].is_meta or not PLAIN.issuperset(map(type, [*grads, *written])):
         return False  # there are no addresses
     storages = {grad.untyped_storage().data_ptr() for grad in grads}
@@ -203,7 +201,7 @@ def preferred(backends: list[Backend], param: Tensor, grad: Tensor, *state: Tens
 
 
 def _serves(backend: Backend, params: list[Tensor], grads: list[Tensor], state: list[Tensor]) -> bool:
-    """Whether a backend serves tensors with this state: compensations lie in memory as buffers do."""
+    """Whether a backend serves tensors with this state. Compensations have the layout of buffers."""
     times = max(1, len(state) // len(params))
     return backend.serves(params * times, grads * times, state)
 

@@ -1,7 +1,7 @@
 """The step in torch's own operations, in place: v = m v + b g + c w and w -= q v. Every device, dtype and mode.
 
-`Single` goes tensor by tensor and is the one to read; `Foreach` does the same over lists. Complex tensors come as real
-views. q, the step size, is lr, or 1 where lr is in the momentum buffer. Bytes a float32 parameter: 44, as torch's SGD.
+`Single` works tensor by tensor; read it first. `Foreach` does the same over lists. Complex tensors come as real
+views. q, the step size, is lr, or 1 where lr is in the momentum buffer. Bytes per float32 parameter: 44, like torch's SGD.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def measure(bucket: Bucket, foreach: bool) -> Norms:
         return Norms()
     params = [real(param) for param in bucket.params]
     if options.differentiable:
-        # autograd keeps what a norm was taken of, and the update writes it
+        # autograd saves the norm's input, which the update overwrites
         params = [param.clone() for param in params]
     grads = [real(grad) for grad in bucket.grads]
     joint = adapted and options.trust_denominator == "joint"
@@ -55,7 +55,7 @@ def make_state(bucket: Bucket) -> tuple[list[Tensor], list[Tensor]]:
 
 
 class Single:
-    """Tensor by tensor: serves everything, and every other backend equals it."""
+    """Tensor by tensor. It supports everything, and every other backend must match it."""
 
     name = "single"
     takes_scale = False
@@ -76,11 +76,11 @@ class Single:
 
     def measure(self, bucket: Bucket, now: bool) -> Norms:  # noqa: ARG002
         """All norms, at once."""
-        make_state(bucket)  # memory may run out, so before anything moves
+        make_state(bucket)  # before anything moves, because memory may run out
         return measure(bucket, self.foreach)
 
     def update(self, bucket: Bucket, norms: Norms, gate: Tensor | None) -> None:
-        """In place; half types and gated steps on copies, which are rounded once and written back, or not.
+        """In place. Half types and gated steps run on copies, which are rounded once and written back unless skipped.
 
         A factor of 0 in place of a gate would not do, because 0 * NaN is NaN.
         """
@@ -105,19 +105,19 @@ class Single:
         skip = None if gate is None else on_device(gate, params[0]) != 0
         if bucket.plan is not None:
             bucket.plan.step(bucket, skip, step)
-        else:  # a graph sees the whole list
+        else:
             for places in [every] if self.foreach else [[i] for i in every]:
                 _step_new(bucket, places, skip, step, self.foreach)
 
 
 class Foreach(Single):
-    """The same over lists: a few launches on CUDA from torch 2.11 on, no temporary of parameter size."""
+    """The same over lists, in few launches on CUDA from torch 2.11 on, without temporaries of parameter size."""
 
     name = "foreach"
     foreach = True
 
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:  # noqa: ARG002
-        """Where it is asked for, by torch's rule for the default, and off the CPU for what fused kernels leave."""
+        """If requested, by torch's default rule, and off the CPU for tensors that fused kernels leave."""
         if options.fused:
             return not all(on_cpu(params))
         if options.foreach is None and options.fused is None and not options.differentiable:
@@ -128,16 +128,16 @@ class Foreach(Single):
         """All but conjugate and negative views, to which foreach ops do not write."""
         if any([is_conjugate(param) for param in params]):  # noqa: C419  old compilers trace no generators
             return False
-        # they do not come in graphs
+        # graphs never contain them
         return torch.compiler.is_compiling() or not any(map(Tensor.is_neg, params + momentum_buffers))
 
     def plan(self, params: list[Tensor]) -> Any:  # noqa: ARG002
-        """Room for copies, which a graph does not need."""
+        """Memory for copies, which a graph does not need."""
         return None if torch.compiler.is_compiling() else Staging()
 
 
 def _step_new(bucket: Bucket, places: list[int], skip: Tensor | None, step: Step, foreach: bool) -> None:
-    """On new tensors, through which autograd and compilers see; in a graph they take no memory."""
+    """Step new tensors and write them back, as autograd and compilers can follow; a graph allocates none of them."""
     params, grads, buffers, compensations = bucket.at(places)
     dtype = torch.float32 if is_half(params[0].dtype) else params[0].dtype
     old = params + buffers

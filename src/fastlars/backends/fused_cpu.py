@@ -35,7 +35,7 @@ AT_ONCE = 4096
 STACK = 1 << 18
 # One dot product adds up to this many row norms in float32. The relative error is up to 5e-7.
 ROWS = 4096
-# 1 - b is passed in double precision, and b is taken back from it: exactly for a float32 b of this size and above.
+# The kernel gets 1 - b in double precision and recovers b from it, exactly for a float32 b of at least this size.
 SMALLEST_B = 2.0**-29
 
 _WORK: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # not torch's defaults, which users may change
@@ -71,8 +71,8 @@ class FusedCPU:
         return Plan(params)
 
     def measure(self, bucket: Bucket, now: bool) -> Norms:
-        """Gradient norms for ``skip_nonfinite``; the others are taken by `update`, while the tensor is in cache."""
-        make_state(bucket)  # memory may run out, so before anything moves
+        """Gradient norms for ``skip_nonfinite``. `update` takes the others while the tensor is in cache."""
+        make_state(bucket)  # before anything moves, because memory may run out
         if now:
             return measure(bucket, foreach=False)
         return Norms(grad=norms(bucket.grads, foreach=False) if bucket.options.skip_nonfinite else None)
@@ -100,7 +100,7 @@ class FusedCPU:
 
 
 class _Stack(NamedTuple):
-    """Small tensors of one shape, and room in a workspace for them and their gradients, on top of each other."""
+    """Small tensors of one shape, and views of a workspace that stack them and their gradients."""
 
     places: list[int]
     weights: Tensor
@@ -111,22 +111,22 @@ class _Stack(NamedTuple):
 
 
 class Plan:
-    """Which tensors of a list are stacked with others of their shape, where, and which are stepped alone.
+    """Indices of the tensors that are stacked by shape and of those that are stepped alone, and the workspace.
 
-    It keeps its memory and the views of it: making a view takes as long as copying a small tensor.
+    Views of the workspace are cached, because making a view takes as long as copying a small tensor.
     """
 
     def __init__(self, params: list[Tensor]) -> None:
-        """For tensors of one list, of which it keeps none."""
+        """Keeps none of the tensors."""
         places: dict[torch.Size, list[int]] = {}
         self.alone: list[int] = []
         for i, param in enumerate(params):
             numel = param.numel()
             is_small = 0 < numel <= SMALL and (numel <= AT_ONCE or _row(numel) > 0) and param.is_contiguous()
             (places.setdefault(param.shape, []) if is_small else self.alone).append(i)
-        with torch.inference_mode(False):  # whatever makes it first
+        with torch.inference_mode(False):  # also if an inference step makes it
             self.weights, self.grads = torch.empty(STACK, **_WORK), torch.empty(STACK, **_WORK)
-        self.stacks: list[list[_Stack]] = []  # each as many as fit at a time
+        self.stacks: list[list[_Stack]] = []  # in batches of at most STACK elements
         start = STACK
         for shape, of_shape in places.items():
             rest = of_shape
@@ -165,7 +165,7 @@ class _Fused:
         buffers: list[Tensor],
         norms: tuple[Tensor, Tensor] | None,
     ) -> None:
-        """Small tensors: copied to a workspace, those of one shape as rows of a matrix; one call of the kernel."""
+        """Small tensors: copy them to a workspace, as the rows of one matrix per shape, and call the kernel once."""
         for stack in stacks:
             torch.stack([params[i] for i in stack.places], out=stack.weights)
             torch.stack([grads[i] for i in stack.places], out=stack.grads)
@@ -200,7 +200,7 @@ class _Fused:
             self._block_by_block(param, grad, buffer, b, c)
 
     def _block_by_block(self, param: Tensor, grad: Tensor, buffer: list[Tensor], b: float, c: float) -> None:
-        """What one call cannot do, through a workspace that holds the direction of a block."""
+        """Cases that one call cannot compute, block by block, with the direction of each block in the workspace."""
         blocks = [torch.split(_flat(tensor), STACK) for tensor in (param, grad, *buffer)]
         for w, g, *v in zip(*blocks):
             direction = torch.mul(g, b, out=self.workspace[: g.numel()])

@@ -1,7 +1,7 @@
-"""Copies on which foreach steps what it cannot step in place: half types, which are rounded once, and gated steps.
+"""Flat copies for foreach steps that cannot run in place: of half types, which are rounded once, and gated ones.
 
-All copies of a kind lie in one flat tensor, so that copying, rounding and choosing are a few operations, however many tensors
-there are. What is made for a list stays with its plan, at most 32 MiB of float32 a kind: larger lists go chunk by chunk.
+All copies of a kind share one flat tensor. Copying, rounding and selecting are then a few operations, however many tensors
+there are. The copies stay with the plan of a bucket, at most 32 MiB of float32 per kind; larger lists go chunk by chunk.
 """
 
 from __future__ import annotations
@@ -19,37 +19,37 @@ from fastlars.norms import chunks, norms
 
 LIMIT = 1 << 23  # elements of a chunk
 
-# the update, in place, of parameters by gradients and momentum buffers, at these places of a bucket
+# updates parameters in place, given gradients, momentum buffers and their indices in the bucket
 Step = Callable[[list[Tensor], list[Tensor], list[Tensor], list[int]], None]
 
 
 class Copies(NamedTuple):
-    """Room for some copies of each tensor of a chunk."""
+    """One or more copies of each tensor of a chunk."""
 
-    rows: Tensor  # a row a kind: the first copies of all tensors, then the second ones
+    rows: Tensor  # one row per kind: parameters, compensations, momentum buffers
     of_kind: list[Tensor]  # the rows one by one
-    views: list[Tensor]  # every copy in the shape of its tensor, row after row
+    views: list[Tensor]  # every copy in the shape of its tensor, row by row
 
 
 class Staging:
-    """Room for copies of one list of tensors. It keeps their shapes and none of them."""
+    """Memory for copies of one list of tensors. It keeps their shapes, and none of the tensors."""
 
     def __init__(self) -> None:
-        """Without any: most lists need none."""
+        """Allocates nothing: most lists need no copies."""
         self._chunks: list[list[int]] = []
         self._layouts: list[tuple[torch.Size, tuple[int, ...], int]] = []
         self._made: dict[tuple[Any, ...], Copies] = {}
         self._flat: dict[tuple[Any, ...], Tensor] = {}
 
     def step(self, bucket: Bucket, skip: Tensor | None, step: Step) -> None:
-        """Step copies and write them back; nothing changes where the 0-dim bool tensor ``skip`` is true."""
+        """Step copies and write them back, unless the 0-dim bool tensor ``skip`` is true."""
         self._prepare(bucket.params)
         for i, places in enumerate(self._chunks):
             params, grads, buffers, compensations = bucket.at(places)
             written, dtype = params + compensations + buffers, params[0].dtype
             kinds, wide_dtype = len(written) // len(params), torch.float32 if is_half(dtype) else dtype
             wide = self._copies("step", i, kinds, params[0], wide_dtype)
-            # foreach ops are few launches only among equal dtypes
+            # foreach ops take few launches only if all dtypes are equal
             read = self._copies("grads", i, 1, params[0], wide_dtype).views if is_half(grads[0].dtype) else []
             torch._foreach_copy_(wide.views + read, written + grads[: len(read)])
             if compensations:
@@ -62,14 +62,14 @@ class Staging:
                 if compensations:
                     new.of_kind[1].copy_(wide.of_kind[0].sub_(new.of_kind[0]))
             if skip is not None:
-                # chosen in this dtype: a NaN that went through float32 and back has other bits
+                # selected in this dtype, because a NaN changes its bits in float32 and back
                 old = self._copies("old", i, kinds, params[0], dtype)
                 torch._foreach_copy_(old.views, written)
                 torch.where(skip, old.rows, new.rows, out=new.rows)
             torch._foreach_copy_(written, new.views)
 
     def joint_norms(self, bucket: Bucket) -> Tensor:
-        """As `norms.joint_norms`, of half types."""
+        """Like `norms.joint_norms`, for half types."""
         self._prepare(bucket.params)
         options, result = bucket.options, []
         for i, places in enumerate(self._chunks):
@@ -86,12 +86,12 @@ class Staging:
     def _prepare(self, params: list[Tensor]) -> None:
         if not self._chunks:
             self._chunks = chunks(params, LIMIT)
-            # dense, in the order of a dense tensor's own elements: else foreach ops are a launch a tensor
+            # strides of the dense tensors themselves, else foreach ops take one launch per tensor
             strides = [torch.empty_like(param, device="meta").stride() for param in params]
             self._layouts = [(param.shape, stride, param.numel()) for param, stride in zip(params, strides)]
 
     def _copies(self, purpose: str, chunk: int, kinds: int, like: Tensor, dtype: torch.dtype) -> Copies:
-        """Room for so many copies of each tensor of a chunk; chunks share it, and what is asked for another purpose lies apart."""
+        """``kinds`` copies of each tensor of a chunk. Chunks share memory, purposes do not."""
         key = (purpose, chunk, kinds, dtype)
         if key in self._made:
             return self._made[key]
