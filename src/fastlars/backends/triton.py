@@ -29,7 +29,8 @@ from .eager import make_buffers
 from .layouts import PLAIN, can_be_walked
 
 # Elements a program of `partial_sums` and `update`: 8 a thread, for which these take at most 48 registers on sm_80 and sm_90
-# and 56 on sm_100, so that five and four programs fit on a multiprocessor, and spill none.
+# and 56 on sm_100, so that five and four programs fit on a multiprocessor, and spill none. With compensations `update` takes
+# up to 64, so four fit.
 COLUMNS = 8  # of a table; a multiple of two, so that what follows the rows is aligned to 16 bytes
 CHUNK = 2048
 BLOCK = 2048  # partial sums that `norms` adds at a time
