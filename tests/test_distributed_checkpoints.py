@@ -71,6 +71,19 @@ def test_the_same_ranks_go_on_without_a_changed_bit(
     assert [bits for _, bits in resumed] == [bits for _, bits in saved]
 
 
+@pytest.mark.parametrize("flat", [False, True], ids=["plain", "flattened"])
+def test_half_precision_moves_to_other_ranks_without_a_changed_bit(
+    process_groups: Callable[[int], Group], tmp_path: Path, flat: bool
+) -> None:
+    run = sharded_models.half_precision_checkpoint
+    saved, *others = process_groups(2).run(run, WAY, str(tmp_path), flat, False)
+    assert others == [saved]
+    assert sum(len(tensors) == 3 for tensors in saved.values()) == 4, "each weight has a compensation"
+    for world, way in ((4, WAY), (2, WAY), (1, "whole")):
+        for loaded in process_groups(world).run(run, way, str(tmp_path), flat, True):
+            assert loaded == saved, (world, way)
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_flattened_checkpoint_from_before_kahan_sum(tmp_path: Path) -> None:
     """Without the key and without compensations: loaded in part, the group keeps what it says and sums start at zero."""
