@@ -55,9 +55,9 @@ class Plain:
             if self.max_norm is not None:
                 in_its_order = [p for group in self.optimizer.param_groups for p in group["params"]]
                 torch.nn.utils.clip_grad_norm_(in_its_order, self.max_norm)
-            with self.optimizer.relative_steps() as steps:
+            with self.optimizer.relative_steps() as relative:
                 self.scaler.step(self.optimizer)
-            self.relative_steps.append(steps)
+            self.relative_steps.append(relative)
             self.scaler.update()
         return self
 
