@@ -630,7 +630,8 @@ class LARS(Optimizer):
         """How far the steps inside this context move each tensor, relative to its norm before them.
 
         For tensors that are adapted and for those that are not. It keeps a copy of the parameters meanwhile, and costs
-        nothing outside. Of a sharded tensor it looks at this process's part, and exchanges nothing.
+        nothing outside. Of a sharded tensor it looks at this process's part, and exchanges nothing. With Kahan sums a
+        step moves the sum of weight and compensation, which is what is measured.
 
         Returns:
             A context that gives a dict, which is filled when the context ends. It maps each name, as in
@@ -651,17 +652,23 @@ class LARS(Optimizer):
         """
         steps: dict[str, float] = {}
         with torch.no_grad():
-            params = [sharding.local(p) for group in self.param_groups for p in group["params"]]
-            before = [p.clone() for p in params]
+            params = [p for group in self.param_groups for p in group["params"]]
+            before = [self._value(p).clone() for p in params]
         yield steps
         with torch.no_grad():
             pairs = [
-                torch.stack([torch.linalg.vector_norm(real(t).double()) for t in (p - old, old)])
+                torch.stack([torch.linalg.vector_norm(real(t).double()) for t in (self._value(p) - old, old)])
                 for p, old in zip(params, before, strict=True)
             ]
         for name, pair in zip(itertools.chain.from_iterable(self._names()), pairs, strict=True):
             moved, norm = pair.tolist()
             steps[name] = moved / norm if norm else math.inf if moved else 0.0
+
+    def _value(self, param: Tensor) -> Tensor:
+        """This process's part of a parameter, and what rounding has taken from it."""
+        value, compensation = sharding.local(param), self.state.get(param, _NO_STATE).get("compensation")
+        value = value.float() if is_half(param.dtype) else value  # differences of half types would be rounded
+        return value if compensation is None else value + sharding.local(compensation)
 
     def __repr__(self) -> str:
         """What runs, what is adapted, and the options that are not at their defaults, group by group."""
