@@ -45,6 +45,13 @@ def test_a_compiled_step_equals_the_whole_model(ranks: Group) -> None:
     ranks.run(sharded_models.equals_whole, way, {}, True)
 
 
+@pytest.mark.parametrize("way", ["fsdp", "tensor_parallel", "tensor_parallel_and_fsdp"])
+def test_a_model_in_half_precision_equals_the_whole_model(ranks: Group, way: str) -> None:
+    if way != "tensor_parallel" and not ranks_module.FULLY_SHARDS_ON_CPU and ranks.device == "cpu":
+        pytest.skip("fully_shard works on CPU from torch 2.9 on")
+    ranks.run(sharded_models.half_precision_equals_whole, way)
+
+
 def test_data_parallel_accumulation_equals_the_whole_model(ranks: Group) -> None:
     ranks.run(sharded_models.data_parallel_accumulates)
 

@@ -71,10 +71,25 @@ def test_the_same_ranks_resume_without_a_changed_bit(
     assert [bits for _, bits in resumed] == [bits for _, bits in saved]
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_flattened_checkpoint_from_before_kahan_sum(tmp_path: Path) -> None:
-    """Without the key and compensations. Loaded in part, the group keeps its option and the sums start at zero."""
-    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+@pytest.mark.parametrize("flat", [False, True], ids=["plain", "flattened"])
+def test_half_precision_moves_to_other_ranks_without_a_changed_bit(
+    process_groups: Callable[[int], Group], tmp_path: Path, flat: bool
+) -> None:
+    run = sharded_models.half_precision_checkpoint
+    saved, *others = process_groups(2).run(run, WAY, str(tmp_path), flat, False)
+    assert others == [saved]
+    assert sum(len(tensors) == 3 for tensors in saved.values()) == 4, "each weight has a compensation"
+    for world, way in ((4, WAY), (2, WAY), (1, "whole")):
+        for loaded in process_groups(world).run(run, way, str(tmp_path), flat, True):
+            assert loaded == saved, (world, way)
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage:UserWarning")  # of torch 2.4's own
+@pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable)")
+@pytest.mark.parametrize("flat", [False, True], ids=["plain", "flattened"])
+def test_a_checkpoint_from_before_kahan_sum(tmp_path: Path, flat: bool) -> None:
+    """Without the key and without compensations: loaded in part, the group keeps what it says and sums start at zero."""
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
 
     def trained(steps: int) -> tuple[torch.nn.Module, LARS]:
         model = torch.nn.Linear(4, 3, dtype=torch.bfloat16)
@@ -85,16 +100,21 @@ def test_a_flattened_checkpoint_from_before_kahan_sum(tmp_path: Path) -> None:
             optimizer.step()
         return model, optimizer
 
-    saved = get_optimizer_state_dict(*trained(2), options=flat)
-    old = {key: value for key, value in saved.items() if "kahan_sum" not in key and "compensation" not in key}
-    assert len(old) == len(saved) - 4
-    checkpoint.save(old, checkpoint_id=tmp_path, no_dist=True)
+    saved_model, saved = trained(2)
+    old = get_optimizer_state_dict(saved_model, saved, options=options)
+    new = {"kahan_sum", "compensation"}
+    for entry in [old] if flat else [*old["state"].values(), *old["param_groups"]]:
+        for key in [key for key in entry if key.split(".")[-1] in new]:
+            del entry[key]
+    checkpoint.save(old, checkpoint_id=tmp_path)
     model, optimizer = trained(0)
-    state = get_optimizer_state_dict(model, optimizer, options=flat)
+    state = get_optimizer_state_dict(model, optimizer, options=options)
+    with pytest.raises(checkpoint.api.CheckpointException, match=r"Missing key .*\.(kahan_sum|compensation)"):
+        checkpoint.load(state, checkpoint_id=tmp_path)
     planner = checkpoint.DefaultLoadPlanner(allow_partial_load=True)
-    checkpoint.load(state, checkpoint_id=tmp_path, planner=planner, no_dist=True)
-    set_optimizer_state_dict(model, optimizer, state, options=flat)
+    checkpoint.load(state, checkpoint_id=tmp_path, planner=planner)
+    set_optimizer_state_dict(model, optimizer, state, options=options)
     assert optimizer.param_groups[0]["kahan_sum"] is True
-    for name, p in model.named_parameters():
-        assert torch.equal(optimizer.state[p]["momentum_buffer"], saved[f"state.{name}.momentum_buffer"])
+    for p, of_saved in zip(model.parameters(), saved_model.parameters(), strict=True):
+        assert torch.equal(optimizer.state[p]["momentum_buffer"], saved.state[of_saved]["momentum_buffer"])
         assert optimizer.state[p]["momentum_buffer"].any() and not optimizer.state[p]["compensation"].any()

@@ -1,6 +1,7 @@
 """The Triton backend without a GPU: kernels under the interpreter and through the compiler, tables, and dispatch."""
 
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
@@ -45,11 +46,14 @@ ON_CPU = triton.Triton("cpu")
 MOMENTUM = Options(0.5, momentum=0.9)
 
 
-def bucket_of(params: list[Tensor], options: Options = MOMENTUM, grad_scale: Tensor | None = None) -> Bucket:
+def bucket_of(
+    params: list[Tensor], options: Options = MOMENTUM, grad_scale: Tensor | None = None, kahan: bool = False
+) -> Bucket:
     """A tensor past its first step."""
     buffers: list[Tensor | None] = [torch.zeros_like(p) for p in params] if options.momentum != 0 else []
+    kept: list[Tensor | None] = [torch.zeros_like(p) for p in params if kahan]
     grads = [torch.ones_like(p) for p in params]
-    return Bucket(ON_CPU, list(range(len(params))), params, grads, buffers, [], options, grad_scale=grad_scale)
+    return Bucket(ON_CPU, list(range(len(params))), params, grads, buffers, kept, options, grad_scale=grad_scale)
 
 
 # ---------------------------------------------------------------- kernels
@@ -119,8 +123,14 @@ def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[int],
     vars(driver).update(before)
 
 
-def step(params: list[Tensor], options: Options, gate: Tensor | None = None, grad_scale: Tensor | None = None) -> None:
-    bucket = bucket_of(params, options, grad_scale)
+def step(
+    params: list[Tensor],
+    options: Options,
+    gate: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    kahan: bool = False,
+) -> None:
+    bucket = bucket_of(params, options, grad_scale, kahan)
     with torch.no_grad():
         ON_CPU.update(bucket, ON_CPU.measure(bucket, False), gate)
 
@@ -155,22 +165,24 @@ def test_kernels_compile_to_wide_loads_and_no_spills(
     compiled, scalar = compiler(arch), torch.tensor([1.0])
     # a thread has 8 elements of each tensor; the aligned branch loads them 16 bytes at a time
     wide = 8 * dtype.itemsize // 16
-    for name, expected in COMPILED.items():
+    halves = dtype.itemsize == 2
+    for (name, (sums, update)), kahan in itertools.product(COMPILED.items(), (False, True) if halves else (False,)):
         compiled.kernels.clear()
         options, on_device = Options(**OPTIONS[name]), name.startswith("everything")
         if on_device:
             options = options._replace(lr=scalar)
-        step([torch.ones(5, dtype=dtype)], options, *((scalar, scalar) if on_device else (None, None)))
-        counts = {"partial_sums": expected[0], "norms": expected[0] and (0, 0), "update": expected[1]}
+        step([torch.ones(5, dtype=dtype)], options, *((scalar, scalar) if on_device else (None, None)), kahan)
+        # compensations are read and written by `update` alone
+        counts = {"partial_sums": sums, "norms": sums and (0, 0), "update": (update[0] + kahan, update[1] + kahan)}
         assert compiled.kernels.keys() == {kernel for kernel, count in counts.items() if count}
         for kernel, (compilation,) in compiled.kernels.items():
-            used, ptx = resources(compilation, tmp_path), compilation.asm["ptx"]
-            assert used["STACK"] == used["LOCAL"] == 0, (name, kernel, used)
-            # as triton.py says; `norms`, which has few programs, may take more
-            assert 0 < used["REG"] <= (64 if kernel == "norms" else 56), (name, kernel, used)
+            where, used, ptx = (name, kahan, kernel), resources(compilation, tmp_path), compilation.asm["ptx"]
+            assert used["STACK"] == used["LOCAL"] == 0, (where, used)
+            # as triton.py says; `norms`, of which there are few programs, may take as many as with compensations
+            assert 0 < used["REG"] <= (64 if kernel == "norms" or kahan else 56), (where, used)
             loaded, stored = counts[kernel]
-            assert len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)) == loaded * wide, (name, kernel)
-            assert len(re.findall(r"st\.global\S*\.v4\.b32", ptx)) == stored * wide, (name, kernel)
+            assert len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)) == loaded * wide, where
+            assert len(re.findall(r"st\.global\S*\.v4\.b32", ptx)) == stored * wide, where
 
 
 def test_numbers_and_addresses_do_not_recompile(compiler: Callable[[int], Compiled]) -> None:

@@ -607,7 +607,8 @@ class LARS(Optimizer):
         """Measure how far the steps inside this context move each tensor, relative to its norm before them.
 
         It covers all tensors, adapted or not. Inside the context it keeps a copy of the parameters; outside it costs
-        nothing. For a sharded tensor it measures this process's shard, without communication.
+        nothing. For a sharded tensor it measures this process's shard, without communication. With Kahan sums it
+        measures the sum of weight and compensation, which is what a step moves.
 
         Returns:
             A context manager that gives a dict and fills it when the context ends. The dict maps each name, as in
@@ -628,17 +629,23 @@ class LARS(Optimizer):
         """
         steps: dict[str, float] = {}
         with torch.no_grad():
-            params = [sharding.local(p) for group in self.param_groups for p in group["params"]]
-            before = [p.clone() for p in params]
+            params = [p for group in self.param_groups for p in group["params"]]
+            before = [self._value(p).clone() for p in params]
         yield steps
         with torch.no_grad():
             pairs = [
-                torch.stack([torch.linalg.vector_norm(real(t).double()) for t in (p - old, old)])
+                torch.stack([torch.linalg.vector_norm(real(t).double()) for t in (self._value(p) - old, old)])
                 for p, old in zip(params, before, strict=True)
             ]
         for name, pair in zip(itertools.chain.from_iterable(self._names()), pairs, strict=True):
             moved, norm = pair.tolist()
             steps[name] = moved / norm if norm else math.inf if moved else 0.0
+
+    def _value(self, param: Tensor) -> Tensor:
+        """This process's shard of a parameter, plus its compensation."""
+        value, compensation = sharding.local(param), self.state.get(param, _NO_STATE).get("compensation")
+        value = value.float() if is_half(param.dtype) else value  # differences of half types would be rounded
+        return value if compensation is None else value + sharding.local(compensation)
 
     def __repr__(self) -> str:
         """Which backend runs each group, whether it is adapted, and its options that are not defaults."""

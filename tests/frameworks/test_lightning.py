@@ -35,6 +35,7 @@ class Plain:
         self.scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
         self.dtype, self.max_norm = dtype, max_norm
         self.ratios: list[dict[str, float]] = []
+        self.relative_steps: list[dict[str, float]] = []
 
     def train(self, page: dict[str, Any], inputs: torch.dtype = torch.float32, steps: int = STEPS) -> "Plain":
         batches = list(zip(page["images"].split(128), page["labels"].split(128), strict=True))
@@ -54,7 +55,9 @@ class Plain:
             if self.max_norm is not None:
                 in_its_order = [p for group in self.optimizer.param_groups for p in group["params"]]
                 torch.nn.utils.clip_grad_norm_(in_its_order, self.max_norm)
-            self.scaler.step(self.optimizer)
+            with self.optimizer.relative_steps() as relative:
+                self.scaler.step(self.optimizer)
+            self.relative_steps.append(relative)
             self.scaler.update()
         return self
 
@@ -97,14 +100,18 @@ def test_resuming_trains_the_second_half_only(page: dict[str, Any]) -> None:
     assert seen == pytest.approx([20 * (1 - (step - 4) / 36) ** 2 for step in range(20, 40)])
 
 
-def test_the_ratios_logged_are_those_of_the_plain_loop(page: dict[str, Any]) -> None:
+def test_the_numbers_logged_are_those_of_the_plain_loop(page: dict[str, Any]) -> None:
     plain = Plain(page).train(page)
     with open("logs/automatic/metrics.csv", newline="") as file:  # noqa: PTH123
         rows = [row for row in csv.DictReader(file) if row["trust_ratio/net.0.weight"]]
     assert [int(row["step"]) for row in rows] == [0, 10, 20, 30]
     for row in rows:
+        ratios, steps = plain.ratios[int(row["step"])], plain.relative_steps[int(row["step"])]
         logged = [float(row[f"trust_ratio/net.{layer}.weight"]) for layer in (0, 4)]
-        assert logged == pytest.approx(list(plain.ratios[int(row["step"])].values()), rel=1e-6)
+        assert logged == pytest.approx(list(ratios.values()), rel=1e-6)
+        names = ("0.weight", "4.weight", "0.bias", "1.weight", "1.bias", "4.bias")
+        logged = [float(row[f"relative_step/net.{name}"]) for name in names]
+        assert logged == pytest.approx(list(steps.values()), rel=1e-6) and min(logged[:2]) > 0
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("clipped", torch.bfloat16), ("scaled", torch.float16)])

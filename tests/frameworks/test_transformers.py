@@ -31,14 +31,17 @@ def plain_loop(
     lrs: tuple[float, float],
     trust_coefficient: float,
     warmup_from: int = 1,
-) -> tuple[torch.nn.Module, list[dict[str, float]]]:
-    """The page's training in plain torch, with groups, schedule, accumulation and clipping written out."""
+) -> tuple[torch.nn.Module, list[tuple[dict[str, float], dict[str, float]]]]:
+    """The page's training in plain torch, with groups, schedule, accumulation and clipping written out.
+
+    Returns the model, and the trust ratios and relative steps of each step.
+    """
     model = page["make_model"]()
     adapted = [p for name, p in model.named_parameters() if p.ndim == 2]
     rest = [p for name, p in model.named_parameters() if p.ndim == 1]
     groups = [{"params": adapted, "weight_decay": 1e-4}, {"params": rest}]
     optimizer = fastlars.LARS(groups, lr=0.0, momentum=0.9, trust_coefficient=trust_coefficient)
-    ratios = []
+    seen = []
     for step in range(40):
         factor = (step + warmup_from) / 4 if step < 4 else (1 + math.cos(math.pi * ((step - 4) / 36))) / 2
         for group, lr in zip(optimizer.param_groups, lrs, strict=True):
@@ -47,9 +50,11 @@ def plain_loop(
         for batch in batches[2 * step : 2 * step + 2]:
             (model(**batch).loss / 2).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        ratios.append(optimizer.trust_ratios())
-        optimizer.step()
-    return model, ratios
+        ratios = optimizer.trust_ratios()
+        with optimizer.relative_steps() as steps:
+            optimizer.step()
+        seen.append((ratios, steps))
+    return model, seen
 
 
 def assert_same(actual: torch.nn.Module, expected: torch.nn.Module) -> None:
@@ -83,17 +88,19 @@ def test_the_resumed_run_did_half_of_the_steps(page: dict[str, Any]) -> None:
     assert len(steps) == 20
 
 
-def test_the_ratios_logged_are_those_of_the_plain_loop(page: dict[str, Any], batches: Any) -> None:
-    _, ratios = plain_loop(page, batches, (8.0, 0.1), 0.001)
-    logged = {
-        entry["step"]: {key.removeprefix("trust_ratio/"): value for key, value in entry.items() if "trust_ratio" in key}
-        for entry in page["trainer"].state.log_history
-        if any("trust_ratio" in key for key in entry)
-    }
+def test_the_numbers_logged_are_those_of_the_plain_loop(page: dict[str, Any], batches: Any) -> None:
+    _, seen = plain_loop(page, batches, (8.0, 0.1), 0.001)
+    logged = {entry["step"]: entry for entry in page["trainer"].state.log_history if "loss" not in entry}
+    logged.pop(40)  # the Trainer's summary
     assert list(logged) == [0, 10, 20, 30]
-    names = [name for name, p in page["make_model"]().named_parameters() if p.ndim == 2]
-    for step, values in logged.items():
-        assert values == dict(zip(names, ratios[step].values(), strict=True))
+    named = list(page["make_model"]().named_parameters())
+    adapted, rest = ([name for name, p in named if (p.ndim == 2) == kind] for kind in (True, False))
+    for step, entry in logged.items():
+        ratios, steps = seen[step]
+        expected = {f"trust_ratio/{name}": ratio for name, ratio in zip(adapted, ratios.values(), strict=True)}
+        expected |= {f"relative_step/{name}": moved for name, moved in zip(adapted + rest, steps.values(), strict=True)}
+        assert {key: value for key, value in entry.items() if "/" in key} == expected
+        assert all(entry[f"relative_step/{name}"] > 0 for name in adapted)
 
 
 def test_class_and_options_adapt_what_the_trainer_decays(page: dict[str, Any]) -> None:

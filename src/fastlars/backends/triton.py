@@ -32,6 +32,7 @@ from .layouts import PLAIN, can_be_walked
 COLUMNS = 8  # of a table; a multiple of two, so that what follows the rows is aligned to 16 bytes
 # Elements per program of `partial_sums` and `update`, 8 per thread. They then take at most 48 registers on sm_80 and sm_90,
 # and 56 on sm_100, so that five and four programs fit on a multiprocessor without spilling.
+# With compensations `update` takes up to 64, and four fit.
 CHUNK = 2048
 BLOCK = 2048  # partial sums that `norms` adds at a time
 # In scale * g + weight_decay * w the compiler would fuse one product with the sum. Which one depends on whether there is a
