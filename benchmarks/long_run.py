@@ -24,7 +24,8 @@ from torch.nn import Parameter
 
 from fastlars import LARS
 
-from .performance import FOLDER, describe
+from .performance import describe
+from .results import FOLDER
 
 OPTIONS: dict[str, Any] = {"lr": 2.0, "momentum": 0.9, "weight_decay": 1e-4}
 IMPLEMENTATIONS = {name: partial(LARS, **OPTIONS, foreach=name == "foreach") for name in ("single", "foreach")}

@@ -8,15 +8,14 @@ other hosts.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .demo import outcome
 from .optimizers import CONTENDERS, LOOP, YARDSTICK, title
-from .performance import FOLDER, REAL
-from .rounds import COPY, READ, Results, Row, load
+from .performance import REAL
+from .results import COPY, FOLDER, Results, case_table, load, number, table
 from .shapes import MODELS
 
 ROOT = Path(__file__).parents[1]
@@ -74,31 +73,6 @@ BOUNDS = {
 }
 
 
-def number(value: float | None, form: str = ".2f") -> str:
-    return "" if value is None else format(value, form)
-
-
-COLUMNS: tuple[tuple[str, Callable[[Results, Row], str]], ...] = (
-    ("optimizer", lambda _, row: title(row.contender) + (r" \*" if row.writes_grad else "")),
-    ("bytes/param", lambda _, row: number(row.bytes_per_parameter, ".1f")),
-    ("ms", lambda _, row: number(row.median, ".3g" if row.median < 100 else ".0f")),
-    ("GB/s", lambda _, row: number(row.gb_s, ".1f")),
-    ("of copy", lambda results, row: number(results.share_of_copy(row), ".0%").replace("%", " %")),
-    ("x SGD fused", lambda results, row: number(results.relative(row, YARDSTICK))),
-    ("launches", lambda _, row: number(row.launches, "d")),
-    ("host reads", lambda _, row: number(row.host_reads, "d")),
-    ("host us", lambda _, row: number(row.host_us, ".0f")),
-)
-
-
-def table(header: list[str], rows: list[list[str]], left: int = 1) -> Iterator[str]:
-    """Lines of a Markdown table; columns after the first `left` hold numbers."""
-    yield "| " + " | ".join(header) + " |"
-    yield "| " + " | ".join("---" if i < left else "---:" for i in range(len(header))) + " |"
-    yield from ("| " + " | ".join(row) + " |" for row in rows)
-    yield ""
-
-
 def sentence(machine: dict[str, Any]) -> str:
     """The same as one sentence."""
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
@@ -109,21 +83,6 @@ def sentence(machine: dict[str, Any]) -> str:
         f"{where}, {machine['system']}; Python {machine['python']}, {versions}; commit {machine['commit']}, "
         f"{machine['date']}; load average at the start {machine['load']}."
     )
-
-
-def case_table(results: Results, case: str) -> Iterator[str]:
-    """The table of a case, without columns that are empty."""
-    rows = results.of_case(case)
-    if (more := results.and_a_read(case, YARDSTICK)) is not None:
-        place = [row.contender for row in rows].index(YARDSTICK) + 1
-        rows.insert(place, replace(more, contender=f"{title(YARDSTICK)} and one more read"))
-    bandwidths = [(name, row) for name in (COPY, READ) if (row := results.find(case, name)) is not None]
-    about = f"{case}: {rows[0].tensors:,} tensors, {rows[0].elements / 1e6:,.1f} M parameters"
-    about += "".join(f", {name} {number(row.gb_s, '.1f')} GB/s" for name, row in bandwidths)
-    yield f"**{about}, {len(rows[0].ms)} rounds**\n"
-    texts = {header: [text(results, row) for row in rows] for header, text in COLUMNS}
-    filled = {header: column for header, column in texts.items() if any(column)}
-    yield from table(list(filled), [list(row) for row in zip(*filled.values(), strict=True)])
 
 
 def promises(results: Results) -> Iterator[tuple[str, str, float, float]]:

@@ -27,7 +27,8 @@ from .demo.data import FILES, Cut, DataError, idx_digits
 from .demo.search import Grid, search
 from .demo.training import Method, Protocol, Result, Run
 from .demo.workers import Workers
-from .render import DOCS, FOLDER, table, with_part
+from .render import DOCS, with_part
+from .results import FOLDER, table
 
 # Of MNIST's 60000 training images: batches of 256, 1024, 4096 and 8192, and images halved to 14 x 14 pixels.
 CUT = Cut(train=32768, validation=10000, share=0.8, parts=(128, 32, 8, 4), pool=2)

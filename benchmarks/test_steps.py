@@ -15,7 +15,8 @@ from torch import nn
 
 from benchmarks.counting import launches_and_host_reads
 from benchmarks.optimizers import ADAPTED, CONTENDERS, groups_of
-from benchmarks.performance import parameters, synchronize
+from benchmarks.performance import parameters
+from benchmarks.rounds import synchronize
 from benchmarks.shapes import MODELS
 
 if TYPE_CHECKING:

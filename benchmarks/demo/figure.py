@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from benchmarks.rounds import fingerprint
+from benchmarks.results import fingerprint
 
 from .outcome import TITLES, Row, accuracies, batches, mean
 
