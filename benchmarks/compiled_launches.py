@@ -168,12 +168,12 @@ def count(code: str, elements: int, dtype: torch.dtype) -> dict[str, float]:
     # joint norms read both lists and write and read a sum of float32; half types are converted first, to memory
     joint = 2 * dtype.itemsize + 8 + (8 if dtype.itemsize < 4 else 0)
     whole = {"fastlars.norms.default": dtype.itemsize, "fastlars.joint_norms.default": joint}
+    moved = sum(sum(_accesses(bodies[kernel])) for kernel in kernels) / elements
     return {
         "launches": len(kernels),
         "on_one_element": sum("xnumel = 1\n" in bodies[kernel] and "_poi_" in kernel for kernel in kernels),
         "operators": len(operators),
-        "generated_bytes": round(sum(sum(_accesses(bodies[kernel])) for kernel in kernels) / elements, 1),
-        "operators_bytes": sum(whole.get(name, 0) for name, _ in operators),
+        "bytes": round(moved + sum(whole.get(name, 0) for name, _ in operators), 1),
     }
 
 

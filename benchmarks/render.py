@@ -1,12 +1,13 @@
 """Write what is measured into README and docs, from what is stored: no such figure is typed by hand.
 
-docs/performance.md, docs/speed.svg and a part of README.md come from benchmarks/results/*.json, a part of docs/start.md from
+Parts of docs/performance.md and README.md, and docs/speed.svg, come from benchmarks/results, a part of docs/start.md from
 docs/demo/runs.csv, and a part of docs/study.md from benchmarks/results/study.csv. Files in benchmarks/results/elsewhere are runs on
 other hosts.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,46 +22,7 @@ from .shapes import MODELS
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 DEFAULT = "fastlars-fused"  # what a CPU user gets, and with fused=True a GPU user
-DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 BEGIN, END = "<!-- measured: {}; written by `python -m benchmarks.render` -->", "<!-- end of what was measured: {} -->"
-INTRODUCTION = """\
-<!-- Written by `python -m benchmarks.render` from benchmarks/results; edit that. -->
-
-# Performance
-
-All times are compared with torch's fused SGD, which moves 20 bytes per float32 parameter. LARS needs one more read of parameters
-and gradients for the norms: 28 bytes, 1.4 times as many, or 20 where a cache serves the second read ([why it is fast](bytes.md)).
-The extra read can cost more than 40 % on machines whose reads are slow, so each table has a row for fused SGD plus one more read at
-the speed this machine read at in the same round. A result below that row got part of the read from a cache.
-
-Contenders are interleaved. In each round every contender takes one step on the same tensors, in a new order, next to a 256 MiB copy that
-measures the bandwidth. Milliseconds are medians, and ratios are medians of the ratios within a round. On a CPU, caches hold what the
-previous contender left. On a GPU, the L2 cache is flushed before each step and the device waits until the host is ahead of it, as in
-training. All contenders use momentum and weight decay. In cases marked "weights adapted", biases and norms are neither adapted nor decayed,
-as with `param_groups`. In the others, each LARS adapts every tensor (except pytorch_optimizer's, which leaves vectors out). The "quadra
-loop" is our minimal version of the loop in Lightning Bolts, quadra and lightly, which read two norms per tensor on the host. A share of the
-copy above 100 % is possible because a copy also reads the memory that it overwrites.
-"""
-COMMANDS = """\
-## Measure it yourself
-
-    python -m nox -s performance                   # CPU, then this page
-    python -m nox -s performance -- --device cuda  # the same on an NVIDIA GPU
-    python -m nox -s bench                         # pytest-benchmark: one optimizer after the other
-    python -m nox -s bench -- --benchmark-compare --benchmark-compare-fail=median:10%
-"""
-NOTE = """\
-- **bytes/param**: what the operations of a step read and write, if nothing is cached
-- **of copy**: share of the bandwidth of the copy
-- **x SGD fused**: time as a multiple of fused SGD's, as the median of the ratios in each round
-- **host us**: microseconds until a step returns on an idle GPU
-- **\\***: writes to `.grad`
-"""
-ELSEWHERE_NOTE = """\
-The same benchmark with some of the optimizers. How a second read compares with SGD depends on the memory, and how small tensors do
-depends on the speed of one core.
-"""
-
 
 # Bounds for the default: at most this many times another's time.
 BOUNDS = {
@@ -74,7 +36,7 @@ BOUNDS = {
 
 
 def sentence(machine: dict[str, Any]) -> str:
-    """The same as one sentence."""
+    """The machine of a run, in one sentence."""
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     where = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
     if machine["device"] == "cuda":
@@ -92,20 +54,16 @@ def promises(results: Results) -> Iterator[tuple[str, str, float, float]]:
             yield MODELS[model].title, title(against), bound, measured
 
 
-def section(stored: list[Results], elsewhere: list[Results], device: str) -> Iterator[str]:
+def section(runs: list[Results], device: str) -> Iterator[str]:
     """One device: this host, then what other hosts measured."""
-    yield f"## {DEVICES[device]}\n"
-    results = find(stored, device)
-    if results is None:
+    if not runs:
         yield f"Not measured. `python -m nox -s performance -- --device {device}` measures it.\n"
-        return
-    yield NOTE
-    if not any(case.endswith(REAL) for case in results.cases):
-        yield "In this run every tensor was adapted. Real param groups have not been measured yet.\n"
-    yield from (f"{title(name)} was skipped: {reason}.\n" for name, reason in results.skipped.items())
-    for run in (results, *(other for other in elsewhere if other.machine["device"] == device)):
-        if run is not results:
-            yield f"### Another host\n\n{ELSEWHERE_NOTE}"
+    for i, run in enumerate(runs):
+        if i > 0:
+            yield "### Another host\n"
+        if not any(case.endswith(REAL) for case in run.cases):
+            yield "In this run every tensor was adapted. Real param groups have not been measured yet.\n"
+        yield from (f"{title(name)} was skipped: {reason}.\n" for name, reason in run.skipped.items())
         yield f"Measured on {sentence(run.machine)}\n"
         yield "The bounds that we set for the default, as multiples of the other's time, and what this run measured:\n"
         header = ["model", "against", "", "at most", "measured"]
@@ -116,18 +74,31 @@ def section(stored: list[Results], elsewhere: list[Results], device: str) -> Ite
             yield from case_table(run, case)
 
 
-def speed(stored: list[Results], elsewhere: list[Results]) -> Iterator[str]:
+def launches(stored: Path) -> Iterator[str]:
+    """What compiled steps launch on a GPU, as `compiled_launches` has counted it: a table a model."""
+    content = json.loads(stored.read_text(encoding="utf-8"))
+    dtypes = ("float32", "bfloat16", "float16")
+    yield f"torch {content['torch'].split('+')[0]}:\n"
+    for model, cases in content["cells"].items():
+        header = [f"{model}: launches + norm operators", *dtypes, *(f"bytes/param, {dtype}" for dtype in dtypes)]
+        rows = []
+        for case, by_dtype in cases.items():
+            found = [by_dtype.get(dtype) for dtype in dtypes]
+            counts = [f"{cell['launches']} + {cell['operators']}" if cell else "" for cell in found]
+            rows.append([case, *counts, *(f"{cell['bytes']:g}" if cell else "" for cell in found)])
+        yield from table(header, rows)
+
+
+def speed(results: Results, elsewhere: list[Results]) -> Iterator[str]:
     """README's table: the default beside the other LARSes, and how many of the bounds the run kept."""
-    results = find(stored, "cpu")
-    if results is None:
-        yield "Not measured. `python -m nox -s performance` measures it.\n"
-        return
     contenders = [DEFAULT, *packages(results)]
     yield f"Time of a step on a CPU, as a multiple of {title(YARDSTICK)} (median of the rounds):\n"
     rows = []
     for case in real_cases(results):
-        ratios = [a_read(results, case), *(number(results.ratio(case, name, YARDSTICK)) for name in contenders)]
-        rows.append([case.removesuffix(REAL), *ratios])
+        more = results.and_a_read(case, YARDSTICK)
+        a_read = "" if more is None else number(results.relative(more, YARDSTICK))
+        ratios = [number(results.ratio(case, name, YARDSTICK)) for name in contenders]
+        rows.append([case.removesuffix(REAL), a_read, *ratios])
     yield from table(["", "SGD and one more read", *map(title, contenders)], rows)
     machine, kept = results.machine, [measured <= bound for *_, bound, measured in promises(results)]
     yield (
@@ -136,7 +107,7 @@ def speed(stored: list[Results], elsewhere: list[Results]) -> Iterator[str]:
         f"{machine['date']}. This run kept {sum(kept)} of the {len(kept)} bounds that we set: "
         "[all measurements](docs/performance.md)."
     )
-    for other in (other for other in elsewhere if other.machine["device"] == "cpu"):
+    for other in elsewhere:
         ratios = ", ".join(f"{number(other.ratio(case, DEFAULT, YARDSTICK))} on {case}" for case in other.cases)
         case = other.cases[0]
         copies = [number(run.find(case, COPY).gb_s, ".0f") for run in (other, results) if run.find(case, COPY)]
@@ -155,10 +126,8 @@ def real_cases(results: Results) -> list[str]:
     return [case for case in results.cases if case.endswith(REAL)] or results.cases
 
 
-def picture(stored: list[Results]) -> str:
+def picture(results: Results) -> str:
     """README's picture: bars of the default and of two other packages on real models, as multiples of fused SGD."""
-    results = find(stored, "cpu")
-    assert results is not None, "the picture is of a run on a CPU"
     cases = [case for case in real_cases(results) if MODELS["small"].title not in case]
     shown = {DEFAULT: ("fastlars", "#0072B2"), "lightly": ("lightly", "#E69F00"), "timm": ("timm", "#999999")}
     left, unit, bar, gap = 110, 105, 15, 16
@@ -193,14 +162,10 @@ def picture(stored: list[Results]) -> str:
     )
 
 
-def a_read(results: Results, case: str) -> str:
-    """What fused SGD and one more read take, in units of fused SGD."""
-    row = results.and_a_read(case, YARDSTICK)
-    return "" if row is None else number(results.relative(row, YARDSTICK))
-
-
-def find(stored: list[Results], device: str) -> Results | None:
-    return next((results for results in stored if results.machine["device"] == device), None)
+def runs_on(device: str) -> list[Results]:
+    """This host's run, then those of other hosts."""
+    files = (*sorted(FOLDER.glob("*.json")), *sorted(FOLDER.glob("elsewhere/*.json")))
+    return [run for run in map(load, files) if run.machine["device"] == device]
 
 
 def with_part(page: Path, text: str, name: str, lines: Iterator[str]) -> str:
@@ -212,29 +177,29 @@ def with_part(page: Path, text: str, name: str, lines: Iterator[str]) -> str:
     return "\n".join([f"{head}{begin}\n", *lines, f"{end}{tail}"])
 
 
-def stored_in(folder: Path) -> list[Results]:
-    return [load(path) for path in sorted(folder.glob("*.json"))]
-
-
-def pages(stored: list[Results], elsewhere: list[Results]) -> dict[Path, str]:
+def pages() -> dict[Path, str]:
     """The pages with measured parts, as they have to be."""
     from . import study  # noqa: PLC0415  it uses this module's tables
 
-    sections = ["\n".join(section(stored, elsewhere, device)) for device in DEVICES]
-    page, start = ROOT / "README.md", DOCS / "start.md"
-    demo = outcome.readme(outcome.read(DOCS / "demo" / "runs.csv"))
-    return {
-        page: with_part(page, page.read_text(encoding="utf-8"), "speed", speed(stored, elsewhere)),
-        start: with_part(start, start.read_text(encoding="utf-8"), "demo", demo),
-        DOCS / "speed.svg": picture(stored),
-        DOCS / "performance.md": "\n".join([INTRODUCTION, *sections, COMMANDS]),
-        DOCS / "study.md": study.rendered(),
+    cpu, cuda = runs_on("cpu"), runs_on("cuda")
+    of_performance = {"cpu": section(cpu, "cpu"), "cuda": section(cuda, "cuda")}
+    of_performance["launches"] = launches(FOLDER / "compiled" / "launches.json")
+    parts = {
+        ROOT / "README.md": {"speed": speed(cpu[0], cpu[1:])},
+        DOCS / "start.md": {"demo": outcome.readme(outcome.read(DOCS / "demo" / "runs.csv"))},
+        DOCS / "performance.md": of_performance,
+        DOCS / "study.md": {"study": study.tables(study.study(study.again))},
     }
+    found = {DOCS / "speed.svg": picture(cpu[0])}
+    for page, of_page in parts.items():
+        found[page] = page.read_text(encoding="utf-8")
+        for name, lines in of_page.items():
+            found[page] = with_part(page, found[page], name, lines)
+    return found
 
 
 def main() -> int:
-    stored = stored_in(FOLDER)
-    for path, text in pages(stored, stored_in(FOLDER / "elsewhere")).items():
+    for path, text in pages().items():
         path.write_text(text, encoding="utf-8")
     return 0
 

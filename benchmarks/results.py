@@ -87,10 +87,6 @@ class Results:
         ms = [step + more / read.bytes_moved * whole for step, whole in zip(row.ms, read.ms, strict=True)]
         return replace(row, ms=ms, bytes_moved=row.bytes_moved + more)
 
-    def share_of_copy(self, row: Row) -> float | None:
-        copy = self.find(row.case, COPY)
-        return None if copy is None or copy.gb_s is None or row.gb_s is None else row.gb_s / copy.gb_s
-
 
 def save(results: Results, path: Path) -> None:
     content = {"format": FORMAT, **asdict(results)}
@@ -125,7 +121,6 @@ COLUMNS: dict[str, Callable[[Results, Row], str]] = {
     "bytes/param": lambda _, row: number(row.bytes_per_parameter, ".1f"),
     "ms": lambda _, row: number(row.median, ".3g" if row.median < 100 else ".0f"),
     "GB/s": lambda _, row: number(row.gb_s, ".1f"),
-    "of copy": lambda results, row: number(results.share_of_copy(row), ".0%").replace("%", " %"),
     "x SGD fused": lambda results, row: number(results.relative(row, YARDSTICK)),
     "launches": lambda _, row: number(row.launches, "d"),
     "host reads": lambda _, row: number(row.host_reads, "d"),

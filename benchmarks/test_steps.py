@@ -22,29 +22,26 @@ from benchmarks.shapes import MODELS
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
-@pytest.fixture(scope="module")
-def params(request: pytest.FixtureRequest, device: torch.device) -> list[nn.Parameter]:
+
+@pytest.fixture(scope="module", params=[(device, model) for device in DEVICES for model in MODELS], ids="-".join)
+def params(request: pytest.FixtureRequest) -> list[nn.Parameter]:
     """One model at a time: the largest take gigabytes."""
-    return parameters(MODELS[request.param].shapes(), device)
+    device, model = request.param
+    return parameters(MODELS[model].shapes(), torch.device(device))
 
 
-@pytest.mark.parametrize("params", list(MODELS), indirect=True)
 @pytest.mark.parametrize("adapted", ADAPTED)
 @pytest.mark.parametrize("name", list(CONTENDERS))
 def test_step(
-    benchmark: BenchmarkFixture,
-    request: pytest.FixtureRequest,
-    params: list[nn.Parameter],
-    adapted: str,
-    name: str,
-    device: torch.device,
+    benchmark: BenchmarkFixture, request: pytest.FixtureRequest, params: list[nn.Parameter], adapted: str, name: str
 ) -> None:
     """The optimizer alone; with "weights" biases and norms are not adapted, as in real use."""
-    contender = CONTENDERS[name]
+    contender, device = CONTENDERS[name], params[0].device
     if reason := contender.missing():
         pytest.skip(reason)
-    benchmark.group = f"step, {request.node.callspec.params['params']}, {adapted} adapted"
+    benchmark.group = f"step, {', '.join(request.node.callspec.params['params'])}, {adapted} adapted"
     step = contender.stepper(groups_of(params, adapted))
 
     def whole() -> None:

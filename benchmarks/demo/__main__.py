@@ -25,8 +25,7 @@ from . import outcome
 from .data import DataError, Dataset, idx_digits, scikit_learn_digits
 from .figure import draw
 from .search import search
-from .training import METHODS, Protocol, Result, Run
-from .workers import Workers
+from .training import METHODS, Protocol, Result, Run, train_all
 
 STORED = Path(__file__).with_name("lrs.csv")
 
@@ -44,46 +43,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (DataError, OSError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
-        parser.exit(130, "demo: interrupted; nothing was written\n")
+        parser.exit(130, "demo: interrupted\n")
     return 0
 
 
 def demo(dataset: Dataset, protocol: Protocol, out: Path, console: Console, *, searching: bool) -> None:
     """Search if asked, train, and write lrs.csv (after a search), runs.csv and demo.png."""
     began = time.perf_counter()
-    with Workers(protocol, dataset) as workers:
-        found = _search(dataset, protocol, workers, console) if searching else outcome.read(STORED)
-        names = {
-            Run(method, batch, lr, seed, final=True): name
-            for (name, batch), (method, lr) in outcome.chosen(found, dataset.batches).items()
-            for seed in protocol.test_seeds
-        }
-        results: list[Result] = []
-        with Live(console=console, transient=True) as live:
-
-            def show(result: Result) -> None:
-                results.append(result)
-                live.update(_table(dataset, results, names))
-
-            results = workers.train(list(names), finished=show)
-    console.print(_table(dataset, results, names))
-    rows = outcome.finals([(names[result.run], result) for result in results], protocol)
-    console.print(outcome.one_lr(rows), soft_wrap=True)
+    found, written = outcome.read(STORED), "runs.csv, demo.png"
     if searching:
+
+        def train(runs: list[Run]) -> list[Result]:
+            with Progress(console=console, transient=True) as progress:
+                task = progress.add_task(f"search: {len(runs)} runs", total=len(runs))
+                return train_all(runs, protocol, dataset, lambda _: progress.advance(task))
+
+        found, written = outcome.trials(search(METHODS, dataset.batches, protocol, train)), f"lrs.csv, {written}"
         outcome.write(found, out / "lrs.csv")
+    names = {
+        Run(method, batch, lr, seed, final=True): name
+        for (name, batch), (method, lr) in outcome.chosen(found, dataset.batches).items()
+        for seed in protocol.test_seeds
+    }
+    ended: list[Result] = []
+    with Live(console=console) as live:
+
+        def show(result: Result) -> None:
+            ended.append(result)
+            live.update(_table(dataset, ended, names))
+
+        results = train_all(list(names), protocol, dataset, show)
+    rows = outcome.finals([(names[result.run], result) for result in results], protocol)
     outcome.write(rows, out / "runs.csv")
     draw(rows, dataset.name, out / "demo.png")
-    written = ("lrs.csv, " if searching else "") + "runs.csv, demo.png"
+    console.print(outcome.one_lr(rows), soft_wrap=True)
     console.print(f"{time.perf_counter() - began:.0f} s. Written: {written} in {out}", markup=False, soft_wrap=True)
-
-
-def _search(dataset: Dataset, protocol: Protocol, workers: Workers, console: Console) -> list[outcome.Row]:
-    def train(runs: list[Run]) -> list[Result]:
-        with Progress(console=console, transient=True) as progress:
-            task = progress.add_task(f"search: {len(runs)} runs", total=len(runs))
-            return workers.train(runs, finished=lambda _: progress.advance(task))
-
-    return outcome.trials(search(METHODS, dataset.batches, protocol, train))
 
 
 def _table(dataset: Dataset, results: list[Result], names: dict[Run, str]) -> Table:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn.functional import avg_pool2d
 
 Numbers = npt.NDArray[np.generic]
 
@@ -74,8 +75,7 @@ def idx_digits(directory: Path, cut: Cut = DEMO_CUT) -> Dataset:
         validation, _ = _stratified(labels, validation, cut.validation)
     parts = [(images[train], labels[train]), (images[validation], labels[validation]), test]
     name = f"{directory.resolve().name} ({size} of {len(labels)} images)"
-    pooled = [(_pooled(some, cut.pool), theirs) for some, theirs in parts]
-    return _dataset(name, pooled, tuple(size // part for part in cut.parts))
+    return _dataset(name, parts, tuple(size // part for part in cut.parts), cut.pool)
 
 
 def read_idx(path: Path, magic: int) -> Numbers:
@@ -118,17 +118,10 @@ def _stratified(labels: Numbers, indices: npt.NDArray[np.intp], size: int) -> li
     return halves
 
 
-def _pooled(images: Numbers, size: int) -> Numbers:
-    """Means of size x size pixels; a row or column that is left over is dropped."""
-    height, width = (side // size for side in images.shape[1:])
-    whole = images[:, : height * size, : width * size].astype(np.float32)
-    return whole.reshape(len(images), height, size, width, size).mean((2, 4))
-
-
-def _dataset(name: str, parts: list[tuple[Numbers, Numbers]], batches: tuple[int, ...]) -> Dataset:
+def _dataset(name: str, parts: list[tuple[Numbers, Numbers]], batches: tuple[int, ...], pool: int = 1) -> Dataset:
     """Standardise the pixels with the mean and deviation of the training split alone."""
-    pixels = [images.astype(np.float32) for images, _ in parts]
-    mean, std = pixels[0].mean(), pixels[0].std()
-    images = [torch.from_numpy((each - mean) / std).unsqueeze(1) for each in pixels]
+    pixels = [avg_pool2d(torch.from_numpy(images.astype(np.float32)).unsqueeze(1), pool) for images, _ in parts]
+    mean, std = pixels[0].numpy().mean(), pixels[0].numpy().std()
+    images = [(each - mean) / std for each in pixels]
     labels = [torch.from_numpy(theirs.astype(np.int64)) for _, theirs in parts]
     return Dataset(name, *map(Split, images, labels), batches)

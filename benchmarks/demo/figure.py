@@ -1,4 +1,4 @@
-"""The demo's picture, and what the study's pictures share with it."""
+"""The demo's picture."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "legend.frameon": False,
     "figure.facecolor": "white",
-    "svg.hashsalt": "fastlars",  # with no date in it, the same results make the same file
 }
 
 
