@@ -46,9 +46,6 @@ GUARD = """#include <c10/core/impl/DeviceGuardImplInterface.h>
 C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>);
 """
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8, "i1": 1}  # of Triton's types
-
-
-# ---------------------------------------------------------------- what is compiled
 COMMON: dict[str, Any] = {"momentum": 0.9, "weight_decay": 1e-4}
 
 
@@ -74,13 +71,14 @@ def _mixed(p: list[Tensor], g: list[Tensor], v: list[Tensor], _kept: list[Tensor
         _lars(adapt=adapt, weight_decay=1e-4 if adapt else 0.0)(*chosen, [], lr)
 
 
-_FLAGS = ("nesterov", "trust_clip", "lr_in_momentum", "maximize", "skip_nonfinite")
 CASES: dict[str, Step] = {
     "torch SGD(foreach=True)": _sgd,
     "foreach": _lars(),
     "single": _lars(foreach=False),
-    "momentum=0": _lars(momentum=0.0),
-    **{flag: _lars(**{flag: True}) for flag in _FLAGS},
+    **{
+        flag: _lars(**{flag: True})
+        for flag in ("nesterov", "trust_clip", "lr_in_momentum", "maximize", "skip_nonfinite")
+    },
     "joint": _lars(trust_denominator="joint"),
     "found_inf": lambda *of: _lars(found_inf=torch.zeros_like(of[-1]))(*of),
     "mixed groups": _mixed,
@@ -88,7 +86,6 @@ CASES: dict[str, Step] = {
 }
 
 
-# ---------------------------------------------------------------- a GPU that is not there
 @functools.cache
 def pretend_gpu() -> None:
     """Let Inductor compile for an NVIDIA H200 in this process, which can use no GPU afterwards."""
@@ -157,7 +154,6 @@ def generated(step: Step, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype)
     return found[0]
 
 
-# ---------------------------------------------------------------- counting
 def count(code: str, elements: int, dtype: torch.dtype) -> dict[str, float]:
     """What one compiled step launches, and the bytes that it moves for each parameter."""
     call = code[code.index("def call") :]
@@ -193,9 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, metavar="DTYPE")
     parser.add_argument("--tensors", type=int, metavar="N", help="the first N tensors of each model (default: all)")
-    parser.add_argument(
-        "--out", type=Path, default=STORED, metavar="FILE.json", help="cells in it that are not counted stay"
-    )
+    parser.add_argument("--out", type=Path, default=STORED, metavar="FILE", help="other cells in it stay")
     options = parser.parse_args(arguments)
     stored = json.loads(options.out.read_text(encoding="utf-8"))["cells"] if options.out.exists() else {}
     for model, dtype, case in itertools.product(options.models, options.dtypes, options.cases):

@@ -2,9 +2,8 @@
 
     python -m benchmarks.first_gpu_run
 
-Run it from the root of a checkout, in an environment with torch 2.11 or later and the Triton that comes with it. If fastlars
-is not installed there, `src` of the checkout is used. pytest and numpy are needed for the tests alone: without them the
-measurements still run. It takes 8 minutes at most.
+Run it from the root of a checkout, whose `src` it uses, in an environment with torch 2.11 or later and the Triton that comes
+with it. pytest and numpy are needed for the tests alone: without them the measurements still run. It takes 8 minutes at most.
 
 Each part is a command with a time limit, so a crash or a hang ends that part only. What it had printed and stored until then
 is kept. Two files are written, `report.txt` to read and `report.json` with every sample.
@@ -25,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,6 @@ EAGER = ("sgd-fused", "sgd-foreach", "fastlars-fused", "fastlars-foreach", "quad
 COMPILED = ("sgd-fused", "fastlars-compiled")
 MODELS = ("resnet50", "vit_b", "vit_l")
 DTYPES = ("float32", "bfloat16")
-TESTS = "tests"
 
 
 @dataclass(frozen=True)
@@ -47,18 +45,6 @@ class Part:
     arguments: Sequence[str]
 
 
-@dataclass
-class Outcome:
-    """What came of a part. `result` is "passed", "failed", "timed out" or "not run"."""
-
-    name: str
-    result: str
-    seconds: float
-    limit: float
-    output: str
-    measured: dict[str, Any] | None  # what `benchmarks.performance` stored
-
-
 def parts(device: str) -> list[Part]:
     """What can be known soon comes first."""
 
@@ -68,66 +54,55 @@ def parts(device: str) -> list[Part]:
         measure += [] if device == "cuda" else ["--rehearse"]
         return Part(f"{kind}: {model}, {dtype}", seconds, measure)
 
+    files = [file for file in sorted((ROOT / "tests").glob("test_*.py")) if f"mark.{device}" in file.read_text("utf-8")]
+    chosen = [*dict.fromkeys([*map(str, files), "tests/test_devices.py"]), "-m", device]
+    if device == "cpu":  # one file, to rehearse
+        chosen = ["tests/test_reference.py"]
+    options = ["-q", "-p", "no:cacheprovider", "--tb=short", "--maxfail=30", "--continue-on-collection-errors"]
     cases = [(model, dtype) for dtype in DTYPES for model in MODELS]
     return [
         *(steps("steps", 18, *case, EAGER) for case in cases),
-        Part(TESTS, 120, tests(device)),
+        Part("tests", 120, ["-m", "pytest", *options, *chosen]),
         *(steps("compiled", 45 if case[0] == "vit_l" else 40, *case, COMPILED) for case in cases),
     ]
 
 
-def tests(device: str) -> list[str]:
-    """Run pytest on the tests under the device's mark; on a CPU one file, to rehearse."""
-    files = [file for file in sorted((ROOT / "tests").glob("test_*.py")) if f"mark.{device}" in file.read_text("utf-8")]
-    chosen = [*map(str, files), str(ROOT / "tests" / "test_devices.py"), "-m", device]
-    if device == "cpu":
-        chosen = [str(ROOT / "tests" / "test_reference.py")]
-    options = ["-q", "-p", "no:cacheprovider", "--tb=short", "--maxfail=30", "--continue-on-collection-errors"]
-    return ["-m", "pytest", *options, *dict.fromkeys(chosen)]
-
-
-def run(part: Part, limit: float, folder: Path) -> Outcome:
+def run(part: Part, limit: float, folder: Path) -> dict[str, Any]:
     """Run a part, and end it, with all that it started, after `limit` seconds."""
+    outcome: dict[str, Any] = {"name": part.name, "result": "passed", "limit": round(limit, 1)}
     missing = [name for name in ("pytest", "numpy") if importlib.util.find_spec(name) is None]
-    if part.name == TESTS and missing:
-        advice = f"not installed here: {', '.join(missing)}; pip install {' '.join(missing)}"
-        return Outcome(part.name, "not run", 0.0, limit, advice, None)
-    environment = dict(os.environ)
-    if importlib.util.find_spec("fastlars") is None:
-        before = filter(None, [os.environ.get("PYTHONPATH")])
-        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), *before])
-    arguments = [*part.arguments]
+    if "pytest" in part.arguments and missing:
+        return outcome | {"result": "not run", "seconds": 0.0, "output": f"pip install {' '.join(missing)}"}
+    arguments, output, begun = [*part.arguments], folder / "output.txt", time.monotonic()
     if "benchmarks.performance" in arguments:
         arguments += ["--out", str(folder)]
-    output, begun = folder / "output.txt", time.monotonic()
+    paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
     with output.open("w", encoding="utf-8") as stream:
-        process = subprocess.Popen(
-            [sys.executable, "-u", *arguments],
-            cwd=ROOT,
-            env=environment,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        how: dict[str, Any] = {"stdout": stream, "stderr": subprocess.STDOUT, "start_new_session": True}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        process = subprocess.Popen([sys.executable, "-u", *arguments], cwd=ROOT, env=environment, **how)
         try:
-            result = "passed" if process.wait(timeout=limit) == 0 else "failed"
+            if process.wait(timeout=limit) != 0:
+                outcome["result"] = "failed"
         except subprocess.TimeoutExpired:
-            result = "timed out"
+            outcome["result"] = "timed out"
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    seconds, said = time.monotonic() - begun, output.read_text(encoding="utf-8", errors="replace")
-    measured = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*.json")]
-    return Outcome(part.name, result, round(seconds, 1), round(limit, 1), said, measured[0] if measured else None)
+    outcome["seconds"] = round(time.monotonic() - begun, 1)
+    outcome["output"] = output.read_text(encoding="utf-8", errors="replace")
+    outcome["measured"] = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*.json")]
+    return outcome
 
 
-def report(device: str, outcomes: Sequence[Outcome]) -> str:
+def report(device: str, outcomes: Sequence[dict[str, Any]]) -> str:
     """What came of each part, then the end of what each printed."""
     lines = [f"fastlars, first run on {device}", ""]
     if device != "cuda":
         lines += ["A rehearsal on tiny tensors: the times mean nothing.", ""]
-    lines += [f"{each.result:>9}  {each.seconds:6.1f} of {each.limit:5.1f} s  {each.name}" for each in outcomes]
     for each in outcomes:
-        lines += ["", f"==== {each.name}: {each.result}", *each.output.splitlines()[-60:]]
+        lines.append(f"{each['result']:>9}  {each['seconds']:6.1f} of {each['limit']:5.1f} s  {each['name']}")
+    for each in outcomes:
+        lines += ["", f"==== {each['name']}: {each['result']}", *each["output"].splitlines()[-60:]]
     return "\n".join(lines) + "\n"
 
 
@@ -143,19 +118,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("first_gpu_run"), metavar="FOLDER")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    outcomes: list[Outcome] = []
+    outcomes: list[dict[str, Any]] = []
     end = time.monotonic()
     for part in parts(options.device):
         end += part.seconds * options.minutes / MINUTES  # what a part leaves of its time is the next one's too
         with tempfile.TemporaryDirectory() as folder:
             outcomes.append(run(part, end - time.monotonic(), Path(folder)))
-        print(f"{outcomes[-1].result}: {part.name}, {outcomes[-1].seconds:.0f} s", flush=True)
+        print(f"{outcomes[-1]['result']}: {part.name}, {outcomes[-1]['seconds']:.0f} s", flush=True)
         # after each part: the run itself may be stopped
-        content = {"format": 2, "device": options.device, "parts": [asdict(outcome) for outcome in outcomes]}
+        content = {"format": 2, "device": options.device, "parts": outcomes}
         (options.out / "report.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         (options.out / "report.txt").write_text(report(options.device, outcomes), encoding="utf-8")
     print(f"\n{report(options.device, outcomes)}\nWritten: report.txt and report.json in {options.out}")
-    return 0 if all(outcome.result == "passed" for outcome in outcomes) else 1
+    return 0 if all(outcome["result"] == "passed" for outcome in outcomes) else 1
 
 
 if __name__ == "__main__":

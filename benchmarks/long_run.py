@@ -2,7 +2,7 @@
 
 The gradients are those of a quadratic function whose minimum moves from batch to batch. A float64 run goes beside the others. Every
 window each implementation starts from its values and is compared with it at the end. This exits with 1 if a bound breaks, and
-prints what docs/reliability.md shows: `> benchmarks/results/long_run.md`.
+writes what docs/reliability.md shows.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.nn import Parameter
 from fastlars import LARS
 
 from .performance import describe
+from .results import FOLDER
 
 LR = 20.0
 IMPLEMENTATIONS = {"single": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
@@ -56,29 +57,37 @@ class Run:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.long_run", description=__doc__)
-    parser.add_argument("--steps", type=int, default=100_000, metavar="N", help="at least 1000 (default: %(default)s)")
-    steps = max(1000, parser.parse_args(arguments).steps)
+    parser.add_argument("--steps", type=int, default=100_000, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=FOLDER / "long_run.md", metavar="FILE")
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # small tensors: threads would wait for each other, for milliseconds on a busy machine
     truth = Run(torch.float64, foreach=False)
     runs = {name: Run(torch.float32, **which) for name, which in IMPLEMENTATIONS.items()}
     drifts: dict[str, list[float]] = {name: [] for name in runs}
     memory: list[float] = []
-    for number in range(steps):
-        lr = LR * min(1.0, (number + 1) / (0.05 * steps)) * (1 - number / steps) ** 2
+    for number in range(options.steps):
+        lr = LR * min(1.0, (number + 1) / (0.05 * options.steps)) * (1 - number / options.steps) ** 2
         for run in (truth, *runs.values()):
             run.step(number, lr)
         if (number + 1) % WINDOW == 0:
             for name, run in runs.items():
                 drifts[name].append(run.drift(truth))
-        if (number + 1) % (steps // 10) == 0:
+        if (number + 1) % (options.steps // 10) == 0:
             gc.collect()
             memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20)
-    about, growth = describe(torch.device("cpu")), memory[-1] - memory[0]
-    print(f"- {steps:,} steps, torch {about['versions']['torch'].split('+')[0]}, {about['date']}")
-    words = ", ".join(f"{name} {max(found):.1e}" for name, found in drifts.items())
-    print(f"- Largest drift in {WINDOW} steps, of a tensor's norm: {words}")
-    print(f"- Memory of the process: {memory[0]:.1f} MiB after the first tenth, {memory[-1]:.1f} MiB at the end")
-    return int(growth > LARGEST_GROWTH or not all(x <= LARGEST_DRIFT for found in drifts.values() for x in found))
+    about, words = (
+        describe(torch.device("cpu")),
+        ", ".join(f"{name} {max(found):.1e}" for name, found in drifts.items()),
+    )
+    text = f"""\
+- {options.steps:,} steps, torch {about["versions"]["torch"].split("+")[0]}, {about["date"]}
+- Largest drift in {WINDOW} steps, of a tensor's norm: {words}
+- Memory of the process: {memory[0]:.1f} MiB after the first tenth, {memory[-1]:.1f} MiB at the end
+"""
+    options.out.write_text(text, encoding="utf-8")
+    print(text)
+    steady = all(drift <= LARGEST_DRIFT for found in drifts.values() for drift in found)  # no NaN is
+    return int(not steady or memory[-1] - memory[0] > LARGEST_GROWTH)
 
 
 if __name__ == "__main__":

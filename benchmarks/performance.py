@@ -43,8 +43,11 @@ def warm_up(
     contender: Contender, params: Sequence[Parameter], adapted: str, case: str, device: torch.device
 ) -> tuple[Row, Step]:
     """The first steps, on which everything but time is counted."""
-    if contender.package:  # a peer may write to its gradients
-        params = [_with_own_grad(param) for param in params]
+    if contender.package:  # a peer may write to its gradients: its parameters share the memory, its gradients do not
+        own = [Parameter(param.detach()) for param in params]
+        for mine, param in zip(own, params, strict=True):
+            mine.grad = param.grad.clone()
+        params = own
     versions = [param.grad._version for param in params]
     step = contender.stepper(groups_of(params, adapted))
     step()
@@ -58,13 +61,6 @@ def warm_up(
     row.launches, row.host_reads = launches_and_host_reads(step, device)
     row.host_us = host_microseconds(step, device)
     return row, step
-
-
-def _with_own_grad(param: Parameter) -> Parameter:
-    """A parameter in the same memory, with a copy of the gradient."""
-    own = Parameter(param.detach())
-    own.grad = None if param.grad is None else param.grad.clone()
-    return own
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -103,7 +99,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS), metavar="NAME")
     parser.add_argument("--adapted", nargs="+", choices=ADAPTED, default=ADAPTED, metavar="WHAT")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="(default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=31, metavar="N", help="at most (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=25.0, metavar="S", help="for the rounds of one case")
     parser.add_argument("--device", choices=["cpu", "cuda", "vulkan"], default="cpu", help="(default: %(default)s)")
     parser.add_argument("--rehearse", action="store_true", help="with tiny tensors, whose times mean nothing")
@@ -119,11 +114,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if options.device == "vulkan":
         import torchvulkan  # noqa: PLC0415, F401  it registers the device
-    device, length = torch.device(options.device), {"rounds": options.rounds, "seconds": options.seconds}
+    device = torch.device(options.device)
     clock, bandwidth = Clock(device), yardsticks(device, 64 if options.rehearse else COPY_ELEMENTS)
-    skipped = {name: reason for name in options.only if (reason := CONTENDERS[name].missing())}
-    results, failed = Results("step_time", describe(device), length, skipped=skipped), False
-    print(results.machine, *skipped.values(), sep="\n")
+    skipped = {name: "not installed" for name in options.only if CONTENDERS[name].is_missing}
+    results, failed = Results(describe(device), {"seconds": options.seconds}, skipped=skipped), False
+    print(results.machine, *(f"{name} is not installed" for name in skipped), sep="\n")
     for model in options.models:
         shapes = MODELS[model].shapes()
         if options.rehearse:
@@ -143,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name, (step, moved) in bandwidth.items():
                 rows.append(Row(case, name, len(params), sum(p.numel() for p in params), [], moved))
                 steps[name] = step
-            times = interleave(steps, clock, **length)
+            times = interleave(steps, clock, options.seconds)
             for row in rows:
                 row.ms = times[row.contender]
             results.rows += rows

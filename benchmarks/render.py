@@ -13,26 +13,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from matplotlib import pyplot as plt
+
 from .demo import outcome
-from .optimizers import CONTENDERS, LOOP, YARDSTICK, title
+from .demo.figure import STYLE
+from .optimizers import PEERS, YARDSTICK, title
 from .performance import REAL
-from .results import COPY, FOLDER, Results, case_table, load, number, table
+from .results import COPY, FOLDER, Results, case_table, fingerprint, load, number, table
 from .shapes import MODELS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 DEFAULT = "fastlars-fused"  # what a CPU user gets, and with fused=True a GPU user
 BEGIN, END = "<!-- measured: {}; written by `python -m benchmarks.render` -->", "<!-- end of what was measured: {} -->"
-
-# Bounds for the default: at most this many times another's time.
-BOUNDS = {
-    ("resnet50", YARDSTICK): 1.40,
-    ("vit_b", YARDSTICK): 1.45,
-    ("small", YARDSTICK): 1.80,
-    ("resnet50", LOOP): 0.53,
-    ("vit_b", LOOP): 0.50,
-    ("small", LOOP): 0.20,
-}
 
 
 def sentence(machine: dict[str, Any]) -> str:
@@ -41,17 +34,8 @@ def sentence(machine: dict[str, Any]) -> str:
     where = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
     if machine["device"] == "cuda":
         where = f"{machine['device_name']} (CUDA {machine['cuda']}), host {where}"
-    return (
-        f"{where}, {machine['system']}; Python {machine['python']}, {versions}; commit {machine['commit']}, "
-        f"{machine['date']}; load average at the start {machine['load']}."
-    )
-
-
-def promises(results: Results) -> Iterator[tuple[str, str, float, float]]:
-    """Model, against whom, bound and what was measured."""
-    for (model, against), bound in BOUNDS.items():
-        if (measured := results.ratio(MODELS[model].title, DEFAULT, against)) is not None:
-            yield MODELS[model].title, title(against), bound, measured
+    where += f", {machine['system']}; Python {machine['python']}, {versions}"
+    return f"{where}; commit {machine['commit']}, {machine['date']}; load average at the start {machine['load']}."
 
 
 def section(runs: list[Results], device: str) -> Iterator[str]:
@@ -65,11 +49,6 @@ def section(runs: list[Results], device: str) -> Iterator[str]:
             yield "In this run every tensor was adapted. Real param groups have not been measured yet.\n"
         yield from (f"{title(name)} was skipped: {reason}.\n" for name, reason in run.skipped.items())
         yield f"Measured on {sentence(run.machine)}\n"
-        yield "The bounds that we set for the default, as multiples of the other's time, and what this run measured:\n"
-        header = ["model", "against", "", "at most", "measured"]
-        kept = {True: "kept", False: "not kept"}
-        bounds = [[*names, kept[x <= bound], f"{bound:.2f}", f"{x:.2f}"] for *names, bound, x in promises(run)]
-        yield from table(header, bounds, left=3)
         for case in run.cases:
             yield from case_table(run, case)
 
@@ -91,7 +70,8 @@ def launches(stored: Path) -> Iterator[str]:
 
 def speed(results: Results, elsewhere: list[Results]) -> Iterator[str]:
     """README's table: the default beside the other LARSes, and how many of the bounds the run kept."""
-    contenders = [DEFAULT, *packages(results)]
+    measured = {row.contender for row in results.rows}
+    contenders = [DEFAULT, *(name for name in PEERS if name in measured)]
     yield f"Time of a step on a CPU, as a multiple of {title(YARDSTICK)} (median of the rounds):\n"
     rows = []
     for case in real_cases(results):
@@ -100,13 +80,10 @@ def speed(results: Results, elsewhere: list[Results]) -> Iterator[str]:
         ratios = [number(results.ratio(case, name, YARDSTICK)) for name in contenders]
         rows.append([case.removesuffix(REAL), a_read, *ratios])
     yield from table(["", "SGD and one more read", *map(title, contenders)], rows)
-    machine, kept = results.machine, [measured <= bound for *_, bound, measured in promises(results)]
-    yield (
-        "Column 1 is the practical floor: SGD plus the one extra read that LARS needs.\n"
-        f"Measured on {machine['cpu']}, {machine['cores']} cores, torch {machine['versions']['torch'].split('+')[0]}, "
-        f"{machine['date']}. This run kept {sum(kept)} of the {len(kept)} bounds that we set: "
-        "[all measurements](docs/performance.md)."
-    )
+    yield "Column 1 is the practical floor: SGD plus the one extra read that LARS needs."
+    machine, torch = results.machine, results.machine["versions"]["torch"].split("+")[0]
+    where = f"{machine['cpu']}, {machine['cores']} cores, torch {torch}, {machine['date']}"
+    yield f"Measured on {where}: [all measurements](docs/performance.md)."
     for other in elsewhere:
         ratios = ", ".join(f"{number(other.ratio(case, DEFAULT, YARDSTICK))} on {case}" for case in other.cases)
         case = other.cases[0]
@@ -115,51 +92,29 @@ def speed(results: Results, elsewhere: list[Results]) -> Iterator[str]:
     yield ""
 
 
-def packages(results: Results) -> list[str]:
-    """The contenders that are packages of others."""
-    known = dict.fromkeys(row.contender for row in results.rows)
-    return [name for name in known if name in CONTENDERS and CONTENDERS[name].package]
-
-
 def real_cases(results: Results) -> list[str]:
     """Those with real param groups, if there are any."""
     return [case for case in results.cases if case.endswith(REAL)] or results.cases
 
 
-def picture(results: Results) -> str:
+def picture(results: Results, path: Path) -> None:
     """README's picture: bars of the default and of two other packages on real models, as multiples of fused SGD."""
     cases = [case for case in real_cases(results) if MODELS["small"].title not in case]
     shown = {DEFAULT: ("fastlars", "#0072B2"), "lightly": ("lightly", "#E69F00"), "timm": ("timm", "#999999")}
-    left, unit, bar, gap = 110, 105, 15, 16
-    lines, y = [], 34
-    for case in cases:
-        middle = y + bar * len(shown) / 2 + 5
-        lines.append(f'<text x="{left - 8}" y="{middle:g}" text-anchor="end">{case.removesuffix(REAL)}</text>')
-        for name, (_, colour) in shown.items():
-            ratio = results.ratio(case, name, YARDSTICK)
-            assert ratio is not None, f"{name} on {case}"
-            lines.append(f'<rect x="{left}" y="{y}" width="{ratio * unit:.1f}" height="{bar - 2}" fill="{colour}"/>')
-            lines.append(f'<text x="{left + ratio * unit + 6:.1f}" y="{y + bar - 4}" font-size="12">{ratio:.2f}</text>')
-            y += bar
-        y += gap
-    lines.append(f'<path d="M{left + unit},28 V{y - gap + 4}" stroke="#1a1a1a" stroke-dasharray="4 3"/>')
-    lines.append(f'<text x="{left + unit}" y="{y + 6}" text-anchor="middle">1 = torch SGD(fused=True)</text>')
-    x = left
-    for label, colour in shown.values():
-        lines.append(
-            f'<rect x="{x}" y="8" width="12" height="12" fill="{colour}"/><text x="{x + 18}" y="19">{label}</text>'
-        )
-        x += 110
-    size = f"0 0 {left + 5 * unit} {y + 18}"
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{size}" font-family="sans-serif" font-size="14" fill="#1a1a1a">',
-            "<title>Time of a step on a CPU, as a multiple of torch SGD(fused=True)</title>",
-            '<rect width="100%" height="100%" rx="6" fill="#ffffff"/>',
-            *lines,
-            "</svg>\n",
-        ]
-    )
+    ratios = {name: [results.ratio(case, name, YARDSTICK) for case in cases] for name in shown}
+    with plt.rc_context({**STYLE, "axes.grid": False, "axes.spines.bottom": False}):
+        figure, axes = plt.subplots(figsize=(7.6, 0.4 + 0.72 * len(cases)), layout="constrained")
+        for i, (name, (label, colour)) in enumerate(shown.items()):
+            bars = axes.barh([y + 0.27 * i for y in range(len(cases))], ratios[name], 0.25, color=colour, label=label)
+            axes.bar_label(bars, fmt="%.2f", padding=4, fontsize=10)
+        axes.axvline(1, color="#1a1a1a", linestyle="--", linewidth=1)
+        axes.set_yticks([y + 0.27 for y in range(len(cases))], [case.removesuffix(REAL) for case in cases])
+        axes.set_xticks([1], [f"1 = {title(YARDSTICK)}"])
+        axes.tick_params(length=0)
+        axes.invert_yaxis()
+        axes.legend(loc="lower right", ncols=len(shown), bbox_to_anchor=(1, 1))
+        figure.savefig(path, metadata={"Source": fingerprint(ratios), "Date": None})
+        plt.close(figure)
 
 
 def runs_on(device: str) -> list[Results]:
@@ -190,7 +145,7 @@ def pages() -> dict[Path, str]:
         DOCS / "performance.md": of_performance,
         DOCS / "study.md": {"study": study.tables(study.study(study.again))},
     }
-    found = {DOCS / "speed.svg": picture(cpu[0])}
+    found = {}
     for page, of_page in parts.items():
         found[page] = page.read_text(encoding="utf-8")
         for name, lines in of_page.items():
@@ -199,6 +154,7 @@ def pages() -> dict[Path, str]:
 
 
 def main() -> int:
+    picture(runs_on("cpu")[0], DOCS / "speed.svg")
     for path, text in pages().items():
         path.write_text(text, encoding="utf-8")
     return 0

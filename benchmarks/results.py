@@ -13,7 +13,6 @@ from typing import Any
 from .optimizers import YARDSTICK, title
 
 FOLDER = Path(__file__).parent / "results"
-FORMAT = 1
 COPY, READ = "copy", "read"  # the rows that measure the bandwidth of copying and of reading, one each in each case
 FLOOR = 20  # bytes a float32 parameter: read p, g, v; write p, v
 TWO_PASSES = 28  # and p and g once more, for the norms
@@ -49,9 +48,8 @@ class Row:
 
 @dataclass
 class Results:
-    """One run of one benchmark."""
+    """One run of `performance`."""
 
-    benchmark: str
     machine: dict[str, Any]
     settings: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
@@ -89,7 +87,7 @@ class Results:
 
 
 def save(results: Results, path: Path) -> None:
-    content = {"format": FORMAT, **asdict(results)}
+    content = asdict(results)
     rows = content.pop("rows")
     for row in rows:
         row["ms"] = [float(f"{value:.5g}") for value in row["ms"]]
@@ -102,8 +100,6 @@ def save(results: Results, path: Path) -> None:
 
 def load(path: Path) -> Results:
     content = json.loads(path.read_text(encoding="utf-8"))
-    if (found := content.pop("format")) != FORMAT:
-        raise ValueError(f"{path}: format must be {FORMAT}, got {found}; measure again")
     return Results(**{**content, "rows": [Row(**row) for row in content["rows"]]})
 
 
@@ -128,10 +124,10 @@ COLUMNS: dict[str, Callable[[Results, Row], str]] = {
 }
 
 
-def table(header: list[str], rows: list[list[str]], left: int = 1) -> Iterator[str]:
-    """Lines of a Markdown table; columns after the first `left` hold numbers."""
+def table(header: list[str], rows: list[list[str]]) -> Iterator[str]:
+    """Lines of a Markdown table; columns after the first hold numbers."""
     yield "| " + " | ".join(header) + " |"
-    yield "| " + " | ".join("---" if i < left else "---:" for i in range(len(header))) + " |"
+    yield "| " + " | ".join(["---", *["---:"] * (len(header) - 1)]) + " |"
     yield from ("| " + " | ".join(row) + " |" for row in rows)
     yield ""
 

@@ -66,7 +66,7 @@ def yardsticks(device: torch.device, elements: int = COPY_ELEMENTS) -> dict[str,
     return {COPY: (lambda: target.copy_(source), 2 * 4 * elements), READ: (source.sum, 4 * elements)}
 
 
-def interleave(steps: Mapping[str, Step], clock: Clock, rounds: int, seconds: float) -> dict[str, list[float]]:
+def interleave(steps: Mapping[str, Step], clock: Clock, seconds: float, rounds: int = 31) -> dict[str, list[float]]:
     """Milliseconds of each step in each round.
 
     A first round is not counted. There are `rounds` at most; after `seconds` it stops, once there are FEWEST_ROUNDS.

@@ -5,7 +5,6 @@ Element and tensor counts are those that torchvision and transformers publish fo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,14 +17,6 @@ class Model:
 
     title: str  # in tables and figures
     shapes: Callable[[], list[Shape]]
-
-    @property
-    def elements(self) -> int:
-        return sum(math.prod(shape) for shape in self.shapes())
-
-    @property
-    def tensors(self) -> int:
-        return len(self.shapes())
 
 
 def resnet50() -> list[Shape]:

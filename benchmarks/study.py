@@ -14,6 +14,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 
 from fastlars import DIALECTS
@@ -67,12 +68,9 @@ FAMILY = {
     "dialect paper and mlperf": _dialect("paper", 128.0),
     "all tensors adapted": replace(BASE["LARS"], adapt_all=True, first_lr=64.0),
 }
-BATCH_NORM = {
-    name: replace(
-        *(method,), batch_norm=True, first_lr={"SGD with clipping": 0.8, "LARS": 32.0}.get(name, method.first_lr)
-    )
-    for name, method in MAIN.items()
-}
+BATCH_NORM = {name: replace(method, batch_norm=True) for name, method in MAIN.items()}
+for _name, _lr in (("SGD with clipping", 0.8), ("LARS", 32.0)):
+    BATCH_NORM[_name] = replace(BATCH_NORM[_name], first_lr=_lr)
 
 
 @dataclass(frozen=True)
@@ -95,11 +93,10 @@ def study(train: Callable[[list[Run]], list[Result]]) -> Study:
         grids = search(list(rows.values()), batches, PROTOCOL, train)
         keys = [key for key, grid in grids.items() if grid.is_inside]
         seeds = PROTOCOL.test_seeds
-        results = train(
-            [Run(method, batch, grids[batch, method].best_lr, seed, True) for batch, method in keys for seed in seeds]
-        )
+        runs = [Run(m, batch, grids[batch, m].best_lr, seed, final=True) for batch, m in keys for seed in seeds]
+        results = iter(train(runs))
         found.grids.update(grids)
-        found.finals.update({key: results[i * len(seeds) : (i + 1) * len(seeds)] for i, key in enumerate(keys)})
+        found.finals.update({key: [next(results) for _ in seeds] for key in keys})
     return found
 
 
@@ -117,8 +114,7 @@ def key(run: Run) -> dict[str, str]:
 
 def stored(path: Path = FOLDER / "study.csv") -> dict[tuple[str, ...], list[float]]:
     """Accuracy, loss and seconds of the runs of a CSV, by their settings."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
     return {tuple(row[name] for name in SETTINGS): [float(row[name]) for name in OUTCOME] for row in rows}
 
 
@@ -158,15 +154,15 @@ def difference(ours: Sequence[Result], theirs: Sequence[Result]) -> str:
 
 def plateau(grid: Grid, within: float = 1.0) -> str:
     """The factor between the ends of the tried lrs around the best, none left out, within some points of it."""
-    ks = sorted(grid.trials)
-    good = [grid.score(k)[0] >= grid.score(grid.best)[0] - within for k in ks]
-    low = high = ks.index(grid.best)
-    while low > 0 and good[low - 1]:
-        low -= 1
-    while high < len(ks) - 1 and good[high + 1]:
-        high += 1
-    edge = "at least " if low == 0 or high == len(ks) - 1 else ""
-    return f"{edge}{grid.lr(ks[high]) / grid.lr(ks[low]):.2g}"
+    ks, best = sorted(grid.trials), grid.score(grid.best)[0]
+
+    def is_good(k: int) -> bool:
+        return grid.score(k)[0] >= best - within
+
+    high = [*takewhile(is_good, ks[ks.index(grid.best) :])][-1]
+    low = [*takewhile(is_good, ks[ks.index(grid.best) :: -1])][-1]
+    edge = "at least " if low == ks[0] or high == ks[-1] else ""
+    return f"{edge}{grid.lr(high) / grid.lr(low):.2g}"
 
 
 def cells(found: Study, batch: int, method: Method) -> list[str]:

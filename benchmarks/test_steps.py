@@ -7,20 +7,15 @@ one after the other.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 from torch import nn
 
-from benchmarks.counting import launches_and_host_reads
 from benchmarks.optimizers import ADAPTED, CONTENDERS, groups_of
 from benchmarks.performance import parameters
 from benchmarks.rounds import synchronize
 from benchmarks.shapes import MODELS
-
-if TYPE_CHECKING:
-    from pytest_benchmark.fixture import BenchmarkFixture
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -39,8 +34,8 @@ def test_step(
 ) -> None:
     """The optimizer alone; with "weights" biases and norms are not adapted, as in real use."""
     contender, device = CONTENDERS[name], params[0].device
-    if reason := contender.missing():
-        pytest.skip(reason)
+    if contender.is_missing:
+        pytest.skip(f"{name} is not installed")
     benchmark.group = f"step, {', '.join(request.node.callspec.params['params'])}, {adapted} adapted"
     step = contender.stepper(groups_of(params, adapted))
 
@@ -51,4 +46,3 @@ def test_step(
     for _ in range(2):  # buffers, compilation
         whole()
     benchmark(whole)
-    benchmark.extra_info["launches"], benchmark.extra_info["host reads"] = launches_and_host_reads(step, device)
