@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import statistics
 import time
 from typing import Any
@@ -22,14 +23,7 @@ ONLY_READS = {("_fused_sgd_", "grads")}  # written with a grad_scale only
 # operations that take a tensor for its shape only
 NO_READS = {"empty_like", "zeros_like", "ones_like", "full_like", "new_empty", "new_zeros", "new_full", "is_same_size"}
 NO_WRITES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}  # memory, not values
-
-LAUNCHES = {
-    "cudaLaunchKernel",
-    "cudaLaunchKernelExC",
-    "cudaLaunchCooperativeKernel",
-    "cuLaunchKernel",
-    "cuLaunchKernelEx",
-}
+LAUNCH = re.compile(r"cu(da)?Launch(Cooperative)?Kernel(Ex|ExC)?")
 
 
 class _ByteCounter(TorchDispatchMode):
@@ -82,7 +76,9 @@ def launches_and_host_reads(step: Step, device: torch.device) -> tuple[int | Non
         step()
         torch.cuda.synchronize(device)
     names = [event.name() for event in profiler.profiler.kineto_results.events()]
-    return sum(name in LAUNCHES for name in names), sum(name.startswith("Memcpy DtoH") for name in names)
+    return sum(LAUNCH.fullmatch(name) is not None for name in names), sum(
+        name.startswith("Memcpy DtoH") for name in names
+    )
 
 
 def host_microseconds(step: Step, device: torch.device) -> float | None:
