@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("rich", reason="the benchmarks have their own dependencies: group bench")
+pytest.importorskip("matplotlib", reason="the benchmarks have their own dependencies: group bench")
 
 ROOT = Path(__file__).parents[1]
 
