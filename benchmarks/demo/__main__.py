@@ -64,7 +64,7 @@ def demo(dataset: Dataset, protocol: Protocol, out: Path, console: Console, *, s
         for seed in protocol.test_seeds
     }
     ended: list[Result] = []
-    with Live(console=console) as live:
+    with Live(console=console, transient=True) as live:
 
         def show(result: Result) -> None:
             ended.append(result)
@@ -72,6 +72,7 @@ def demo(dataset: Dataset, protocol: Protocol, out: Path, console: Console, *, s
 
         results = train_all(list(names), protocol, dataset, show)
     rows = outcome.finals([(names[result.run], result) for result in results], protocol)
+    console.print(_table(dataset, ended, names))
     outcome.write(rows, out / "runs.csv")
     draw(rows, dataset.name, out / "demo.png")
     console.print(outcome.one_lr(rows), soft_wrap=True)
