@@ -183,14 +183,14 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """The demo, under a minute of training. It gets the arguments after `--` (--search, --data DIR)."""
+    """The demo, under a minute of training; `-- --search` searches the learning rates again."""
     install(session, NEWEST, "--group", "demo")
     session.run("python", "-m", "benchmarks.demo", *session.posargs)
 
 
 @nox.session
 def study(session: nox.Session) -> None:
-    """The large-batch study: `-- --data FOLDER` trains what is not stored yet, in under an hour on two cores."""
+    """The large-batch study: `-- --data FOLDER --out FILE.csv` trains it again in 20 minutes on two cores."""
     install(session, NEWEST, "--group", "demo")
     session.run("python", "-m", "benchmarks.study", *session.posargs)
 
@@ -214,7 +214,7 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def performance(session: nox.Session) -> None:
-    """Interleaved step times, then docs/performance.md. Arguments after `--` (--device cuda, --rounds N) select runs."""
+    """Contenders interleaved, then docs/performance.md; what follows `--` goes to the first (--device cuda, --seconds S)."""
     install(session, NEWEST, "--group", "bench")
     session.run("python", "-m", "benchmarks.performance", *session.posargs)
     session.run("python", "-m", "benchmarks.render")
@@ -230,7 +230,7 @@ def compiled(session: nox.Session) -> None:
 
 @nox.session
 def long_run(session: nox.Session) -> None:
-    """100,000 steps with each implementation: memory, drift, time. It gets the arguments after `--` (--steps N)."""
+    """100,000 steps under each implementation: memory and drift; what follows `--` goes to it (--steps N, --out FILE)."""
     install(session, NEWEST, "--group", "bench")
     session.run("python", "-m", "benchmarks.long_run", *session.posargs)
 

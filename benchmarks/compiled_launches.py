@@ -18,7 +18,6 @@ import sys
 import tempfile
 import types
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,7 +33,11 @@ from torch.optim.sgd import sgd
 
 import fastlars
 
+from .results import FOLDER
 from .shapes import MODELS
+
+STORED = FOLDER / "compiled" / "launches.json"
+DTYPES = ("float32", "bfloat16", "float16")
 
 # of parameters, gradients, momentum buffers, compensations, and lr
 Step = Callable[[list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor], None]
@@ -43,20 +46,6 @@ GUARD = """#include <c10/core/impl/DeviceGuardImplInterface.h>
 C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>);
 """
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8, "i1": 1}  # of Triton's types
-
-
-@dataclass
-class Count:
-    """What one compiled step launches, and the bytes that it moves for each parameter."""
-
-    launches: int  # of generated kernels
-    on_one_element: int  # of these
-    operators: int  # calls of eager ones
-    generated_bytes: float
-    operators_bytes: float
-
-
-# ---------------------------------------------------------------- what is compiled
 COMMON: dict[str, Any] = {"momentum": 0.9, "weight_decay": 1e-4}
 
 
@@ -82,25 +71,21 @@ def _mixed(p: list[Tensor], g: list[Tensor], v: list[Tensor], _kept: list[Tensor
         _lars(adapt=adapt, weight_decay=1e-4 if adapt else 0.0)(*chosen, [], lr)
 
 
-_FLAGS = ("nesterov", "trust_clip", "lr_in_momentum", "maximize", "skip_nonfinite")
 CASES: dict[str, Step] = {
     "torch SGD(foreach=True)": _sgd,
     "foreach": _lars(),
     "single": _lars(foreach=False),
-    "momentum=0": _lars(momentum=0.0),
-    **{flag: _lars(**{flag: True}) for flag in _FLAGS},
+    **{
+        flag: _lars(**{flag: True})
+        for flag in ("nesterov", "trust_clip", "lr_in_momentum", "maximize", "skip_nonfinite")
+    },
     "joint": _lars(trust_denominator="joint"),
     "found_inf": lambda *of: _lars(found_inf=torch.zeros_like(of[-1]))(*of),
     "mixed groups": _mixed,
-    "not adapted": _lars(adapt=False),
-    "kahan_sum": _lars(kahan_sum=True),  # of half types
-    "kahan_sum, single": _lars(kahan_sum=True, foreach=False),
-    "kahan_sum, found_inf": lambda *of: _lars(kahan_sum=True, found_inf=torch.zeros_like(of[-1]))(*of),
+    "kahan_sum": _lars(kahan_sum=True),
 }
-DTYPES = ("float32", "bfloat16", "float16")
 
 
-# ---------------------------------------------------------------- a GPU that is not there
 @functools.cache
 def pretend_gpu() -> None:
     """Let Inductor compile for an NVIDIA H200 in this process, which can use no GPU afterwards."""
@@ -169,8 +154,8 @@ def generated(step: Step, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype)
     return found[0]
 
 
-# ---------------------------------------------------------------- counting
-def count(code: str, elements: int, dtype: torch.dtype) -> Count:
+def count(code: str, elements: int, dtype: torch.dtype) -> dict[str, float]:
+    """What one compiled step launches, and the bytes that it moves for each parameter."""
     call = code[code.index("def call") :]
     kernels = re.findall(r"^\s+(triton_\w+)\.run\(", call, re.MULTILINE)
     found = re.finditer(r"^(triton_\w+) = async_compile.*?^''', device_str", code, re.MULTILINE | re.DOTALL)
@@ -179,13 +164,13 @@ def count(code: str, elements: int, dtype: torch.dtype) -> Count:
     # joint norms read both lists and write and read a sum of float32; half types are converted first, to memory
     joint = 2 * dtype.itemsize + 8 + (8 if dtype.itemsize < 4 else 0)
     whole = {"fastlars.norms.default": dtype.itemsize, "fastlars.joint_norms.default": joint}
-    return Count(
-        len(kernels),
-        sum("xnumel = 1\n" in bodies[kernel] and "_poi_" in kernel for kernel in kernels),
-        len(operators),
-        round(sum(sum(_accesses(bodies[kernel])) for kernel in kernels) / elements, 1),
-        float(sum(whole.get(name, 0) for name, _ in operators)),
-    )
+    moved = sum(sum(_accesses(bodies[kernel])) for kernel in kernels) / elements
+    return {
+        "launches": len(kernels),
+        "on_one_element": sum("xnumel = 1\n" in bodies[kernel] and "_poi_" in kernel for kernel in kernels),
+        "operators": len(operators),
+        "bytes": round(moved + sum(whole.get(name, 0) for name, _ in operators), 1),
+    }
 
 
 def _accesses(kernel: str) -> Iterator[int]:
@@ -198,39 +183,26 @@ def _accesses(kernel: str) -> Iterator[int]:
                 yield math.prod(sizes if "r0_" in index else sizes[:1]) * BYTES[kinds[pointer]]
 
 
-def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """The Markdown table of what `main` has written."""
-    yield "| tensors | dtype | step | launches | on one element | eager operators | bytes a parameter |"
-    yield "| --- | --- | --- | ---: | ---: | ---: | ---: |"
-    for row in rows:
-        found = Count(**row["count"])
-        moved = f"{found.generated_bytes:g}" + (f" + {found.operators_bytes:g}" if found.operators_bytes else "")
-        counts = f"{found.launches} | {found.on_one_element} | {found.operators} | {moved}"
-        yield f"| {row['model']}, {row['tensors']} | {row['dtype']} | {row['case']} | {counts} |"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled_launches", description=__doc__)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["resnet50", "vit_b"], metavar="NAME")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], metavar="DTYPE")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, metavar="DTYPE")
     parser.add_argument("--tensors", type=int, metavar="N", help="the first N tensors of each model (default: all)")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path(__file__).parent / "results" / "compiled" / "launches.json",
-        metavar="FILE.json",
-    )
+    parser.add_argument("--out", type=Path, default=STORED, metavar="FILE", help="other cells in it stay")
     options = parser.parse_args(arguments)
-    rows: list[dict[str, Any]] = []
+    stored = json.loads(options.out.read_text(encoding="utf-8"))["cells"] if options.out.exists() else {}
     for model, dtype, case in itertools.product(options.models, options.dtypes, options.cases):
+        if dtype == "float32" and "kahan_sum" in case:
+            continue  # compensations are those of half types
         shapes = MODELS[model].shapes()[: options.tensors]
-        kind, title = getattr(torch, dtype), MODELS[model].title
+        kind, title = getattr(torch, dtype), f"{MODELS[model].title}, {len(shapes)} tensors"
         found = count(generated(CASES[case], shapes, kind), sum(map(math.prod, shapes)), kind)
-        rows.append({"model": title, "tensors": len(shapes), "dtype": dtype, "case": case, "count": asdict(found)})
-        print(list(table(rows))[-1], flush=True)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        print(title, dtype, case, found, sep=", ", flush=True)
+        stored.setdefault(title, {}).setdefault(case, {})[dtype] = found
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"torch": torch.__version__, "cells": stored}, indent=1)
+        options.out.write_text(text + "\n", encoding="utf-8")
     return 0
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,19 +14,16 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's CUDA builds log every profiler start to stderr
+from .rounds import Step
 
-Step = Callable[[], object]
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's CUDA builds log every profiler start to stderr
 
 ONLY_WRITES = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}  # what they mutate
 ONLY_READS = {("_fused_sgd_", "grads")}  # written with a grad_scale only
 # operations that take a tensor for its shape only
-NO_READS = {f"{name}_like" for name in ("empty", "zeros", "ones", "full")} | {"is_same_size"}
-NO_READS |= {"new_empty", "new_zeros", "new_full"}
+NO_READS = {"empty_like", "zeros_like", "ones_like", "full_like", "new_empty", "new_zeros", "new_full", "is_same_size"}
 NO_WRITES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}  # memory, not values
-
-LAUNCHES = {f"cuda{name}" for name in ("LaunchKernel", "LaunchKernelExC", "LaunchCooperativeKernel")}
-LAUNCHES |= {"cuLaunchKernel", "cuLaunchKernelEx"}
+LAUNCH = re.compile(r"cu(da)?Launch(Cooperative)?Kernel(Ex|ExC)?")
 
 
 class _ByteCounter(TorchDispatchMode):
@@ -79,7 +76,9 @@ def launches_and_host_reads(step: Step, device: torch.device) -> tuple[int | Non
         step()
         torch.cuda.synchronize(device)
     names = [event.name() for event in profiler.profiler.kineto_results.events()]
-    return sum(name in LAUNCHES for name in names), sum(name.startswith("Memcpy DtoH") for name in names)
+    return sum(LAUNCH.fullmatch(name) is not None for name in names), sum(
+        name.startswith("Memcpy DtoH") for name in names
+    )
 
 
 def host_microseconds(step: Step, device: torch.device) -> float | None:
@@ -92,5 +91,4 @@ def host_microseconds(step: Step, device: torch.device) -> float | None:
         start = time.perf_counter()
         step()
         samples.append((time.perf_counter() - start) * 1e6)
-    torch.cuda.synchronize(device)
     return statistics.median(samples)

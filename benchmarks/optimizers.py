@@ -5,7 +5,7 @@ All get the same hyper-parameters and groups. lr is so small that the tensors ha
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -78,15 +78,9 @@ class Contender:
         step = self.make(groups).step
         return torch.compile(step) if self.compiled else step
 
-    def missing(self) -> str:
-        """Why it cannot run here; empty where it can."""
-        try:
-            self.make([Parameter(torch.zeros(1))])
-        except ModuleNotFoundError as error:
-            return f"{error.name} is not installed"
-        except Exception as error:  # noqa: BLE001  a broken installation of somebody else's package raises anything
-            return f"{self.package} does not import here: {type(error).__name__}: {error}"
-        return ""
+    @property
+    def is_missing(self) -> bool:
+        return bool(self.package) and importlib.util.find_spec(self.package) is None
 
 
 def _sgd(name: str, **implementation: bool) -> Contender:

@@ -5,7 +5,6 @@ Element and tensor counts are those that torchvision and transformers publish fo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,14 +17,6 @@ class Model:
 
     title: str  # in tables and figures
     shapes: Callable[[], list[Shape]]
-
-    @property
-    def elements(self) -> int:
-        return sum(math.prod(shape) for shape in self.shapes())
-
-    @property
-    def tensors(self) -> int:
-        return len(self.shapes())
 
 
 def resnet50() -> list[Shape]:
@@ -51,29 +42,6 @@ def vit(width: int, depth: int, patch: int = 16, image: int = 224, classes: int 
     return shapes + _norm(width) + _linear(width, classes)
 
 
-def bert_base(width: int = 768, depth: int = 12) -> list[Shape]:
-    """Devlin et al., arXiv 1810.04805, uncased, with the pooler and without a head."""
-    shapes: list[Shape] = [(30522, width), (512, width), (2, width), *_norm(width)]
-    for _ in range(depth):
-        shapes += 3 * _linear(width, width) + _linear(width, width) + _norm(width)
-        shapes += _linear(width, 4 * width) + _linear(4 * width, width) + _norm(width)
-    return shapes + _linear(width, width)
-
-
-def convnext_tiny() -> list[Shape]:
-    """Liu et al., arXiv 2201.03545: depthwise 7x7, norm, two pointwise layers, layer scale."""
-    shapes: list[Shape] = [(96, 3, 4, 4), (96,), *_norm(96)]
-    channels = 96
-    for width, blocks in ((96, 3), (192, 3), (384, 9), (768, 3)):
-        if width != channels:
-            shapes += [*_norm(channels), (width, channels, 2, 2), (width,)]
-            channels = width
-        for _ in range(blocks):
-            shapes += [(width,), (width, 1, 7, 7), (width,), *_norm(width)]
-            shapes += _linear(width, 4 * width) + _linear(4 * width, width)
-    return shapes + _norm(channels) + _linear(channels, 1000)
-
-
 def _linear(inputs: int, outputs: int) -> list[Shape]:
     return [(outputs, inputs), (outputs,)]
 
@@ -90,7 +58,5 @@ MODELS = {
     "resnet50": Model("ResNet-50", resnet50),
     "vit_b": Model("ViT-B/16", lambda: vit(768, 12)),
     "vit_l": Model("ViT-L/16", lambda: vit(1024, 24)),
-    "bert_base": Model("BERT-base", bert_base),
-    "convnext_t": Model("ConvNeXt-T", convnext_tiny),
     "small": Model("1000 tensors of 32x32", lambda: [(32, 32)] * 1000),
 }

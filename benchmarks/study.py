@@ -1,14 +1,12 @@
 """Accuracy against batch and lr, for SGD, SGD with Nesterov and with clipping, AdamW and LARS: `nox -s study`.
 
-docs/study.md says what is run, and what came out. Each run is a line of a CSV, written when the run ends; a study that was stopped
-or killed resumes from there.
+docs/study.md says what is run, and what came out; benchmarks/results/study.csv has every run.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import hashlib
 import json
 import math
 import statistics
@@ -16,18 +14,15 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
-
-import torch
-from rich.console import Console
 
 from fastlars import DIALECTS
 
 from .demo.data import FILES, Cut, DataError, idx_digits
 from .demo.search import Grid, search
-from .demo.training import Method, Protocol, Result, Run
-from .demo.workers import Workers
-from .render import DOCS, FOLDER, table, with_part
+from .demo.training import Method, Protocol, Result, Run, train_all
+from .results import FOLDER, table
 
 # Of MNIST's 60000 training images: batches of 256, 1024, 4096 and 8192, and images halved to 14 x 14 pixels.
 CUT = Cut(train=32768, validation=10000, share=0.8, parts=(128, 32, 8, 4), pool=2)
@@ -37,18 +32,15 @@ PROTOCOL = Protocol(
     search_seeds=(100, 101, 102),
     test_seeds=(0, 1, 2, 3, 4),
     first_stride=2,
-    ratios_an_epoch=4,
 )
-VERSION = "1"  # of all that changes runs: of what stands above, and of demo/training.py
 BATCHES = tuple(CUT.train // part for part in CUT.parts)
 LARGEST = BATCHES[-1]
 OWN_LR = {"SGD": 0.1, "LARS": 0.1, "AdamW": 0.001}  # of biases and norms: customary ones, not searched
-COLUMNS = (
-    *("protocol", "data", "train_images", "torch", "split", "images", "optimizer", "options", "clip", "bias_lr"),
-    *("adapt_all", "batch_norm", "batch", "lr", "seed", "epochs", "warmup_epochs", "momentum", "weight_decay"),
-    *("accuracy_percent", "loss", "seconds", "trust_ratios"),
+SETTINGS = (
+    *("split", "images", "optimizer", "options", "clip", "bias_lr", "adapt_all", "batch_norm", "batch", "lr", "seed"),
+    *("epochs", "warmup_epochs", "momentum", "weight_decay"),
 )
-OUTCOME = COLUMNS[-4:]
+OUTCOME = ("accuracy_percent", "loss", "seconds")
 
 
 def _dialect(name: str, first_lr: float) -> Method:
@@ -76,12 +68,9 @@ FAMILY = {
     "dialect paper and mlperf": _dialect("paper", 128.0),
     "all tensors adapted": replace(BASE["LARS"], adapt_all=True, first_lr=64.0),
 }
-BATCH_NORM = {
-    name: replace(
-        *(method,), batch_norm=True, first_lr={"SGD with clipping": 0.8, "LARS": 32.0}.get(name, method.first_lr)
-    )
-    for name, method in MAIN.items()
-}
+BATCH_NORM = {name: replace(method, batch_norm=True) for name, method in MAIN.items()}
+for _name, _lr in (("SGD with clipping", 0.8), ("LARS", 32.0)):
+    BATCH_NORM[_name] = replace(BATCH_NORM[_name], first_lr=_lr)
 
 
 @dataclass(frozen=True)
@@ -93,7 +82,7 @@ class Study:
 
 
 def study(train: Callable[[list[Run]], list[Result]]) -> Study:
-    """Search, then test; with a store's `results` for `train` it is read instead. No search sees a test."""
+    """Search, then test; with `again` for `train` it is read instead. No search sees a test."""
     found = Study({}, defaultdict(list))
     tables: list[tuple[dict[str, Method], tuple[int, ...]]] = [
         ({**MAIN, **FAMILY, **ONE_LR}, (LARGEST,)),
@@ -104,77 +93,50 @@ def study(train: Callable[[list[Run]], list[Result]]) -> Study:
         grids = search(list(rows.values()), batches, PROTOCOL, train)
         keys = [key for key, grid in grids.items() if grid.is_inside]
         seeds = PROTOCOL.test_seeds
-        results = train(
-            [Run(method, batch, grids[batch, method].best_lr, seed, True) for batch, method in keys for seed in seeds]
-        )
+        runs = [Run(m, batch, grids[batch, m].best_lr, seed, final=True) for batch, m in keys for seed in seeds]
+        results = iter(train(runs))
         found.grids.update(grids)
-        found.finals.update({key: results[i * len(seeds) : (i + 1) * len(seeds)] for i, key in enumerate(keys)})
+        found.finals.update({key: [next(results) for _ in seeds] for key in keys})
     return found
 
 
-class Store:
-    """The runs of a CSV. Only whole lines count: a kill may have cut off the last one."""
-
-    def __init__(self, path: Path, origin: Sequence[str] = ()) -> None:
-        self.path, self.origin = path, tuple(origin)
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        rows = list(csv.DictReader(line for line in lines if line.endswith("\n")))
-        self.rows = {tuple(row[name] for name in COLUMNS[4:-4]): row for row in rows}
-        others = {tuple(row[name] for name in COLUMNS[:4]) for row in rows} - {self.origin}
-        if self.origin and others:
-            raise DataError(f"{path}: holds runs of {others.pop()}, these are of {self.origin}; give another --out")
-        if lines and not lines[-1].endswith("\n"):
-            path.write_text("".join(lines[:-1]), encoding="utf-8")
-
-    def key(self, run: Run) -> tuple[str, ...]:
-        method = run.method
-        values = (
-            *(("test", 10000) if run.final else ("validation", CUT.validation)),
-            *(method.optimizer, json.dumps(dict(method.options)), method.clip, method.bias_lr),
-            *(int(method.adapt_all), int(method.batch_norm), run.batch, run.lr, run.seed),
-            *(PROTOCOL.epochs, PROTOCOL.warmup_epochs, PROTOCOL.momentum, PROTOCOL.weight_decay),
-        )
-        return tuple("" if value is None else str(value) for value in values)
-
-    def add(self, result: Result) -> None:
-        """Append one line, which is on the disk when this returns."""
-        ratios = {layer: [float(f"{ratio:.4g}") for ratio in values] for layer, values in result.trust_ratios.items()}
-        words = json.dumps(ratios, separators=(",", ":")) if ratios else ""
-        key = self.key(result.run)
-        values = (*self.origin, *key, repr(result.accuracy), repr(result.loss), f"{result.seconds:.2f}", words)
-        new = not self.path.exists()
-        with self.path.open("a", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerows([COLUMNS, values] if new else [values])
-        self.rows[key] = dict(zip(COLUMNS, map(str, values), strict=True))
-
-    def results(self, runs: Sequence[Run]) -> list[Result]:
-        found = []
-        for run in runs:
-            row = self.rows[self.key(run)]
-            numbers = (float(row[name]) for name in OUTCOME[:3])
-            found.append(Result(run, *numbers, json.loads(row["trust_ratios"] or "{}")))
-        return found
+def key(run: Run) -> dict[str, str]:
+    """The settings of a run, as a line of the CSV has them."""
+    method = run.method
+    values = (
+        *(("test", 10000) if run.final else ("validation", CUT.validation)),
+        *(method.optimizer, json.dumps(dict(method.options)), method.clip, method.bias_lr),
+        *(int(method.adapt_all), int(method.batch_norm), run.batch, run.lr, run.seed),
+        *(PROTOCOL.epochs, PROTOCOL.warmup_epochs, PROTOCOL.momentum, PROTOCOL.weight_decay),
+    )
+    return {name: "" if value is None else str(value) for name, value in zip(SETTINGS, values, strict=True)}
 
 
-def train(data: Path, out: Path, console: Console) -> Study:
-    """Train what the store lacks."""
-    names = [name for pair in FILES.values() for name in pair]
-    paths = [path for name in names for path in (data / name, data / f"{name}.gz") if path.exists()]
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
+def stored(path: Path = FOLDER / "study.csv") -> dict[tuple[str, ...], list[float]]:
+    """Accuracy, loss and seconds of the runs of a CSV, by their settings."""
+    rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
+    return {tuple(row[name] for name in SETTINGS): [float(row[name]) for name in OUTCOME] for row in rows}
+
+
+def again(runs: Sequence[Run]) -> list[Result]:
+    """The stored results of these runs."""
+    rows = stored()
+    return [Result(run, *rows[tuple(key(run).values())]) for run in runs]
+
+
+def train(data: Path, out: Path) -> Study:
+    """Train everything; each run is a line of the CSV, written when the run ends."""
     dataset = idx_digits(data, CUT)
-    out.mkdir(parents=True, exist_ok=True)
-    origin = (VERSION, f"{data.resolve().name} {digest}", str(len(dataset.train.labels)), torch.__version__)
-    store = Store(out / "study.csv", origin)
-    with Workers(PROTOCOL, dataset) as workers, console.status("training") as status:
+    with out.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*SETTINGS, *OUTCOME], lineterminator="\n")
+        writer.writeheader()
 
-        def stored(runs: list[Run]) -> list[Result]:
-            missing = [run for run in dict.fromkeys(runs) if store.key(run) not in store.rows]
-            status.update(f"{len(store.rows)} runs are stored; training {len(missing)}")
-            workers.train(missing, finished=store.add)
-            return store.results(runs)
+        def add(result: Result) -> None:
+            outcome = (result.accuracy, result.loss, round(result.seconds, 2))
+            writer.writerow(key(result.run) | dict(zip(OUTCOME, outcome, strict=True)))
+            file.flush()
 
-        return study(stored)
+        return study(lambda runs: train_all(runs, PROTOCOL, dataset, add))
 
 
 # Student's t for a two-sided interval of 95 % and as many paired seeds
@@ -192,15 +154,15 @@ def difference(ours: Sequence[Result], theirs: Sequence[Result]) -> str:
 
 def plateau(grid: Grid, within: float = 1.0) -> str:
     """The factor between the ends of the tried lrs around the best, none left out, within some points of it."""
-    ks = sorted(grid.trials)
-    good = [grid.score(k)[0] >= grid.score(grid.best)[0] - within for k in ks]
-    low = high = ks.index(grid.best)
-    while low > 0 and good[low - 1]:
-        low -= 1
-    while high < len(ks) - 1 and good[high + 1]:
-        high += 1
-    edge = "at least " if low == 0 or high == len(ks) - 1 else ""
-    return f"{edge}{grid.lr(ks[high]) / grid.lr(ks[low]):.2g}"
+    ks, best = sorted(grid.trials), grid.score(grid.best)[0]
+
+    def is_good(k: int) -> bool:
+        return grid.score(k)[0] >= best - within
+
+    high = [*takewhile(is_good, ks[ks.index(grid.best) :])][-1]
+    low = [*takewhile(is_good, ks[ks.index(grid.best) :: -1])][-1]
+    edge = "at least " if low == ks[0] or high == ks[-1] else ""
+    return f"{edge}{grid.lr(high) / grid.lr(low):.2g}"
 
 
 def cells(found: Study, batch: int, method: Method) -> list[str]:
@@ -250,32 +212,16 @@ def tables(found: Study) -> Iterator[str]:
     yield from table(["method", *columns], [[n, *cells(found, LARGEST, m)] for n, m in BATCH_NORM.items()])
 
 
-def rendered() -> str:
-    """docs/study.md, as it has to be."""
-    page = DOCS / "study.md"
-    return with_part(
-        page, page.read_text(encoding="utf-8"), "study", tables(study(Store(FOLDER / "study.csv").results))
-    )
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__)
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="MNIST-format files (idx, gzipped or not)")
-    parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", default=Path("results/study"), help="where study.csv is kept"
-    )
+    files = ", ".join(name for pair in FILES.values() for name in pair)
+    parser.add_argument("--data", type=Path, metavar="FOLDER", required=True, help=f"{files}, gzipped or not")
+    parser.add_argument("--out", type=Path, metavar="FILE", default=Path("study.csv"), help="(default: %(default)s)")
     options = parser.parse_args(arguments)
-    console = Console(highlight=False)
-    if options.data is None:
-        parser.error(
-            f"--data FOLDER must hold MNIST-format files, gzipped or not: {', '.join(map(str, FILES.values()))}"
-        )
     try:
-        console.print("\n".join(tables(train(options.data, options.out, console))), markup=False, soft_wrap=True)
+        print(*tables(train(options.data, options.out)), sep="\n")
     except DataError as error:
         parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, "study: interrupted; start it again to resume\n")
     return 0
 
 

@@ -7,43 +7,36 @@ one after the other.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 from torch import nn
 
-from benchmarks.counting import launches_and_host_reads
 from benchmarks.optimizers import ADAPTED, CONTENDERS, groups_of
-from benchmarks.performance import parameters, synchronize
+from benchmarks.performance import parameters
+from benchmarks.rounds import synchronize
 from benchmarks.shapes import MODELS
 
-if TYPE_CHECKING:
-    from pytest_benchmark.fixture import BenchmarkFixture
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-@pytest.fixture(scope="module")
-def params(request: pytest.FixtureRequest, device: torch.device) -> list[nn.Parameter]:
+@pytest.fixture(scope="module", params=[(device, model) for device in DEVICES for model in MODELS], ids="-".join)
+def params(request: pytest.FixtureRequest) -> list[nn.Parameter]:
     """One model at a time: the largest take gigabytes."""
-    return parameters(MODELS[request.param].shapes(), device)
+    device, model = request.param
+    return parameters(MODELS[model].shapes(), torch.device(device))
 
 
-@pytest.mark.parametrize("params", list(MODELS), indirect=True)
 @pytest.mark.parametrize("adapted", ADAPTED)
 @pytest.mark.parametrize("name", list(CONTENDERS))
 def test_step(
-    benchmark: BenchmarkFixture,
-    request: pytest.FixtureRequest,
-    params: list[nn.Parameter],
-    adapted: str,
-    name: str,
-    device: torch.device,
+    benchmark: BenchmarkFixture, request: pytest.FixtureRequest, params: list[nn.Parameter], adapted: str, name: str
 ) -> None:
     """The optimizer alone; with "weights" biases and norms are not adapted, as in real use."""
-    contender = CONTENDERS[name]
-    if reason := contender.missing():
-        pytest.skip(reason)
-    benchmark.group = f"step, {request.node.callspec.params['params']}, {adapted} adapted"
+    contender, device = CONTENDERS[name], params[0].device
+    if contender.is_missing:
+        pytest.skip(f"{name} is not installed")
+    benchmark.group = f"step, {', '.join(request.node.callspec.params['params'])}, {adapted} adapted"
     step = contender.stepper(groups_of(params, adapted))
 
     def whole() -> None:
@@ -53,4 +46,3 @@ def test_step(
     for _ in range(2):  # buffers, compilation
         whole()
     benchmark(whole)
-    benchmark.extra_info["launches"], benchmark.extra_info["host reads"] = launches_and_host_reads(step, device)

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import io
 import struct
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 for module in ("sklearn", "matplotlib", "rich"):
     pytest.importorskip(module, reason="the demo has its own dependencies: group demo")
 
-ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT))  # benchmarks/ is not part of the package and is run from the repository root
 
 from rich.console import Console
 
+from benchmarks import study
 from benchmarks.demo import __main__ as program
 from benchmarks.demo import outcome, training
-from benchmarks.demo.data import FILES, IMAGES_MAGIC, LABELS_MAGIC, DataError, Dataset, idx_digits, read_idx
+from benchmarks.demo.data import FILES, IMAGES_MAGIC, LABELS_MAGIC, Cut, DataError, Dataset, idx_digits, read_idx
 from benchmarks.demo.search import Grid, next_trials, search
 from benchmarks.demo.training import METHODS, Method, Protocol, Result, Run
+
+CUT = Cut(4096, 4096, 0.8, (32, 8, 2, 1), pool=2)
 
 
 def idx(magic: int, shape: tuple[int, ...], values: bytes) -> bytes:
@@ -52,7 +51,7 @@ def directory(tmp_path: Path) -> Path:
 
 
 def test_idx_files_are_read_gzipped_or_not(directory: Path) -> None:
-    dataset = idx_digits(directory)
+    dataset = idx_digits(directory, CUT)
     assert dataset.train.images.shape == (160, 1, 6, 4)
     assert dataset.batches == (5, 20, 80, 160)
     assert [len(split.labels) for split in (dataset.train, dataset.validation, dataset.test)] == [160, 40, 30]
@@ -81,20 +80,22 @@ def test_a_wrong_file_is_one_clear_line(tmp_path: Path, content: bytes | None, f
     assert str(error.value).startswith(str(path)) and found in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("main", "arguments", "message"),
+    [
+        (study.main, ["--data", "{}"], "must hold a label for each of 30 images, found 29"),
+        (program.main, ["--out", "{}/file/out"], "Not a directory"),
+    ],
+)
 def test_bad_data_and_a_bad_folder_end_with_status_2_and_a_message(
-    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    main: Callable[[list[str]], int], arguments: list[str], message: str, directory: Path, capsys: Any
 ) -> None:
     (directory / FILES["test"][1]).write_bytes(labels(29))
-    file = tmp_path / "file"
-    file.touch()
-    for arguments, message in (
-        (["--data", str(directory), "--out", str(tmp_path)], "must hold a label for each of 30 images, found 29"),
-        (["--out", str(file / "out")], "Not a directory"),
-    ):
-        with pytest.raises(SystemExit) as ended:
-            program.main(arguments)
-        out, err = capsys.readouterr()
-        assert (ended.value.code, out) == (2, "") and message in err
+    (directory / "file").touch()
+    with pytest.raises(SystemExit) as ended:
+        main([argument.format(directory) for argument in arguments])
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out) == (2, "") and message in err
 
 
 METHOD = Method("SGD", bias_lr=None, first_lr=1.0)
@@ -120,26 +121,23 @@ def test_equal_accuracies_are_told_apart_by_the_loss() -> None:
     run = Run(METHOD, 32, 1.0, 100)
     grid = Grid(1.0, {k: [Result(run, 98.0, loss, 0.0)] for k, loss in ((-2, 0.3), (0, 0.1), (2, float("inf")))})
     assert grid.best == 0
-    assert next_trials([grid], first=3, most=15) == [[-1, 1]]
+    assert next_trials([grid], Protocol(first_trials=3)) == [[-1, 1]]
 
 
 def test_the_search_and_the_runs_are_written_and_read_again(directory: Path, tmp_path: Path) -> None:
     """Everything is real except the processes: training runs in this one."""
 
-    def here(protocol: Protocol, dataset: Dataset) -> contextlib.AbstractContextManager[SimpleNamespace]:
-        def train(runs: list[Run], finished: Callable[[Result], None]) -> list[Result]:
-            results = [training.train(run, protocol, dataset) for run in runs]
-            for result in results:
-                finished(result)
-            return results
-
-        return contextlib.nullcontext(SimpleNamespace(train=train))
+    def here(runs: list[Run], protocol: Protocol, dataset: Dataset, finished: Callable[[Result], None]) -> list[Result]:
+        results = [training.train(run, protocol, dataset) for run in runs]
+        for result in results:
+            finished(result)
+        return results
 
     protocol = Protocol(2, 1, first_trials=3, most_trials=3, search_seeds=(100,), test_seeds=(0, 1))
-    dataset = replace(idx_digits(directory), batches=(80, 160))
+    dataset = replace(idx_digits(directory, CUT), batches=(80, 160))
     screen = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(program, "Workers", here)
+        patch.setattr(program, "train_all", here)
         program.demo(dataset, protocol, tmp_path, Console(file=screen, width=100), searching=True)
         patch.setattr(program, "STORED", tmp_path / "lrs.csv")
         first = outcome.read(tmp_path / "runs.csv")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
+import json
 import math
 import re
 import statistics
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,16 +15,15 @@ for module in ("rich", "matplotlib", "sklearn"):
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-sys.path.append(str(ROOT))  # benchmarks/ is not part of the package and is run from the repository root
 
-from benchmarks import long_run, render
+from benchmarks import render
 from benchmarks.demo import __main__ as demo
 from benchmarks.demo import figure, outcome
-from benchmarks.optimizers import YARDSTICK
+from benchmarks.optimizers import PEERS, YARDSTICK
 from benchmarks.shapes import MODELS
 
-STORED, ELSEWHERE = render.stored_in(render.FOLDER), render.stored_in(render.FOLDER / "elsewhere")
-PAGES = render.pages(STORED, ELSEWHERE)
+CPU = render.runs_on("cpu")[0]
+PAGES = render.pages()
 RUNS, TRIALS = outcome.read(DOCS / "demo" / "runs.csv"), outcome.read(demo.STORED)
 
 
@@ -46,43 +44,35 @@ def test_the_demo_ran_at_the_lrs_of_the_search_and_its_picture_is_of_these_runs(
     assert means["LARS"][0] - means["LARS"][-1] < 2.5 and means["SGD"][0] - means["SGD"][-1] > 5  # "level", "falls"
 
 
-def test_the_long_run_of_the_page_is_that_of_its_blocks() -> None:
-    with (render.FOLDER / "long_run.csv").open(newline="", encoding="utf-8") as file:
-        blocks = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
-    for block in blocks:
-        block["step"] = int(block["step"])
-    about = {"versions": {"torch": "0"}, "load": 0, "cores": 0, "date": ""}  # on that day
-    text, faults = long_run.summary(blocks, about)
-    shown, expected = (render.FOLDER / "long_run.md").read_text("utf-8").splitlines(), text.splitlines()
-    assert not faults
-    for line, again in zip(shown[2:], expected[2:], strict=True):
-        found = [
-            [float(n) for n in re.findall(r"[\d.]+\d(?:e-\d+)?|\d", each.replace(",", ""))] for each in (line, again)
-        ]
-        assert found[0] == pytest.approx(found[1], rel=5e-3), line  # the file is rounded to five digits
+def test_the_picture_of_readme_is_of_this_run(tmp_path: Path) -> None:
+    render.picture(CPU, tmp_path / "speed.svg")
+    (source,) = re.findall("<dc:source>.*</dc:source>", (tmp_path / "speed.svg").read_text("utf-8"))
+    assert source in (DOCS / "speed.svg").read_text("utf-8"), "run python -m benchmarks.render"
+
+
+def test_no_compiled_step_copies_single_numbers() -> None:
+    """As docs/performance.md says of its counts."""
+    cells = json.loads((render.FOLDER / "compiled" / "launches.json").read_text("utf-8"))["cells"]
+    counted = [cell for cases in cells.values() for by_dtype in cases.values() for cell in by_dtype.values()]
+    assert counted and not any(cell["on_one_element"] for cell in counted)
 
 
 def test_ours_is_faster_than_every_other_lars() -> None:
-    """README's first sentence and its picture's text say so, and docs/frameworks/lightly.md."""
-    results = render.find(STORED, "cpu")
-    assert results is not None
-    for case in results.cases:
-        ours, *peers = (
-            results.ratio(case, n, YARDSTICK) for n in (render.DEFAULT, "lightly", "timm", "pytorch_optimizer")
-        )
-        assert ours < min(peers), case
+    """README's first sentence and the text of its picture; docs/frameworks/lightly.md says that it is faster."""
+    for case in CPU.cases:
+        assert all(CPU.ratio(case, peer, render.DEFAULT) > 1 for peer in PEERS), case
     text = (ROOT / "README.md").read_text("utf-8")
-    models = [case for case in results.cases if MODELS["small"].title not in case]
-    faster = [results.ratio(case, peer, render.DEFAULT) for case in models for peer in ("lightly", "timm")]
+    models = [case for case in CPU.cases if MODELS["small"].title not in case]
+    faster = [CPU.ratio(case, peer, render.DEFAULT) for case in models for peer in ("lightly", "timm")]
     assert f"a step {min(faster):.1f} to {max(faster):.1f} times as fast as lightly's or timm's on a CPU" in text
     (alternative,) = re.findall(r"!\[([^]]*)\]\(docs/speed.svg\)", text)
     ours, peers = (
-        {f"{results.ratio(case, name, YARDSTICK):.1f}" for case in models for name in names}
+        {f"{CPU.ratio(case, name, YARDSTICK):.1f}" for case in models for name in names}
         for names in ([render.DEFAULT], ["lightly", "timm"])
     )
     assert f"fastlars takes {min(ours)} to {max(ours)} times as long" in alternative
     assert f"lightly and timm {min(peers)} to {max(peers)} times" in alternative
-    assert ("fastlars has not run on a GPU yet" in text) == (render.find(STORED, "cuda") is None)
+    assert ("fastlars has not run on a GPU yet" in text) == (not render.runs_on("cuda"))
 
 
 def test_what_the_page_on_lr_says_of_the_search() -> None:
@@ -109,11 +99,12 @@ def test_what_the_page_on_lr_says_of_the_search() -> None:
 
 
 def test_what_the_page_on_several_processes_counts() -> None:
-    resnet = MODELS["resnet50"]
+    shapes = MODELS["resnet50"].shapes()
+    tensors, elements = len(shapes), sum(map(math.prod, shapes))
     text = (DOCS / "distributed.md").read_text("utf-8").replace("\n", " ")
-    assert f"all of ResNet-50's {resnet.tensors} tensors under FSDP2" in text
-    sent, reduced = f"{(8 * resnet.tensors + 8) / 1e3:.1f} kB", f"{4 * resnet.elements / 1e6:.0f} MB"
-    assert f"all-reduce of {sent} per step. The gradients that torch reduces take {reduced}" in text
+    assert f"all of ResNet-50's {tensors} tensors under FSDP2" in text
+    sent, reduced = f"{(8 * tensors + 8) / 1e3:.1f} kB", f"{4 * elements / 1e6:.0f} MB"
+    assert f"all-reduce of {sent} a step; their gradients, which torch reduces, are {reduced}" in text
 
 
 # a number with a unit, or a multiple
@@ -162,9 +153,9 @@ def test_no_other_figure_is_typed_by_hand() -> None:
 
 
 def written_by_hand(page: Path) -> str:
-    """Without text that programs write or run. CONTRIBUTING, which is not searched, shows what commands printed."""
-    if page.name in ("performance.md", "precision.md", "table.md", "study.md") or page.parent.name == "study":
-        return ""  # compared as a whole, or by the study's own tests
+    """Without what programs write or run. (CONTRIBUTING, which is not searched, shows what commands have printed.)"""
+    if page.name in ("precision.md", "table.md", "study.md") or page.parent.name == "study":
+        return ""  # compared as a whole, those of the study by its own tests
     text = page.read_text("utf-8")
     for begin, end in ((render.BEGIN, render.END), ("```{}", "```")):
         first, last = (re.escape(line).replace(r"\{\}", r"[^\n]*") for line in (begin, end))

@@ -1,11 +1,10 @@
-"""The study: equal treatment, results from which a killed run resumes, and a page that matches them."""
+"""The study: equal treatment, and a page that says what its runs hold."""
 
 from __future__ import annotations
 
 import math
 import statistics
-import sys
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +15,29 @@ for module in ("sklearn", "rich"):
     pytest.importorskip(module, reason="the study has the demo's dependencies: group demo")
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT))  # benchmarks/ is not part of the package and is run from the repository root
 
 from benchmarks import study
 from benchmarks.demo import training
-from benchmarks.demo.data import DataError, Dataset, Split
+from benchmarks.demo.data import Dataset, Split
 from benchmarks.demo.search import Grid
 from benchmarks.demo.training import Method, Protocol, Result, Run
 
-STORED = study.FOLDER / "study.csv"
 ROWS = {"main": study.MAIN, "one lr": study.ONE_LR, "family": study.FAMILY, "batch-norm": study.BATCH_NORM}
 METHODS = [(which, name, method) for which, rows in ROWS.items() for name, method in rows.items()]
 
 
 @pytest.fixture(scope="module")
 def found() -> study.Study:
-    """The committed runs, with the search of the protocol repeated."""
-    return study.study(study.Store(STORED).results)
+    """The committed runs, searched again by the protocol's rules."""
+    return study.study(study.again)
 
 
 def test_the_committed_runs_are_all_that_the_protocol_asks_for_and_no_more(found: study.Study) -> None:
     searched = [result for grid in found.grids.values() for results in grid.trials.values() for result in results]
     finals = [result for results in found.finals.values() for result in results]
-    store = study.Store(STORED)
-    assert {store.key(result.run) for result in searched + finals} == store.rows.keys()
-    assert len(store.rows) == len(searched) + len(finals)
+    stored = study.stored()
+    assert {tuple(study.key(result.run).values()) for result in searched + finals} == stored.keys()
+    assert len(stored) == len(searched) + len(finals)
     assert all(grid.is_inside for grid in found.grids.values()), "no row failed"
     seeds = [{result.run.seed for result in part} for part in (searched, finals)]
     assert not seeds[0] & seeds[1] and len(seeds[1]) == 5
@@ -92,19 +89,9 @@ def test_every_method_has_the_same_groups_and_the_options_of_its_row() -> None:
         assert bool(weights.get("nesterov")) == ("Nesterov" in name)
 
 
-@pytest.fixture(scope="module")
-def digits() -> Dataset:
-    generator = torch.Generator().manual_seed(0)
-    split = Split(torch.randn(64, 1, 12, 12, generator=generator), torch.arange(64) % 10)
-    return Dataset("digits", split, split, split, (32, 64))
-
-
-PROTOCOL = Protocol(2, 1, first_stride=2, ratios_an_epoch=4)
-
-
-def test_weights_and_order_of_a_seed_are_those_of_every_method(
-    digits: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_and_order_of_a_seed_are_those_of_every_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    split = Split(torch.randn(64, 1, 12, 12), torch.arange(64) % 10)
+    digits, protocol = Dataset("digits", split, split, split, (32, 64)), Protocol(2, 1, first_stride=2)
     seen: list[float] = []
     build, permute = training.build_optimizer, torch.randperm
 
@@ -119,33 +106,30 @@ def test_weights_and_order_of_a_seed_are_those_of_every_method(
 
     def watched(method: Method, seed: int) -> list[float]:
         seen.clear()
-        training.train(Run(method, 64, 0.01, seed), PROTOCOL, digits)
+        training.train(Run(method, 64, 0.01, seed), protocol, digits)
         return list(seen)
 
     monkeypatch.setattr(training, "build_optimizer", watched_build)
     monkeypatch.setattr(torch, "randperm", watched_permute)
     first = watched(METHODS[0][2], 0)
-    assert len(first) == 8 + PROTOCOL.epochs  # weights and biases of four layers
+    assert len(first) == 8 + protocol.epochs  # four layers' weights and biases
     assert all(watched(method, 0) == first for *_, method in METHODS)
     assert all(one != other for one, other in zip(first, watched(METHODS[0][2], 1), strict=True))
 
 
-def test_a_killed_study_resumes_from_whole_lines_to_the_bit(tmp_path: Path) -> None:
-    path, origin = tmp_path / "study.csv", ("1", "none", "512", "2")
+def test_what_a_study_writes_is_read_again_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [Run(study.MAIN["LARS"], 256, 0.1 * 2**0.5, seed, final=True) for seed in range(3)]
-    results = [Result(run, 100 / 3, math.inf, 1.0, {"conv1": [0.5, 0.25]}) for run in runs]
-    store = study.Store(path, origin)
-    for result in results:
-        store.add(result)
-    path.write_text(path.read_text(encoding="utf-8")[:-20], encoding="utf-8")  # killed in the middle of a line
-    again = study.Store(path, origin)
-    assert again.results(runs[:2]) == results[:2]
-    assert again.key(runs[2]) not in again.rows and again.key(replace(runs[0], final=False)) not in again.rows
-    again.add(results[2])
-    assert study.Store(path, origin).results(runs) == results
-    assert path.read_text(encoding="utf-8").splitlines()[0] == STORED.read_text(encoding="utf-8").splitlines()[0]
-    with pytest.raises(DataError, match="holds runs of"):
-        study.Store(path, ("1", "other", "512", "2"))
+
+    def train_all(runs: list[Run], _protocol: object, _data: object, finished: Callable[[Result], None]) -> None:
+        for run in runs:
+            finished(Result(run, 100 / 3, math.inf, 1.0))
+
+    monkeypatch.setattr(study, "idx_digits", lambda *_: None)
+    monkeypatch.setattr(study, "train_all", train_all)
+    monkeypatch.setattr(study, "study", lambda train: train(runs))
+    study.train(tmp_path, tmp_path / "study.csv")
+    written = {tuple(study.key(run).values()): [100 / 3, math.inf, 1.0] for run in runs}
+    assert study.stored(tmp_path / "study.csv") == written
 
 
 def graded(*accuracies: float) -> Grid:
@@ -153,16 +137,10 @@ def graded(*accuracies: float) -> Grid:
     return Grid(1.0, {2 * k: [Result(run, accuracy, 0.0, 0.0)] for k, accuracy in enumerate(accuracies)})
 
 
-@pytest.mark.parametrize(
-    ("grid", "words"),
-    [
-        (graded(80, 90, 91.5, 91, 90.6, 85), "4"),
-        (graded(80, 85, 91.5, 85, 91.4), "1"),  # beyond a gap
-        (graded(91, 91.5, 85), "at least 2"),
-    ],
-)
-def test_the_plateau_is_what_lies_within_a_point_around_the_best(grid: Grid, words: str) -> None:
-    assert study.plateau(grid) == words
+def test_the_plateau_is_what_lies_within_a_point_around_the_best() -> None:
+    assert study.plateau(graded(80, 90, 91.5, 91, 90.6, 85)) == "4"
+    assert study.plateau(graded(80, 85, 91.5, 85, 91.4)) == "1", "what lies beyond a gap does not count"
+    assert study.plateau(graded(91, 91.5, 85)) == "at least 2"
 
 
 def test_a_difference_is_paired_by_seed_and_its_interval_is_students() -> None:

@@ -22,11 +22,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 from . import outcome
-from .data import DataError, Dataset, idx_digits, scikit_learn_digits
+from .data import Dataset, scikit_learn_digits
 from .figure import draw
 from .search import search
-from .training import METHODS, Protocol, Result, Run
-from .workers import Workers
+from .training import METHODS, Protocol, Result, Run, train_all
 
 STORED = Path(__file__).with_name("lrs.csv")
 
@@ -34,56 +33,50 @@ STORED = Path(__file__).with_name("lrs.csv")
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__.split("\n\n")[0])
     parser.add_argument("--search", action="store_true", help="search the learning rates again: minutes")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="MNIST-format files (idx, gzipped or not); searches")
     parser.add_argument("--out", type=Path, metavar="DIR", default=Path("results/demo"), help="(default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
         options.out.mkdir(parents=True, exist_ok=True)
-        dataset = idx_digits(options.data) if options.data else scikit_learn_digits()
-        demo(dataset, Protocol(), options.out, Console(highlight=False), searching=options.search or bool(options.data))
-    except (DataError, OSError) as error:
+        demo(scikit_learn_digits(), Protocol(), options.out, Console(highlight=False), searching=options.search)
+    except OSError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
-        parser.exit(130, "demo: interrupted; nothing was written\n")
+        parser.exit(130, "demo: interrupted\n")
     return 0
 
 
 def demo(dataset: Dataset, protocol: Protocol, out: Path, console: Console, *, searching: bool) -> None:
     """Search if asked, train, and write lrs.csv (after a search), runs.csv and demo.png."""
     began = time.perf_counter()
-    with Workers(protocol, dataset) as workers:
-        found = _search(dataset, protocol, workers, console) if searching else outcome.read(STORED)
-        names = {
-            Run(method, batch, lr, seed, final=True): name
-            for (name, batch), (method, lr) in outcome.chosen(found, dataset.batches).items()
-            for seed in protocol.test_seeds
-        }
-        results: list[Result] = []
-        with Live(console=console, transient=True) as live:
-
-            def show(result: Result) -> None:
-                results.append(result)
-                live.update(_table(dataset, results, names))
-
-            results = workers.train(list(names), finished=show)
-    console.print(_table(dataset, results, names))
-    rows = outcome.finals([(names[result.run], result) for result in results], protocol)
-    console.print(outcome.one_lr(rows), soft_wrap=True)
+    found = outcome.read(STORED)
     if searching:
+
+        def train(runs: list[Run]) -> list[Result]:
+            with Progress(console=console, transient=True) as progress:
+                task = progress.add_task(f"search: {len(runs)} runs", total=len(runs))
+                return train_all(runs, protocol, dataset, lambda _: progress.advance(task))
+
+        found = outcome.trials(search(METHODS, dataset.batches, protocol, train))
         outcome.write(found, out / "lrs.csv")
+    names = {
+        Run(method, batch, lr, seed, final=True): name
+        for (name, batch), (method, lr) in outcome.chosen(found, dataset.batches).items()
+        for seed in protocol.test_seeds
+    }
+    ended: list[Result] = []
+    with Live(console=console, transient=True) as live:
+
+        def show(result: Result) -> None:
+            ended.append(result)
+            live.update(_table(dataset, ended, names))
+
+        results = train_all(list(names), protocol, dataset, show)
+    rows = outcome.finals([(names[result.run], result) for result in results], protocol)
+    console.print(_table(dataset, ended, names))
     outcome.write(rows, out / "runs.csv")
     draw(rows, dataset.name, out / "demo.png")
-    written = ("lrs.csv, " if searching else "") + "runs.csv, demo.png"
-    console.print(f"{time.perf_counter() - began:.0f} s. Written: {written} in {out}", markup=False, soft_wrap=True)
-
-
-def _search(dataset: Dataset, protocol: Protocol, workers: Workers, console: Console) -> list[outcome.Row]:
-    def train(runs: list[Run]) -> list[Result]:
-        with Progress(console=console, transient=True) as progress:
-            task = progress.add_task(f"search: {len(runs)} runs", total=len(runs))
-            return workers.train(runs, finished=lambda _: progress.advance(task))
-
-    return outcome.trials(search(METHODS, dataset.batches, protocol, train))
+    console.print(outcome.one_lr(rows), soft_wrap=True)
+    console.print(f"{time.perf_counter() - began:.0f} s; runs and picture are in {out}", markup=False, soft_wrap=True)
 
 
 def _table(dataset: Dataset, results: list[Result], names: dict[Run, str]) -> Table:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn.functional import avg_pool2d
 
 Numbers = npt.NDArray[np.generic]
 
@@ -28,10 +29,7 @@ class Cut:
     validation: int  # images at most
     share: float  # of the train files, at most, is the training split
     parts: tuple[int, ...]  # the training split holds this many batches; each divides the first
-    pool: int = 1  # images shrink by this factor, by averaging
-
-
-DEMO_CUT = Cut(4096, 4096, 0.8, (32, 8, 2, 1), pool=2)
+    pool: int  # images shrink by this factor, by averaging
 
 
 class DataError(Exception):
@@ -57,15 +55,13 @@ def scikit_learn_digits() -> Dataset:
     """The 1797 images of 8 x 8 pixels that come with scikit-learn: 1152 train, 323 validate, 322 test."""
     from sklearn.datasets import load_digits  # noqa: PLC0415  slow to import, and data may come from elsewhere
 
-    digits = load_digits()
-    train, rest = _stratified(digits.target, np.arange(len(digits.target)), 1152)
-    parts = [
-        (digits.images[chosen], digits.target[chosen]) for chosen in (train, *_stratified(digits.target, rest, 323))
-    ]
+    images, labels = (getattr(load_digits(), name) for name in ("images", "target"))
+    train, rest = _stratified(labels, np.arange(len(labels)), 1152)
+    parts = [(images[chosen], labels[chosen]) for chosen in (train, *_stratified(labels, rest, 323))]
     return _dataset("scikit-learn digits", parts, (32, 144, 576, 1152))
 
 
-def idx_digits(directory: Path, cut: Cut = DEMO_CUT) -> Dataset:
+def idx_digits(directory: Path, cut: Cut) -> Dataset:
     """MNIST-format files: training and validation split from the train files, test from the t10k files."""
     (images, labels), test = (_read_pair(directory, which) for which in FILES)
     size = min(cut.train, int(len(labels) * cut.share)) // cut.parts[0] * cut.parts[0]
@@ -74,8 +70,7 @@ def idx_digits(directory: Path, cut: Cut = DEMO_CUT) -> Dataset:
         validation, _ = _stratified(labels, validation, cut.validation)
     parts = [(images[train], labels[train]), (images[validation], labels[validation]), test]
     name = f"{directory.resolve().name} ({size} of {len(labels)} images)"
-    pooled = [(_pooled(some, cut.pool), theirs) for some, theirs in parts]
-    return _dataset(name, pooled, tuple(size // part for part in cut.parts))
+    return _dataset(name, parts, tuple(size // part for part in cut.parts), cut.pool)
 
 
 def read_idx(path: Path, magic: int) -> Numbers:
@@ -112,23 +107,13 @@ def _stratified(labels: Numbers, indices: npt.NDArray[np.intp], size: int) -> li
     """Draw `size` of `indices` with every digit in proportion; returns them and the rest."""
     from sklearn.model_selection import train_test_split  # noqa: PLC0415  as above
 
-    halves: list[npt.NDArray[np.intp]] = train_test_split(
-        indices, train_size=size, stratify=labels[indices], random_state=0
-    )
-    return halves
+    return list(train_test_split(indices, train_size=size, stratify=labels[indices], random_state=0))
 
 
-def _pooled(images: Numbers, size: int) -> Numbers:
-    """Means of size x size pixels; a row or column that is left over is dropped."""
-    height, width = (side // size for side in images.shape[1:])
-    whole = images[:, : height * size, : width * size].astype(np.float32)
-    return whole.reshape(len(images), height, size, width, size).mean((2, 4))
-
-
-def _dataset(name: str, parts: list[tuple[Numbers, Numbers]], batches: tuple[int, ...]) -> Dataset:
+def _dataset(name: str, parts: list[tuple[Numbers, Numbers]], batches: tuple[int, ...], pool: int = 1) -> Dataset:
     """Standardise the pixels with the mean and deviation of the training split alone."""
-    pixels = [images.astype(np.float32) for images, _ in parts]
-    mean, std = pixels[0].mean(), pixels[0].std()
-    images = [torch.from_numpy((each - mean) / std).unsqueeze(1) for each in pixels]
+    pixels = [avg_pool2d(torch.from_numpy(images.astype(np.float32)).unsqueeze(1), pool) for images, _ in parts]
+    mean, std = pixels[0].numpy().mean(), pixels[0].numpy().std()
+    images = [(each - mean) / std for each in pixels]
     labels = [torch.from_numpy(theirs.astype(np.int64)) for _, theirs in parts]
     return Dataset(name, *map(Split, images, labels), batches)

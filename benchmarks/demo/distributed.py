@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,12 +36,10 @@ from .data import Dataset, Split, scikit_learn_digits
 from .training import BIAS_LR, Protocol, build_model
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(arguments)
-    device = start()
+def main() -> None:
+    options, device = parse(None), start()
     train(scikit_learn_digits(), options, device)
     stop(device)
-    return 0
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -55,8 +52,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=128.0, help="of the weights (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     options = parser.parse_args(arguments)
-    if options.epochs <= Protocol.warmup_epochs:
-        parser.error(f"--epochs must be > {Protocol.warmup_epochs}, the epochs of warm-up, got {options.epochs}")
     # up to 2.6 fully_shard does not run on CPUs, and up to 2.8 it adds there the gradients that it should average
     needed = (2, 6) if torch.cuda.is_available() else (2, 9)
     if options.shard and torch.__version__ < needed:
@@ -209,4 +204,4 @@ def steps_saved(folder: Path) -> list[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,4 +1,4 @@
-"""The demo's picture, and what the study's pictures share with it."""
+"""The demo's picture, and the style of all."""
 
 from __future__ import annotations
 
@@ -7,20 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # writes files without a display
-
 from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from benchmarks.rounds import fingerprint
+from benchmarks.results import fingerprint
 
 from .outcome import TITLES, Row, accuracies, batches, mean
 
 # Okabe and Ito's colours: distinct for colour-blind readers too. Line style and marker say the same once more.
-LINES = {"LARS": ("#0072B2", "-", "o"), "SGD": ("#D55E00", "--", "s")}
+LINES = {"LARS": ("#0072B2", "-", "o", max, 12), "SGD": ("#D55E00", "--", "s", min, -13)}
 STYLE: dict[Any, Any] = {
     "font.size": 12,
     "axes.titlesize": 13,
@@ -31,7 +26,8 @@ STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "legend.frameon": False,
     "figure.facecolor": "white",
-    "svg.hashsalt": "fastlars",  # with no date in it, the same results make the same file
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "fastlars",  # the same results make the same file
 }
 
 
@@ -40,16 +36,15 @@ def draw(rows: Sequence[Row], data: str, path: Path) -> None:
     sizes = batches(rows)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(8.4, 4.4), dpi=200, layout="constrained")
-        for name, (colour, style, marker) in LINES.items():
+        for name, (colour, style, marker, edge, above) in LINES.items():
             means = [mean(rows, name, batch) for batch in sizes]
+            words: dict[str, Any] = {"textcoords": "offset points", "color": colour, "va": "center"}
             axes.plot(sizes, means, color=colour, linestyle=style, linewidth=3)
-            ours = name == "LARS"
             for batch, height in zip(sizes, means, strict=True):
                 seeds = accuracies(rows, name, batch)
                 axes.plot([batch] * len(seeds), seeds, marker, color=colour, markersize=6, alpha=0.6)
-                edge = max(seeds) if ours else min(seeds)
-                _label(axes, f"{height:.1f}", (batch, edge), (0, 12 if ours else -13), colour, ha="center")
-            _label(axes, TITLES[name].replace(", ", "\n", 1), (sizes[-1], means[-1]), (14, 0), colour, ha="left")
+                axes.annotate(f"{height:.1f}", (batch, edge(seeds)), (0, above), ha="center", weight="bold", **words)
+            axes.annotate(TITLES[name].replace(", ", "\n", 1), (sizes[-1], means[-1]), (14, 0), **words)
         lowest = min(float(row["accuracy_percent"]) for row in rows if row["name"] in LINES)
         axes.set_ylim(max(0.0, 2 * math.floor(lowest / 2) - 2), 101)
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
@@ -62,11 +57,6 @@ def draw(rows: Sequence[Row], data: str, path: Path) -> None:
         axes.set_title(f"All training images in one batch: {ends}", loc="left", weight="bold")
         figure.savefig(path, metadata={"Source": drawn_from(rows)})
         plt.close(figure)
-
-
-def _label(axes: Axes, text: str, point: tuple[float, float], offset: tuple[int, int], colour: str, ha: str) -> None:
-    weight = "bold" if ha == "center" else "normal"
-    axes.annotate(text, point, offset, textcoords="offset points", color=colour, weight=weight, ha=ha, va="center")
 
 
 def drawn_from(rows: Sequence[Row]) -> str:

@@ -22,8 +22,7 @@ FAILED = 50.0  # percent: what stays below has not trained
 
 
 def read(path: Path) -> list[Row]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
 
 
 def write(rows: Sequence[Row], path: Path) -> None:
@@ -33,9 +32,9 @@ def write(rows: Sequence[Row], path: Path) -> None:
         writer.writerows(rows)
 
 
-def _row(method: Method, batch: int, lr: float, **more: object) -> Row:
+def _row(method: Method, batch: int, **more: object) -> Row:
     biases = "same" if method.bias_lr is None else f"{method.bias_lr:g}"
-    row = {"batch": batch, "optimizer": method.optimizer, "bias_lr": biases, "lr": lr, **more}
+    row = {"batch": batch, "optimizer": method.optimizer, "bias_lr": biases, **more}
     return {name: str(value) for name, value in row.items()}
 
 
@@ -44,9 +43,8 @@ def trials(grids: dict[tuple[int, Method], Grid]) -> list[Row]:
     rows = []
     for (batch, method), grid in grids.items():
         for k in sorted(grid.trials):
-            accuracy, loss = grid.score(k)[0], -grid.score(k)[1]
-            numbers = {"seeds": len(grid.trials[k]), "accuracy_percent": f"{accuracy:.4f}", "loss": f"{loss:.6g}"}
-            rows.append(_row(method, batch, grid.lr(k), **numbers))
+            lr, (accuracy, loss) = {"lr": grid.lr(k), "seeds": len(grid.trials[k])}, grid.score(k)
+            rows.append(_row(method, batch, **lr, accuracy_percent=f"{accuracy:.4f}", loss=f"{-loss:.6g}"))
     return rows
 
 
@@ -55,9 +53,9 @@ def finals(named: Sequence[tuple[str, Result]], protocol: Protocol) -> list[Row]
     rows = []
     for name, result in named:
         run = result.run
-        row = {"name": name, **_row(run.method, run.batch, run.lr, seed=run.seed, epochs=protocol.epochs)}
+        row = _row(run.method, run.batch, lr=run.lr, seed=run.seed, epochs=protocol.epochs)
         numbers = {"accuracy_percent": f"{result.accuracy:.4f}", "loss": f"{result.loss:.6g}"}
-        rows.append({**row, **numbers, "seconds": f"{result.seconds:.3f}"})
+        rows.append({"name": name, **row, **numbers, "seconds": f"{result.seconds:.3f}"})
     return rows
 
 
@@ -65,14 +63,9 @@ def chosen(found: Sequence[Row], batches: Sequence[int]) -> dict[tuple[str, int]
     """Method and lr by name and batch: the best on validation; the loss decides between equals."""
 
     def best(name: str, batch: int) -> tuple[Method, float]:
-        tried = [
-            (float(row["accuracy_percent"]), -float(row["loss"]), float(row["lr"]), method)
-            for method in METHODS[name]
-            for row in found
-            if row.items() >= _row(method, batch, 0).items() - {("lr", "0")}
-        ]
-        *_, lr, method = max(tried, key=lambda trial: trial[:2])
-        return method, lr
+        tried = [(m, row) for m in METHODS[name] for row in found if row.items() >= _row(m, batch).items()]
+        method, row = max(tried, key=lambda trial: (float(trial[1]["accuracy_percent"]), -float(trial[1]["loss"])))
+        return method, float(row["lr"])
 
     return {(name, batch): best(name, batch) for name in METHODS for batch in batches}
 

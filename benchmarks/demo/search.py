@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -49,13 +50,14 @@ class Grid:
         return low - COARSE if self.best - low < high - self.best else high + COARSE
 
 
-def next_trials(grids: Sequence[Grid], *, first: int, most: int) -> list[list[int]]:
+def next_trials(grids: Sequence[Grid], protocol: Protocol) -> list[list[int]]:
     """What to try next, for the grids of all methods at one batch. Nothing for all of them: the search is over.
 
-    A grid begins with `first` trials, an odd number. A best lr on the edge adds a trial on that side, up to `most`, and
-    every shorter grid grows too, so that all have the same number in the end. Once every best lies inside, one trial
-    goes on either side of it, half-way (in the logarithm) to its neighbours.
+    A best lr on the edge adds a trial on that side, up to `most_trials`, and every shorter grid grows too, so that all have
+    the same number in the end. Once every best lies inside, one trial goes on either side of it, half-way (in the
+    logarithm) to its neighbours.
     """
+    first, most = protocol.first_trials, protocol.most_trials
     if not all(grid.trials for grid in grids):
         return [list(range(1 - first, first, COARSE)) for _ in grids]
     if any(k % COARSE for grid in grids for k in grid.trials):  # refined
@@ -68,28 +70,20 @@ def next_trials(grids: Sequence[Grid], *, first: int, most: int) -> list[list[in
 
 
 def search(
-    methods: Sequence[Method],
-    batches: Sequence[int],
-    protocol: Protocol,
-    train: Callable[[list[Run]], list[Result]],
+    methods: Sequence[Method], batches: Sequence[int], protocol: Protocol, train: Callable[[list[Run]], list[Result]]
 ) -> dict[tuple[int, Method], Grid]:
     """Search all grids at once, round by round: the runs of a round do not wait for each other."""
-    grids = {
-        (batch, method): Grid(method.middle(batch), neighbours=protocol.neighbours)
-        for batch in batches
-        for method in methods
-    }
+    keys = itertools.product(batches, methods)
+    grids = {(b, method): Grid(method.middle(b), neighbours=protocol.neighbours) for b, method in keys}
     while True:
         wanted: list[tuple[int, Method, int]] = []
         for batch in batches:
-            of_batch = [grids[batch, method] for method in methods]
-            trials = next_trials(of_batch, first=protocol.first_trials, most=protocol.most_trials)
+            trials = next_trials([grids[batch, method] for method in methods], protocol)
             wanted += [(batch, method, k) for method, ks in zip(methods, trials, strict=True) for k in ks]
         if not wanted:
             return grids
         seeds = protocol.search_seeds
-        results = train(
-            [Run(method, batch, grids[batch, method].lr(k), seed) for batch, method, k in wanted for seed in seeds]
-        )
-        for i, (batch, method, k) in enumerate(wanted):
-            grids[batch, method].trials[k] = results[i * len(seeds) : (i + 1) * len(seeds)]
+        runs = [Run(method, batch, grids[batch, method].lr(k), seed) for batch, method, k in wanted for seed in seeds]
+        results = iter(train(runs))
+        for batch, method, k in wanted:
+            grids[batch, method].trials[k] = [next(results) for _ in seeds]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -60,7 +61,6 @@ class Protocol:
     search_seeds: tuple[int, ...] = (100, 101, 102, 103, 104)
     test_seeds: tuple[int, ...] = (0, 1, 2)
     first_stride: int = 1  # of the first convolution
-    ratios_an_epoch: int = 1  # how often a final run notes its trust ratios
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Run:
     batch: int
     lr: float
     seed: int
-    final: bool = False  # with the lr chosen: measured on the test split, and trust ratios noted
+    final: bool = False  # with the lr chosen: measured on the test split
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,6 @@ class Result:
     accuracy: float  # percent of the images of the validation or, in a final run, the test split
     loss: float  # mean cross-entropy on them; inf after a divergence
     seconds: float
-    trust_ratios: dict[str, list[float]] = field(default_factory=dict)  # layer -> ratios_an_epoch numbers an epoch
 
 
 def build_model(height: int, width: int, first_stride: int = 1, batch_norm: bool = False) -> nn.Sequential:
@@ -124,10 +123,8 @@ def train(run: Run, protocol: Protocol, dataset: Dataset) -> Result:
     optimizer = build_optimizer(model, run, protocol)
     steps = len(training.labels) // run.batch
     scheduler = warmup_polynomial(optimizer, protocol.warmup_epochs * steps, protocol.epochs * steps, power=2.0)
-    between_ratios = max(1, steps // protocol.ratios_an_epoch)
-    trust_ratios: dict[str, list[float]] = {}
     for _ in range(protocol.epochs):
-        for step, indices in enumerate(torch.randperm(len(training.labels)).split(run.batch)):
+        for indices in torch.randperm(len(training.labels)).split(run.batch):
             optimizer.zero_grad()
             loss = functional.cross_entropy(model(training.images[indices]), training.labels[indices])
             if not math.isfinite(loss.item()):
@@ -135,9 +132,6 @@ def train(run: Run, protocol: Protocol, dataset: Dataset) -> Result:
             loss.backward()
             if run.method.clip is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), run.method.clip)
-            if run.final and step % between_ratios == 0 and isinstance(optimizer, fastlars.LARS):
-                for name, ratio in optimizer.trust_ratios().items():
-                    trust_ratios.setdefault(name.removesuffix(".weight"), []).append(ratio)
             optimizer.step()
             scheduler.step()
     split = dataset.test if run.final else dataset.validation
@@ -145,4 +139,22 @@ def train(run: Run, protocol: Protocol, dataset: Dataset) -> Result:
         logits = model.eval()(split.images)
     accuracy = 100 * (logits.argmax(1) == split.labels).float().mean().item()
     loss = functional.cross_entropy(logits, split.labels).item()
-    return Result(run, accuracy, loss if math.isfinite(loss) else math.inf, time.perf_counter() - started, trust_ratios)
+    return Result(run, accuracy, loss if math.isfinite(loss) else math.inf, time.perf_counter() - started)
+
+
+def train_all(
+    runs: Sequence[Run], protocol: Protocol, dataset: Dataset, finished: Callable[[Result], object]
+) -> list[Result]:
+    """Train every run, small batches first, and return results in the order of `runs`; `finished` sees each at its end.
+
+    Two processes of one thread each are faster here than one process of many threads.
+    """
+    from joblib import Parallel, delayed, parallel_config  # noqa: PLC0415  comes with scikit-learn, which renders need not
+
+    tasks = [delayed(train)(run, protocol, dataset) for run in sorted(runs, key=lambda run: run.batch)]
+    results: dict[Run, Result] = {}
+    with parallel_config("loky", n_jobs=2, inner_max_num_threads=1):
+        for result in Parallel(return_as="generator_unordered")(tasks):
+            results[result.run] = result
+            finished(result)
+    return [results[run] for run in runs]
