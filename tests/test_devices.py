@@ -4,6 +4,7 @@ Each device beside the CPU that this machine has runs all of it, under its own m
 """
 
 import copy
+import functools
 import io
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,7 +29,7 @@ from cases import (
     nonfinite,
 )
 from devices import DEVICES, settle
-from fastlars import LARS, lars, schedules
+from fastlars import LARS, lars, norms, schedules
 from harness import IMPLEMENTATIONS, buffers_of, ignore_nothing_adapted, set_grads
 from recording import Recorder
 from reference import ReferenceLARS
@@ -49,7 +50,9 @@ IS_XLA = "xla" in DEVICES
 SWEEP = [name for name in OPTIONS if not IS_XLA or name in PAIRWISE or name in SPECIAL]
 NOT_FUSED = ("single", "foreach")
 not_fused = pytest.mark.parametrize("implementation", NOT_FUSED)
-OTHER_DTYPES = [dtype for dtype in REAL + COMPLEX if dtype != torch.float32]
+# torch_xla loses what is written through torch.view_as_real of complex128
+NOT_HERE = {torch.complex128} if IS_XLA else set()
+OTHER_DTYPES = [dtype for dtype in REAL + COMPLEX if dtype not in {torch.float32} | NOT_HERE]
 SOME = ["momentum", "nesterov-joint", "clip-paper", "dampening-maximize", "unadapted", "everything"]
 LAYOUTS = ["matrix", "conv", "scalar", "empty", "strided", "vector_1025", "zeros"]
 # XLA's tensors have no strides: all are dense
@@ -64,8 +67,6 @@ def mixed_grads(params: Sequence[Tensor], step: int, offset: int) -> list[Tensor
 def skip_missing_dtype(device: torch.device, dtype: torch.dtype) -> None:
     if device.type == "mps" and dtype in (torch.float64, torch.complex128):
         pytest.skip("Apple GPUs have no double precision")
-    if device.type == "xla" and dtype == torch.complex128:
-        pytest.skip("torch_xla loses what is written through torch.view_as_real of complex128")
 
 
 # ---------------------------------------------------------------- numbers
@@ -84,7 +85,7 @@ def test_equals_reference(name: str, implementation: str, device: torch.device) 
 
 @pytest.mark.parametrize("name", SWEEP)
 def test_equals_reference_in_other_dtypes(name: str, device: torch.device) -> None:
-    """Each set of options in one dtype and one implementation, so that each dtype meets 16 sets and both."""
+    """Each set of options in one dtype and one implementation, so that each dtype meets many sets and both."""
     index = SWEEP.index(name)
     dtype = OTHER_DTYPES[index % len(OTHER_DTYPES)]
     implementation = NOT_FUSED[index // len(OTHER_DTYPES) % 2]
@@ -95,6 +96,25 @@ def test_equals_reference_in_other_dtypes(name: str, device: torch.device) -> No
         lambda ps, step: mixed_grads(ps, step, index),
         IMPLEMENTATIONS[implementation],
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [1e-6, 1e3])
+@pytest.mark.parametrize("foreach", [False, True])
+def test_norms_are_float32_norms(
+    foreach: bool, size: float, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where squares of the dtype itself would overflow or vanish, and where "joint" goes in chunks."""
+    monkeypatch.setattr(norms, "chunks", functools.partial(norms.chunks, limit=40))
+    tensors = [tensor * size for tensor in make_params(dtype, layouts=LAYOUTS, seed=1, device=device)]
+    others = [tensor * size for tensor in make_params(dtype, layouts=LAYOUTS, seed=2, device=device)]
+    settle()
+    actual = [norms.norms(tensors, foreach), norms.joint_norms(others, tensors, -1.0, 0.25, foreach)]
+    wide, wide_others = ([tensor.detach().cpu().double() for tensor in each] for each in (tensors, others))
+    directions = [g - 0.25 * w for w, g in zip(wide_others, wide, strict=True)]
+    for numbers, of in zip(actual, (wide, directions), strict=True):
+        expected = torch.stack([torch.linalg.vector_norm(tensor) for tensor in of])
+        torch.testing.assert_close(numbers.cpu().double(), expected, rtol=1e-5, atol=0)
 
 
 @not_fused
@@ -157,8 +177,9 @@ def test_one_group_over_two_devices(device: torch.device) -> None:
 
 @not_fused
 def test_functional_with_scale_and_overflow_on_the_device(implementation: str, device: torch.device) -> None:
+    """For tensors on the CPU too, to which the device's numbers come."""
     options = OPTIONS["momentum"]
-    params = make_params(torch.float32, layouts=LAYOUTS, device=device)
+    params = [p for where in ("cpu", device) for p in make_params(torch.float32, layouts=LAYOUTS, device=where)]
     reference = ReferenceLARS([{"params": params}], **options)
     buffers: list[Tensor | None] = [torch.zeros_like(param) for param in params]
     with torch.no_grad():
@@ -298,7 +319,7 @@ def test_a_state_that_is_on_the_device_is_loaded(device: torch.device) -> None:
 # ---------------------------------------------------------------- host reads
 @not_fused
 @pytest.mark.parametrize("name", SOME)
-def test_no_host_reads(name: str, implementation: str, device: torch.device) -> None:
+def test_no_host_reads_and_lists_only_in_foreach(name: str, implementation: str, device: torch.device) -> None:
     params = make_params(torch.float32, layouts=LAYOUTS, device=device)
     params += make_params(torch.bfloat16, layouts=["matrix"], device=device)
     lr = torch.tensor(0.1, device=device)
@@ -308,6 +329,9 @@ def test_no_host_reads(name: str, implementation: str, device: torch.device) -> 
         with Recorder() as recorder:
             optimizer.step()
         assert recorder.reads == [] and recorder.arrivals == [], f"step {step}"
+        # foreach calls once for a list, norms included; single, and the norms that are exact on a CPU, once for each tensor
+        lists = {name for name in recorder.names if name.startswith("_foreach")}
+        assert bool(lists) == (implementation == "foreach") and not (lists and "linalg_vector_norm" in recorder.names)
 
 
 def test_a_host_read_would_be_seen(device: torch.device) -> None:
