@@ -318,12 +318,15 @@ def test_a_state_that_is_on_the_device_is_loaded(device: torch.device) -> None:
 
 # ---------------------------------------------------------------- host reads
 @not_fused
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", [*SOME, "no_kahan"])
 def test_no_host_reads_and_lists_only_in_foreach(name: str, implementation: str, device: torch.device) -> None:
     params = make_params(torch.float32, layouts=LAYOUTS, device=device)
     params += make_params(torch.bfloat16, layouts=["matrix"], device=device)
     lr = torch.tensor(0.1, device=device)
-    optimizer = LARS(params, **{**OPTIONS[name], "lr": lr}, **IMPLEMENTATIONS[implementation])
+    with Recorder() as recorder:
+        optimizer = LARS(params, **{**OPTIONS[name], "lr": lr}, **IMPLEMENTATIONS[implementation])
+        assert "lr=tensor on" in repr(optimizer)
+    assert recorder.reads == [] and recorder.arrivals == []
     for step in range(2):  # the first makes the state
         set_grads(params, make_grads("dense", params, step))
         with Recorder() as recorder:
