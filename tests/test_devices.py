@@ -213,6 +213,17 @@ def test_fused_is_refused_where_there_is_no_fused_step(device: torch.device) -> 
         LARS(params, lr=1.0, adapt=True, fused=True)
 
 
+def test_a_buffer_on_another_device_is_refused(device: torch.device) -> None:
+    (param,) = make_params(torch.float32, layouts=["matrix"], device=device)
+    optimizer = LARS([param], **OPTIONS["momentum"])
+    optimizer.state[param]["momentum_buffer"] = torch.zeros(3, 5)
+    set_grads([param], make_grads("dense", [param], 0))
+    with pytest.raises(
+        RuntimeError, match=f"on {device} has a momentum buffer on cpu; move it there. Nothing has changed"
+    ):
+        optimizer.step()
+
+
 # ---------------------------------------------------------------- lr
 @pytest.mark.parametrize("name", ["momentum-clip", "clip-paper", "unadapted"])
 @not_fused
