@@ -99,7 +99,7 @@ def vulkan(session: nox.Session) -> None:
 
 @nox.session(python="3.11")
 def xla(session: nox.Session) -> None:
-    """The device tests on XLA's CPU device. It needs no system package, but 7 GB of disk and half an hour."""
+    """The device tests on XLA's CPU device. It needs no system package, but 7 GB of disk and three minutes of CPU time."""
     if not present("xla"):
         session.skip("torch_xla has wheels for Linux on x86-64 only")
     install(session, "torch==2.9.1", "torch_xla==2.9.0", "--group", "test")

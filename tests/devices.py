@@ -38,6 +38,14 @@ def _present() -> dict[str, torch.device]:
 DEVICES = _present()
 
 
+def settle() -> None:
+    """Run what XLA has recorded so far as one graph. Otherwise each value that is read is compiled as a graph of its own."""
+    if "xla" in DEVICES:
+        import torch_xla  # noqa: PLC0415
+
+        torch_xla.sync()
+
+
 def needs(name: str) -> pytest.MarkDecorator:
     """Mark a test for a device, and skip it if the device is missing."""
     return pytest.mark.skipif(name not in DEVICES, reason=f"this machine has no {name} device")

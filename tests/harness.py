@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cases import HISTORIES, LR_FACTORS, PAIRWISE, STEPS, Options, kahan_tolerance, pairwise, tolerance
+from devices import settle
 from fastlars import LARS
 from fastlars.backends import fused_cpu
 from reference import ReferenceLARS, is_adapted
@@ -69,6 +70,7 @@ def mixed_grads(params: Sequence[Tensor], step: int, offset: int) -> list[Tensor
 def set_grads(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
     for param, grad in zip(params, grads, strict=True):
         param.grad = grad
+    settle()
 
 
 @contextlib.contextmanager
@@ -86,6 +88,7 @@ def buffers_of(optimizer: torch.optim.Optimizer, key: str = "momentum_buffer") -
 
 
 def assert_equals(reference: ReferenceLARS, optimizer: LARS, what: str) -> None:
+    settle()
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for i, (param, buffer) in enumerate(zip(params, buffers_of(optimizer), strict=True)):
         where = f"{what}, tensor {i} of shape {tuple(param.shape)} and {param.dtype}"

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cases import MEMORY, OPTIONS, Subclass
 from fastlars import LARS, backends
 from fastlars.backends import FUSED_CPU
+from fastlars.backends.layouts import find_shared_memory, storage_of
 from harness import buffers_of, set_grads
 
 SHAPES: list[tuple[int, ...]] = [(3, 5), (64,), (3, 5), (20_000,), (7, 9), (64,)]
@@ -302,3 +303,12 @@ def test_a_shifted_gradient_is_found_in_a_known_group(foreach: bool) -> None:
         optimizer.step()
         results.append(param.detach().clone())
     assert torch.equal(*results)
+
+
+def test_where_pointers_are_no_addresses_only_tensors_of_one_storage_share_memory() -> None:
+    """Two meta tensors begin at 0. On XLA all do, and on MPS and Vulkan pointers are handles that lie close together."""
+    one, other = (torch.empty(4, device="meta") for _ in range(2))
+    assert find_shared_memory([one, other], 1) is None
+    assert find_shared_memory([one[:2], one[2:]], 1) is None
+    assert find_shared_memory([other, one, one[1:]], 2) == (1, 2)
+    assert storage_of(one) == storage_of(one[1:].detach()) != storage_of(other)

@@ -171,6 +171,10 @@ PRIVATE: dict[str, tuple[str, Callable[[], bool]]] = {
         "refusing the flat parameters of FSDP1",
         lambda: mentions("distributed/fsdp", '"_fsdp_flattened"'),
     ),
+    "_cdata": (
+        "finding tensors that share memory on MPS, XLA and devices that plug into torch, whose pointers are not addresses",
+        lambda: len({x.untyped_storage()._cdata for each in ones() for x in (each, each[1:], each.detach())}) == 2,
+    ),
     "_init_group": (
         "torch.compile, which calls this method when it traces",
         lambda: mentions("_dynamo/variables/optimizer.py", "_init_group"),

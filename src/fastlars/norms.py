@@ -38,6 +38,9 @@ def norms(tensors: list[Tensor], foreach: bool) -> Tensor:
     dtype = norm_dtype(tensors[0].dtype)
     if tensors[0].device.type == "cpu":
         return _norms_of([_row_norms(tensor) for tensor in tensors], dtype)
+    if tensors[0].device.type == "xla":
+        # its norm adds squares in the tensor's dtype, and ignores the one it is given
+        tensors = [tensor.to(dtype) for tensor in tensors]
     if foreach:
         return torch.stack(torch._foreach_norm(tensors, 2.0, dtype=dtype))
     return torch.stack([vector_norm(tensor, dtype=dtype) for tensor in tensors])

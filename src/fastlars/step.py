@@ -55,7 +55,7 @@ def step(
 
 def any_nonfinite(norms: list[Norms], found_inf: Tensor | None) -> Tensor:
     """Whether ``found_inf`` is set or a gradient norm is not finite, as a 0-dim bool tensor."""
-    flags = [~known.grad.amax().isfinite() for known in norms if known.grad is not None]  # amax propagates NaN
+    flags = [~known.grad.isfinite().all() for known in norms if known.grad is not None]
     if found_inf is not None:
         flags.append(found_inf.reshape(()) != 0)
     return torch.stack([on_device(flag, flags[0]) for flag in flags]).any()

@@ -18,7 +18,7 @@ from fastlars.options import Options
 
 from .eager import FOREACH, SINGLE
 from .fused_cpu import FUSED_CPU
-from .layouts import PLAIN, find_shared_memory
+from .layouts import PLAIN, find_shared_memory, storage_of
 from .torch_sgd import TorchSGD
 from .triton import TRITON
 
@@ -178,17 +178,16 @@ def _is_written(grad: Tensor, *of_step: Tensor | None) -> bool:
     written = [tensor for tensor in of_step if tensor is not None]
     if torch.compiler.is_compiling() or not PLAIN.issuperset(map(type, [grad, *written])) or operations_are_seen():
         return False  # there are no addresses
-    memory = 0 if grad.is_meta else grad.untyped_storage().data_ptr()
-    near = [tensor for tensor in written if not tensor.is_meta and tensor.untyped_storage().data_ptr() == memory]
+    storage = storage_of(grad)
+    near = [tensor for tensor in written if storage_of(tensor) == storage]
     return bool(near) and find_shared_memory([grad, *near], 1) is not None
 
 
 def _share_storage(grads: list[Tensor], written: list[Tensor]) -> bool:
     """Whether a gradient lies in the storage of a written tensor, as after ``p.grad = p.detach()``; `_sort` checks exactly."""
-    if grads[0].is_meta or not PLAIN.issuperset(map(type, [*grads, *written])):
+    if not PLAIN.issuperset(map(type, [*grads, *written])):
         return False  # there are no addresses
-    storages = {grad.untyped_storage().data_ptr() for grad in grads}
-    return any(tensor.untyped_storage().data_ptr() in storages for tensor in written)
+    return not set(map(storage_of, grads)).isdisjoint(map(storage_of, written))
 
 
 def preferred(backends: list[Backend], param: Tensor, grad: Tensor, *state: Tensor | None) -> Backend:

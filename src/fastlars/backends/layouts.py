@@ -65,18 +65,30 @@ def own_every_element(tensor: Tensor) -> bool:
     return True
 
 
+def has_address(tensor: Tensor) -> bool:
+    """Whether data_ptr() is an address. Elsewhere it may be a handle (MPS, Vulkan) or an offset (XLA, meta) of a storage."""
+    return tensor.is_cpu or tensor.is_cuda
+
+
+def storage_of(tensor: Tensor) -> int:
+    """A number that tensors of one storage share, and others on the same device do not."""
+    storage = tensor.untyped_storage()
+    return storage.data_ptr() if has_address(tensor) else storage._cdata
+
+
 def find_shared_memory(tensors: list[Tensor], first: int) -> tuple[int, int] | None:
     """Indices of two tensors that share memory, at least one of them among the ``first``; None if there are none."""
     spans: list[tuple[str, int, int, int]] = []
     for i, tensor in enumerate(tensors):
-        if type(tensor) in PLAIN and tensor.numel() > 0 and not tensor.is_meta:
+        if type(tensor) in PLAIN and tensor.numel() > 0:
             reach = sum(stride * (size - 1) for stride, size in _effective_strides(tensor))
             start = tensor.data_ptr()
-            spans.append((str(tensor.device), start, start + (reach + 1) * tensor.element_size(), i))
+            memory = f"{tensor.device}" if has_address(tensor) else f"{tensor.device} {storage_of(tensor)}"
+            spans.append((memory, start, start + (reach + 1) * tensor.element_size(), i))
     spans.sort()
-    for n, (device, _, end, i) in enumerate(spans):
-        for other_device, start, _, j in spans[n + 1 :]:
-            if other_device != device or start >= end:
+    for n, (memory, _, end, i) in enumerate(spans):
+        for other, start, _, j in spans[n + 1 :]:
+            if other != memory or start >= end:
                 break
             if min(i, j) < first and torch.isin(_addresses(tensors[i]), _addresses(tensors[j])).any():
                 return min(i, j), max(i, j)
