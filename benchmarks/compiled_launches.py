@@ -161,8 +161,8 @@ def count(code: str, elements: int, dtype: torch.dtype) -> dict[str, float]:
     found = re.finditer(r"^(triton_\w+) = async_compile.*?^''', device_str", code, re.MULTILINE | re.DOTALL)
     bodies = {match[1]: match[0] for match in found}
     operators = re.findall(r"= torch\.ops\.([\w.]+)\(|(?<=extern_kernels\.)(\w+)\(", call)
-    # joint norms read both lists and write and read a sum of float32; half types are converted first, to memory
-    joint = 2 * dtype.itemsize + 8 + (8 if dtype.itemsize < 4 else 0)
+    # joint norms read both lists, and write and read a sum in float32
+    joint = 2 * dtype.itemsize + 8
     whole = {"fastlars.norms.default": dtype.itemsize, "fastlars.joint_norms.default": joint}
     moved = sum(sum(_accesses(bodies[kernel])) for kernel in kernels) / elements
     return {

@@ -84,8 +84,11 @@ def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def unbind(vector: Tensor) -> list[Tensor]:
     """The numbers of a vector as 0-dim tensors.
 
-    In a graph on CPU the vector is materialised first: Inductor would recompute it in the loop over each tensor.
+    In a graph the vector is materialised first: Inductor would recompute it in the loop over each tensor.
     """
-    if vector.is_cpu and is_traced(vector):
-        vector = torch.ops.fastlars.realized.default(vector)
+    if is_traced(vector):
+        on_cpu = vector.is_cpu  # elsewhere strides are reason enough, and cost no operator
+        vector = (
+            torch.ops.fastlars.realized.default(vector) if on_cpu else vector.as_strided(vector.shape, vector.stride())
+        )
     return list(vector.unbind())

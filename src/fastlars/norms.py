@@ -68,7 +68,9 @@ def _joint_norms_by_chunks(
         if foreach and params[0].dtype == dtype and grads[0].dtype == dtype:
             sums = list(torch._foreach_add([grads[i] for i in places], [params[i] for i in places], alpha=alpha))
         else:
-            sums = [torch.add(grads[i].to(dtype), params[i], alpha=alpha) for i in places]
+            # of one element, because 0-dim tensors do not widen a result; half types are converted without a copy
+            factor = torch.full((1,), alpha, dtype=dtype, device=params[0].device)
+            sums = [torch.addcmul(grads[i], params[i], factor) for i in places]
         result.append(norms(sums, foreach))
         sums = []  # freed before the next chunk is made
     return torch.cat(result)
