@@ -219,7 +219,8 @@ def test_a_buffer_on_another_device_is_refused(device: torch.device) -> None:
     optimizer.state[param]["momentum_buffer"] = torch.zeros(3, 5)
     set_grads([param], make_grads("dense", [param], 0))
     with pytest.raises(
-        RuntimeError, match=f"on {param.device} has a momentum buffer on cpu; move it there. Nothing has changed"
+        RuntimeError,
+        match=f"on {param.device} has a momentum buffer on cpu; move it to {param.device}. Nothing has changed",
     ):
         optimizer.step()
 

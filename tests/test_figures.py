@@ -104,7 +104,7 @@ def test_what_the_page_on_several_processes_counts() -> None:
     text = (DOCS / "distributed.md").read_text("utf-8").replace("\n", " ")
     assert f"all of ResNet-50's {tensors} tensors under FSDP2" in text
     sent, reduced = f"{(8 * tensors + 8) / 1e3:.1f} kB", f"{4 * elements / 1e6:.0f} MB"
-    assert f"all-reduce of {sent} a step; their gradients, which torch reduces, are {reduced}" in text
+    assert f"all-reduce of {sent} per step. The gradients that torch reduces take {reduced}" in text
 
 
 # a number with a unit, or a multiple

@@ -128,7 +128,7 @@ PRIVATE: dict[str, tuple[str, Callable[[], bool]]] = {
         asks_for_sizes,
     ),
     "torch._C._len_torch_dispatch_stack": (
-        "speed of the fused CPU step, which reuses its workspace unless a mode intercepts operations",
+        "speed: plans and workspaces are cached unless a mode intercepts operations",
         sees_modes,
     ),
     "torch._C._functorch.peek_interpreter_stack": (

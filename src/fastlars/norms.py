@@ -69,7 +69,7 @@ def _joint_norms_by_chunks(
             sums = list(torch._foreach_add([grads[i] for i in places], [params[i] for i in places], alpha=alpha))
         else:
             # of one element, because 0-dim tensors do not widen a result; half types are converted without a copy
-            factor = torch.full((1,), alpha, dtype=dtype, device=params[0].device)
+            factor = params[0].new_full([1], alpha, dtype=dtype)
             sums = [torch.addcmul(grads[i], params[i], factor) for i in places]
         result.append(norms(sums, foreach))
         sums = []  # freed before the next chunk is made

@@ -17,6 +17,8 @@ from fastlars.dtypes import is_half
 from fastlars.formula import sign
 from fastlars.norms import chunks, norms
 
+from .layouts import are_laid_out_alike
+
 LIMIT = 1 << 23  # elements of a chunk
 
 # updates parameters in place, given gradients, momentum buffers and their indices in the bucket
@@ -86,9 +88,10 @@ class Staging:
     def _prepare(self, params: list[Tensor]) -> None:
         if not self._chunks:
             self._chunks = chunks(params, LIMIT)
-            # strides of the dense tensors themselves, else foreach ops take one launch per tensor
-            strides = [torch.empty_like(param, device="meta").stride() for param in params]
-            self._layouts = [(param.shape, stride, param.numel()) for param, stride in zip(params, strides)]
+            for param in params:
+                # strides of dense tensors are kept, else foreach ops take one launch per tensor
+                dense = param if are_laid_out_alike(param) else torch.empty(param.shape, device="meta")
+                self._layouts.append((param.shape, dense.stride(), param.numel()))
 
     def _copies(self, purpose: str, chunk: int, kinds: int, like: Tensor, dtype: torch.dtype) -> Copies:
         """``kinds`` copies of each tensor of a chunk. Chunks share memory, purposes do not."""
