@@ -57,7 +57,7 @@ class _ByteCounter(TorchDispatchMode):
 
 
 def _tensors(tree: Any) -> dict[tuple[int, int], int]:
-    """Bytes of each tensor, by where it lies."""
+    """Bytes of each tensor, keyed by its address."""
     found = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
     return {(tensor.data_ptr(), tensor.numel()): tensor.numel() * tensor.itemsize for tensor in found}
 
@@ -82,7 +82,7 @@ def launches_and_host_reads(step: Step, device: torch.device) -> tuple[int | Non
 
 
 def host_microseconds(step: Step, device: torch.device) -> float | None:
-    """Until a step returns on an idle GPU, median of 21; for a step with host reads that is also the device's time."""
+    """Microseconds until a step returns on an idle GPU, median of 21. With host reads, that includes the device's time."""
     if device.type != "cuda":
         return None
     samples = []

@@ -46,7 +46,7 @@ class Part:
 
 
 def parts(device: str) -> list[Part]:
-    """What can be known soon comes first."""
+    """The quickest answers come first."""
 
     def steps(kind: str, seconds: float, model: str, dtype: str, contenders: Sequence[str]) -> Part:
         measure = ["-m", "benchmarks.performance", "--device", device, "--models", model, "--dtype", dtype]

@@ -1,4 +1,4 @@
-"""100,000 steps under each implementation: does memory grow, and how far do they drift from float64?
+"""100,000 steps with each implementation: does memory grow, and how far does it drift from float64?
 
 The gradients are those of a quadratic function whose minimum moves from batch to batch. A float64 run goes beside the others. Every
 window each implementation starts from its values and is compared with it at the end. This exits with 1 if a bound breaks, and
@@ -30,7 +30,7 @@ LARGEST_GROWTH = 8.0  # MiB of the process, after the first tenth
 
 
 class Run:
-    """One optimizer with parameters of its own."""
+    """One optimizer and its own parameters."""
 
     def __init__(self, dtype: torch.dtype, **implementation: bool) -> None:
         torch.manual_seed(0)
@@ -46,7 +46,7 @@ class Run:
 
     @torch.no_grad()
     def drift(self, truth: Run) -> float:
-        """The largest difference of a parameter, relative to its norm. Then the values of `truth` are taken over."""
+        """The largest relative difference of a parameter from `truth`, whose values it then takes."""
         pairs = list(zip(self.params, truth.params, strict=True))
         found = max(float((mine.double() - right).norm() / right.norm()) for mine, right in pairs)
         for mine, right in pairs:

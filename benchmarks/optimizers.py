@@ -124,5 +124,5 @@ PEERS = tuple(contender.package for contender in CONTENDERS.values() if contende
 
 
 def title(contender: str) -> str:
-    """As tables call it; a stored result may hold names that this version does not know."""
+    """The name in tables. Stored results may hold names that this version does not know."""
     return CONTENDERS[contender].title if contender in CONTENDERS else contender

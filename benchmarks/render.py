@@ -1,4 +1,4 @@
-"""Write what is measured into README and docs, from what is stored: no such figure is typed by hand.
+"""Write measured figures into README and docs from stored results. No such figure is typed by hand.
 
 Parts of docs/performance.md and README.md, and docs/speed.svg, come from benchmarks/results, a part of docs/start.md from
 docs/demo/runs.csv, and a part of docs/study.md from benchmarks/results/study.csv. Files in benchmarks/results/elsewhere are runs on
@@ -69,7 +69,7 @@ def launches(stored: Path) -> Iterator[str]:
 
 
 def speed(results: Results, elsewhere: list[Results]) -> Iterator[str]:
-    """README's table: the default beside the other LARSes, and how many of the bounds the run kept."""
+    """README's table: the default beside the other LARS optimizers."""
     measured = {row.contender for row in results.rows}
     contenders = [DEFAULT, *(name for name in PEERS if name in measured)]
     yield f"Time of a step on a CPU, as a multiple of {title(YARDSTICK)} (median of the rounds):\n"
@@ -93,7 +93,7 @@ def speed(results: Results, elsewhere: list[Results]) -> Iterator[str]:
 
 
 def real_cases(results: Results) -> list[str]:
-    """Those with real param groups, if there are any."""
+    """The cases with real param groups, if any."""
     return [case for case in results.cases if case.endswith(REAL)] or results.cases
 
 
@@ -133,7 +133,7 @@ def with_part(page: Path, text: str, name: str, lines: Iterator[str]) -> str:
 
 
 def pages() -> dict[Path, str]:
-    """The pages with measured parts, as they have to be."""
+    """The expected text of each page with a measured part."""
     from . import study  # noqa: PLC0415  it uses this module's tables
 
     cpu, cuda = runs_on("cpu"), runs_on("cuda")

@@ -1,4 +1,4 @@
-"""What is stored of a run, raw samples and counts, and what is computed from them: medians, ratios, bandwidths, tables."""
+"""Stored results, raw samples and counts, and what is computed from them: medians, ratios, bandwidths, tables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TWO_PASSES = 28  # and p and g once more, for the norms
 
 @dataclass
 class Row:
-    """One contender on one case. `ms` has one number a round; rounds of the rows of one case are the same rounds."""
+    """One contender on one case. `ms` has one number per round; all rows of a case share their rounds."""
 
     case: str
     contender: str

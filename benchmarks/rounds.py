@@ -1,4 +1,4 @@
-"""Interleaved timing: in each round every contender makes one step, in an order that changes from round to round.
+"""Interleaved timing: in each round every contender takes one step, in a new order.
 
 pytest-benchmark times one contender after the other, so a slow minute counts against whoever ran in it. Here whatever
 disturbs the machine disturbs all contenders, and ratios are taken within a round. On a GPU events on the device are timed.
@@ -24,12 +24,12 @@ CYCLES = 2_000_000  # of a GPU in a ms, at most
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done everything; on a CPU it has."""
+    """Wait until the device is idle. On a CPU it is."""
     getattr(torch, device.type).synchronize()
 
 
 class Clock:
-    """Times one call, in milliseconds: by events on a GPU, elsewhere by the wall.
+    """Times one call in milliseconds, with events on a GPU, else with the wall clock.
 
     On a GPU, reading 256 MiB flushes the L2 cache before each call, and the device waits 1.5 times as long as the host's
     first call took. In training, too, the host is ahead: it launches the step while the device is at the backward pass.

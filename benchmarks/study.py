@@ -75,14 +75,14 @@ for _name, _lr in (("SGD with clipping", 0.8), ("LARS", 32.0)):
 
 @dataclass(frozen=True)
 class Study:
-    """What was found, by batch and method; the grids' trials are on the validation split, the finals on the test split."""
+    """Results by batch and method. Trials of the grids use the validation split, finals the test split."""
 
     grids: dict[tuple[int, Method], Grid]
     finals: dict[tuple[int, Method], list[Result]]  # none where the best lr is on the edge of the largest grid
 
 
 def study(train: Callable[[list[Run]], list[Result]]) -> Study:
-    """Search, then test; with `again` for `train` it is read instead. No search sees a test."""
+    """Search, then test. No search sees the test split."""
     found = Study({}, defaultdict(list))
     tables: list[tuple[dict[str, Method], tuple[int, ...]]] = [
         ({**MAIN, **FAMILY, **ONE_LR}, (LARGEST,)),

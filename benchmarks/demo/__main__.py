@@ -80,7 +80,7 @@ def demo(dataset: Dataset, protocol: Protocol, out: Path, console: Console, *, s
 
 
 def _table(dataset: Dataset, results: list[Result], names: dict[Run, str]) -> Table:
-    """A row a method, a column a batch: the mean of the seeds that have ended."""
+    """One row per method, one column per batch: the mean of the finished seeds."""
     title, done = f"{dataset.name}: test accuracy in %", f"means of the seeds, {len(results)} of {len(names)} runs"
     table = Table(box=box.SIMPLE, title=title, caption=done, min_width=70)
     table.add_column("batch")

@@ -75,7 +75,7 @@ def start() -> torch.device:
 
 
 def stop(device: torch.device) -> None:
-    """Leave them again."""
+    """Leave the process group."""
     # gloo's threads free the tensors of the last exchange, for which they wait for the interpreter. It is theirs now: one
     # that still waits when Python ends aborts the process (pytorch/pytorch#179291).
     time.sleep(0.2)
@@ -88,7 +88,7 @@ def stop(device: torch.device) -> None:
 
 
 def parallelize(model: nn.Module, shard: bool, device: torch.device) -> nn.Module:
-    """What to call in the place of the model. The optimizer and the checkpoints get the model itself."""
+    """What to call instead of the model. The optimizer and the checkpoints get the model itself."""
     if not shard:
         return DistributedDataParallel(model)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -99,7 +99,7 @@ def parallelize(model: nn.Module, shard: bool, device: torch.device) -> nn.Modul
 
 
 class Training(NamedTuple):
-    """All that a job goes on from, by names of parameters: those depend on neither ranks nor sharding."""
+    """Everything a job resumes from, keyed by parameter names, which depend on neither ranks nor sharding."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer

@@ -1,4 +1,4 @@
-"""The demo's picture, and the style of all."""
+"""The demo's picture, and the style of all pictures."""
 
 from __future__ import annotations
 
