@@ -186,8 +186,7 @@ def test_pytest_benchmark_times_every_contender_that_is_asked_for(tmp_path: Path
     pytest.importorskip("pytest_benchmark", reason="group bench")
     command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-k", "small and weights and fused"]
     command += [f"--benchmark-json={tmp_path / 'found'}", "--benchmark-max-time=0.01", "--benchmark-min-rounds=1"]
-    # in a worker of xdist, benchmarks disable themselves
-    env = {name: value for name, value in os.environ.items() if "XDIST" not in name}
+    env = {k: v for k, v in os.environ.items() if "XDIST" not in k}  # in its workers benchmarks disable themselves
     subprocess.run(command, check=True, cwd=ROOT, env=env)
     found = json.loads((tmp_path / "found").read_text())["benchmarks"]
     assert {entry["group"] for entry in found} == {"step, cpu, small, weights adapted"}
