@@ -112,6 +112,18 @@ def test_a_changing_lr_compiles_nothing_and_nothing_is_read(lr: Any) -> None:
 
 @pytest.mark.xla
 @on_xla
+def test_complex128_is_refused_because_it_would_not_move() -> None:
+    (param,) = make_params(torch.complex128, layouts=["matrix"], device=DEVICES["xla"])
+    optimizer = LARS([param], **OPTIONS)
+    set_grads([param], [torch.ones_like(param)])
+    with pytest.raises(
+        RuntimeError, match=r"torch.complex128 cannot be written on XLA.*use complex64\. Nothing has changed"
+    ):
+        optimizer.step()
+
+
+@pytest.mark.xla
+@on_xla
 def test_the_page_runs(tmp_path: Path) -> None:
     program = tmp_path / "page.py"
     program.write_text(pages.examples(pages.ROOT / "docs" / "devices.md", "py"), encoding="utf-8")

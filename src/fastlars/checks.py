@@ -122,6 +122,8 @@ def _misfit(param: Tensor, grad: Tensor, buffer: Tensor | None, compensation: Te
     what = f"a parameter of shape {tuple(param.shape)}"
     if reason := _unwritable(param, what):
         return reason
+    if param.dtype == torch.complex128 and param.device.type == "xla":
+        return f"{what} and dtype {param.dtype} cannot be written on XLA through view_as_real; use complex64"
     for name, tensor in (("momentum_buffer", buffer), ("compensation", compensation)):
         if tensor is not None and (reason := _unwritable(tensor, f"the {name} of {what}")):
             return reason
