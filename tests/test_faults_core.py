@@ -85,6 +85,25 @@ def test_a_gradient_that_shares_memory(of: str, implementation: Options) -> None
         equals_reference(params, grads, buffers, options)
 
 
+# ---------------------------------------------------------------- buffers of another dtype
+@implementations
+def test_a_buffer_of_another_dtype_keeps_its_precision(implementation: Options) -> None:
+    """As after ``model.bfloat16()`` in mid-run. A skipped step changes no bit of it."""
+    dtypes = [(torch.bfloat16, torch.float32), (torch.float32, torch.float64), (torch.float32, torch.float16)]
+    for (dtype, wide), momentum, adapt in itertools.product(dtypes, ("momentum", "nesterov"), (True, False)):
+        for found_inf in (None, torch.zeros(()), torch.ones(())):
+            results = []
+            for how in (IMPLEMENTATIONS["single"], implementation):
+                params, buffers = tensors(dtype), tensors(wide, seed=1)
+                options = {**OPTIONS, **MOMENTA[momentum], "adapt": adapt, **how}
+                fastlars.lars(params, tensors(dtype, seed=2), [*buffers], found_inf=found_inf, **options)
+                results.append([*params, *buffers])
+            skipped = found_inf is not None and bool(found_inf)
+            expected = [*tensors(dtype), *tensors(wide, seed=1)] if skipped else results[0]
+            for actual, each in zip(results[1], expected, strict=True):
+                assert torch.equal(actual, each), (dtype, wide, momentum, adapt, found_inf)
+
+
 # ---------------------------------------------------------------- torch's SGD, bit for bit
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float64: torch.int64}
 

@@ -112,12 +112,12 @@ def _step(
 ) -> None:
     """The step outside TorchScript."""
     # entries of parameters that keep none are not read
-    kept = [i for i, param in enumerate(params) if is_compensated(param.dtype, options)]
-    if compensations is None and options.kahan_sum and kept:
+    keeps = [is_compensated(param.dtype, options) for param in params]
+    if compensations is None and options.kahan_sum and any(keeps):
         raise ValueError("kahan_sum=True needs compensations: a list like params, of None before the first step")
     read: List[Optional[Tensor]] = []
-    if compensations is not None and kept:
-        read = [compensations[i] if i in kept else None for i in range(len(params))]
+    if compensations is not None and any(keeps):
+        read = [compensations[i] if keep else None for i, keep in enumerate(keeps)]
     group = Group(params, grads, momentum_buffers, read, options)
     recorded = options.differentiable and torch.is_grad_enabled()
     if recorded:
@@ -126,8 +126,9 @@ def _step(
     with torch.set_grad_enabled(recorded):
         (_step_group_outside_graphs if leaves else _step_group)(group, grad_scale, found_inf)
     if compensations is not None and read:
-        for i in kept:
-            compensations[i] = read[i]
+        for i, keep in enumerate(keeps):
+            if keep:
+                compensations[i] = read[i]
 
 
 def _step_group(group: Group, grad_scale: Optional[Tensor], found_inf: Optional[Tensor]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastlars.buckets import Backend, Bucket, Group
-from fastlars.checks import check_fit
+from fastlars.checks import check_fit, is_capturing
 from fastlars.compat import metadata_guard, operations_are_seen
 from fastlars.dtypes import is_conjugate
 from fastlars.formula import is_compensated, unscaled
@@ -113,7 +113,9 @@ class _Assignment:
         self, backends: list[Backend], group: Group, buffers: list[Tensor | None]
     ) -> tuple[list[_Place], list[Tensor]]:
         """As `_sort`."""
-        if operations_are_seen():  # a mode may create fake tensors, and treats existing memory as a constant
+        # A mode may create fake tensors, and treats existing memory as a constant. A CUDA graph writes its memory again in each
+        # replay, also after a later step has replaced what is cached here, so its memory must come from its own pool.
+        if operations_are_seen() or is_capturing():
             return _sort(backends, group, buffers)
         made = [buffer for buffer in buffers if buffer is not None]
         kept = [compensation for compensation in group.compensations if compensation is not None]

@@ -125,8 +125,11 @@ class Foreach(Single):
         return bool(options.foreach)
 
     def serves(self, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]) -> bool:  # noqa: ARG002
-        """All but conjugate and negative views, to which foreach ops do not write."""
+        """All but conjugate and negative views, to which foreach ops do not write, and buffers of another dtype."""
         if any([is_conjugate(param) for param in params]):  # noqa: C419  old compilers trace no generators
+            return False
+        # `Staging` would round them to the parameters' dtype, and torch's foreach SGD refuses them in the middle of a step
+        if any([param.dtype != buffer.dtype for param, buffer in zip(params, momentum_buffers)]):  # noqa: C419  as above
             return False
         # graphs never contain them
         return torch.compiler.is_compiling() or not any(map(Tensor.is_neg, params + momentum_buffers))
