@@ -168,6 +168,16 @@ def plans_of(optimizer: LARS) -> list[Any]:
     return [place.plan for each in optimizer._memory.assignments.values() for place in each._places]
 
 
+def test_a_workspace_is_no_larger_than_its_tensors() -> None:
+    """Groups of single layers, as for rates that differ by layer, would take 2 MiB each."""
+    small = [(3, 5), (64,), (3, 5)]
+    for shapes, elements in ((small, 2 * (15 + 64 + 15)), ([(20_000,)], 20_000)):
+        optimizer = make(shapes, nesterov=True)
+        optimizer.step()
+        (plan,) = plans_of(optimizer)
+        assert plan.grads.untyped_storage().nbytes() == 4 * elements
+
+
 @pytest.mark.parametrize("options", [{}, {"foreach": True, "skip_nonfinite": True}], ids=["fused", "foreach"])
 def test_the_plan_of_a_known_group_is_made_twice_and_then_kept(options: dict[str, Any]) -> None:
     optimizer = make(SHAPES, **options)

@@ -31,7 +31,7 @@ from .layouts import can_be_walked, on_cpu
 SMALL = 12 * 1024
 # Up to this many squares are added in float32 without rows. The relative error of the norm is up to 3e-6.
 AT_ONCE = 4096
-# Elements stacked at a time, in two workspaces of 1 MiB. Stacking into new memory mostly waits for page faults.
+# Elements stacked at a time, in two workspaces of up to 1 MiB. Stacking into new memory mostly waits for page faults.
 STACK = 1 << 18
 # One dot product adds up to this many row norms in float32. The relative error is up to 5e-7.
 ROWS = 4096
@@ -124,8 +124,13 @@ class Plan:
             numel = param.numel()
             is_small = 0 < numel <= SMALL and (numel <= AT_ONCE or _row(numel) > 0) and param.is_contiguous()
             (places.setdefault(param.shape, []) if is_small else self.alone).append(i)
+        stacked = sum(shape.numel() * len(of_shape) for shape, of_shape in places.items())
+        largest = max((params[i].numel() for i in self.alone), default=0)  # goes through `grads` block by block
+        # No larger than needed, because every group has a plan. One piece, because the functional form makes it in every call,
+        # and glibc returns two pieces of 1 MiB to the system each time.
+        sizes = [min(STACK, stacked), min(STACK, max(stacked, largest))]
         with torch.inference_mode(False):  # also if an inference step makes it
-            self.weights, self.grads = torch.empty(STACK, **_WORK), torch.empty(STACK, **_WORK)
+            self.weights, self.grads = torch.split(torch.empty(sum(sizes), **_WORK), sizes)
         self.stacks: list[list[_Stack]] = []  # in batches of at most STACK elements
         start = STACK
         for shape, of_shape in places.items():
