@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import MEMORY, OPTIONS, Subclass
 from fastlars import LARS, backends
-from fastlars.backends import FUSED_CPU
+from fastlars.backends import FUSED_CPU, staging
 from fastlars.backends.layouts import find_shared_memory, storage_of
 from harness import buffers_of, set_grads
 
@@ -339,3 +339,23 @@ def test_where_pointers_are_no_addresses_only_tensors_of_one_storage_share_memor
     assert find_shared_memory([one[:2], one[2:]], 1) is None
     assert find_shared_memory([other, one, one[1:]], 2) == (1, 2)
     assert storage_of(one) == storage_of(one[1:].detach()) != storage_of(other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_memory_that_runs_out_for_copies_does_so_before_anything_moves(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"foreach": True, "skip_nonfinite": dtype == torch.float32}
+    optimizer = make(SHAPES)
+    params = [torch.nn.Parameter(torch.ones(8, dtype=dtype))]
+    set_grads(params, [torch.ones_like(params[0])])
+    optimizer.add_param_group({"params": params, **options})
+    before = [p.detach().clone() for p in params_of(optimizer)]
+
+    def fails(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(staging.Staging, "_copies", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(params_of(optimizer), before, strict=True)) and not optimizer.state

@@ -134,6 +134,12 @@ class Foreach(Single):
         # graphs never contain them
         return torch.compiler.is_compiling() or not any(map(Tensor.is_neg, params + momentum_buffers))
 
+    def measure(self, bucket: Bucket, now: bool) -> Norms:
+        """All norms, at once."""
+        if bucket.plan is not None and (is_half(bucket.params[0].dtype) or bucket.options.skip_nonfinite):
+            bucket.plan.reserve(bucket)
+        return super().measure(bucket, now)
+
     def plan(self, params: list[Tensor]) -> Any:  # noqa: ARG002
         """Memory for copies, which a graph does not need."""
         return None if torch.compiler.is_compiling() else Staging()

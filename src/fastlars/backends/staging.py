@@ -48,27 +48,38 @@ class Staging:
         self._prepare(bucket.params)
         for i, places in enumerate(self._chunks):
             params, grads, buffers, compensations = bucket.at(places)
-            written, dtype = params + compensations + buffers, params[0].dtype
-            kinds, wide_dtype = len(written) // len(params), torch.float32 if is_half(dtype) else dtype
-            wide = self._copies("step", i, kinds, params[0], wide_dtype)
-            # foreach ops take few launches only if all dtypes are equal
-            read = self._copies("grads", i, 1, params[0], wide_dtype).views if is_half(grads[0].dtype) else []
+            written = params + compensations + buffers
+            wide, new, old, read = self._room(bucket, i, gated=skip is not None)
             torch._foreach_copy_(wide.views + read, written + grads[: len(read)])
             if compensations:
                 wide.of_kind[0].add_(wide.of_kind[1])
             step(wide.views[: len(params)], read or grads, wide.views[-len(buffers) :] if buffers else [], places)
-            new = wide
-            if is_half(dtype):
-                new = self._copies("result", i, kinds, params[0], dtype)
+            if new is not wide:
                 new.rows.copy_(wide.rows)
                 if compensations:
                     new.of_kind[1].copy_(wide.of_kind[0].sub_(new.of_kind[0]))
             if skip is not None:
                 # selected in this dtype, because a NaN changes its bits in float32 and back
-                old = self._copies("old", i, kinds, params[0], dtype)
                 torch._foreach_copy_(old.views, written)
                 torch.where(skip, old.rows, new.rows, out=new.rows)
             torch._foreach_copy_(written, new.views)
+
+    def reserve(self, bucket: Bucket) -> None:
+        """Allocate what `step` needs before any bucket moves, because memory may run out."""
+        self._prepare(bucket.params)
+        for i in range(len(self._chunks)):
+            self._room(bucket, i, gated=bool(bucket.options.skip_nonfinite))
+
+    def _room(self, bucket: Bucket, chunk: int, *, gated: bool) -> tuple[Copies, Copies, Copies, list[Tensor]]:
+        """Copies to step, to round and to keep the old values, and copies of half-precision gradients."""
+        like, kinds = bucket.params[0], 1 + bool(bucket.compensations) + bool(bucket.momentum_buffers)
+        half, dtype = is_half(like.dtype), torch.float32 if is_half(like.dtype) else like.dtype
+        wide = self._copies("step", chunk, kinds, like, dtype)
+        new = self._copies("result", chunk, kinds, like, like.dtype) if half else wide
+        old = self._copies("old", chunk, kinds, like, like.dtype) if gated else new
+        # foreach ops take few launches only if all dtypes are equal
+        read = self._copies("grads", chunk, 1, like, dtype).views if is_half(bucket.grads[0].dtype) else []
+        return wide, new, old, read
 
     def joint_norms(self, bucket: Bucket) -> Tensor:
         """Like `norms.joint_norms`, for half types."""
