@@ -79,7 +79,10 @@ class Backend(Protocol):
     mixes_first_steps: bool  # whether a bucket may hold tensors with and without a buffer
 
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:
-        """Whether it wants a group with these options and devices. ``gated`` steps may be skipped or have scaled gradients."""
+        """Whether it wants a group with these options and devices. ``gated`` steps may be skipped or have scaled gradients.
+
+        It may ask of a number only whether it is 0, because the answer is kept between steps.
+        """
 
     def serves(self, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]) -> bool:
         """Whether it supports the layout and dtype of all of these; buffers may be missing."""

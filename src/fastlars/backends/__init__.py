@@ -61,14 +61,13 @@ def split(group: Group, grad_scale: Tensor | None = None, found_inf: Tensor | No
     params, grads, options = group.params, group.grads, group.options
     buffers = group.momentum_buffers if options.momentum != 0 else []
     gated = bool(options.skip_nonfinite) or found_inf is not None or grad_scale is not None
-    backends = wanted(params, options, gated)
     if group.memory is None:
-        places, grads = _sort(backends, group, buffers)
+        places, grads = _sort(wanted(params, options, gated), group, buffers)
     else:
         assignment = group.memory.assignments.get(group.where)
         if assignment is None:
             assignment = group.memory.assignments[group.where] = _Assignment()
-        places, grads = assignment.places(backends, group, buffers)
+        places, grads = assignment.places(group, buffers, gated)
     buckets: list[Bucket] = []
     for backend, indices, plan in places:
         whole = len(indices) == len(params)
@@ -109,30 +108,36 @@ class _Assignment:
         self._key: Any = None
         self._places: list[_Place] = []
 
-    def places(
-        self, backends: list[Backend], group: Group, buffers: list[Tensor | None]
-    ) -> tuple[list[_Place], list[Tensor]]:
+    def places(self, group: Group, buffers: list[Tensor | None], gated: bool) -> tuple[list[_Place], list[Tensor]]:
         """As `_sort`."""
         # A mode may create fake tensors, and treats existing memory as a constant. A CUDA graph writes its memory again in each
         # replay, also after a later step has replaced what is cached here, so its memory must come from its own pool.
         if operations_are_seen() or is_capturing():
-            return _sort(backends, group, buffers)
+            return _sort(wanted(group.params, group.options, gated), group, buffers)
         made = [buffer for buffer in buffers if buffer is not None]
         kept = [compensation for compensation in group.compensations if compensation is not None]
         tensors = list(chain(group.params, group.grads, made, kept))
-        key = (backends, len(group.params), len(buffers), len(made), len(kept), torch.is_inference_mode_enabled())
+        counts = len(group.params), len(buffers), len(made), len(kept)
+        key = (_kind(group.options), gated, counts, torch.is_inference_mode_enabled())
         if self._guard is not None and key == self._key and self._guard(*tensors):
             reads_first = not self._places[0].backend.traceable  # the fused steps
             if reads_first or not _share_storage(group.grads, [*group.params, *made, *kept]):
                 return self._places, group.grads
         failed, self._guard = self._guard is not None, None
-        self._places, grads = _sort(backends, group, buffers)
+        self._places, grads = _sort(wanted(group.params, group.options, gated), group, buffers)
         # The guard is built the second time a list is seen, and not right after one failed, because building costs as much as two sorts. It
         # does not see which buffers are missing, nor what gradients share memory with.
         if self._seen and not failed and len(made) in (0, len(buffers)) and grads is group.grads:
             self._guard = metadata_guard(tensors)
         self._key, self._seen = key, not failed
         return self._places, grads
+
+
+def _kind(options: Options) -> list[Any]:
+    """What of the options decides which backends want a group: of a number only whether it is 0, of lr where it is."""
+    lr = options.lr
+    kinds = [value != 0 if isinstance(value, float) else value for value in options[1:]]
+    return [*kinds, (lr.device, lr.requires_grad) if isinstance(lr, Tensor) else None]
 
 
 def _sort(backends: list[Backend], group: Group, buffers: list[Tensor | None]) -> tuple[list[_Place], list[Tensor]]:
