@@ -1,7 +1,7 @@
 """Interleaved timing: in each round every contender takes one step, in a new order.
 
-pytest-benchmark times one contender after the other, so a slow minute counts against whoever ran in it. Here whatever
-disturbs the machine disturbs all contenders, and ratios are taken within a round. On a GPU events on the device are timed.
+pytest-benchmark times one contender after the other, so a slow minute counts against the contender that ran in it. Here a
+disturbance hits all contenders, and ratios are taken within a round. On a GPU, events on the device are timed.
 """
 
 from __future__ import annotations

@@ -188,7 +188,7 @@ def save(folder: Path, step: int, training: Training) -> None:
 
 
 def resume(folder: Path | None, training: Training) -> int:
-    """Load the newest checkpoint, whatever number of ranks wrote it, sharded or not; 0 if there is none, else its step."""
+    """Load the newest checkpoint, of any number of ranks, sharded or not. Returns its step, 0 if there is none."""
     if folder is None:
         return 0
     # one rank looks and tells the others, who on a network file system may not see the same yet

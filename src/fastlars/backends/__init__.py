@@ -50,7 +50,7 @@ def wanted(params: list[Tensor], options: Options, gated: bool = False) -> list[
 
 def leaves_graph(params: list[Tensor], options: Options) -> bool:
     """Whether torch.compile cannot trace the preferred backend of a group."""
-    for backend in BACKENDS:  # stops early: a compiled frame keeps alive whatever it inspects
+    for backend in BACKENDS:  # stops early: a compiled frame keeps alive everything that it inspects
         if backend.wants(params, options, False):
             return not backend.traceable
     return False
