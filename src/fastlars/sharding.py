@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from itertools import compress
 from types import FrameType
 from typing import Any
 
@@ -45,16 +46,17 @@ def any_sharded(params: Iterable[Any]) -> bool:
     torch_xla's XLAShardedTensor does not count. It inherits from DTensor, but it stands for the whole tensor: XLA splits the
     computation and adds the collectives itself, so every norm that LARS takes of it is already global.
     """
-    kind = dtensor()
-    if kind is None:
-        return False
-    by_class_only: Any = getattr(sys.modules.get(_XLA), "XLAShardedTensor", ())
-    return any(issubclass(each, kind) and not issubclass(each, by_class_only) for each in set(map(type, params)))
+    return dtensor() is not None and any(map(_is_dtensor, set(map(type, params))))
 
 
 def is_sharded(tensor: Any) -> bool:
     """`any_sharded` of one tensor."""
-    return any_sharded([tensor])
+    return _is_dtensor(type(tensor))
+
+
+def _is_dtensor(cls: type) -> bool:
+    kind, by_class_only = dtensor(), getattr(sys.modules.get(_XLA), "XLAShardedTensor", ())
+    return kind is not None and issubclass(cls, kind) and not issubclass(cls, by_class_only)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -143,6 +145,7 @@ class Sharded:
         self._rows: dict[frozenset[int], list[int]] = {}
         self._options: list[Options] = []  # of each row
         self._parts: list[Tensor] = []  # the shard of each row
+        self._sharded: set[int] = set()  # ids of parameters
         self._part_of: dict[int, Tensor] = {}  # by the id of a parameter
         self._row: dict[int, int] = {}  # by the id of a shard
         self._skips = any(options.skip_nonfinite for _, options in groups)
@@ -150,6 +153,7 @@ class Sharded:
         for params, options in groups:
             for param in params:
                 if is_sharded(param):
+                    self._sharded.add(id(param))
                     self._add(param, options)
 
     def _add(self, param: Any, options: Options) -> None:
@@ -193,9 +197,10 @@ class Sharded:
         """The group with local shards in place of sharded tensors. Gradients are first redistributed like their parameters."""
         params, grads = group.params, group.grads
         buffers = group.momentum_buffers if group.options.momentum != 0 else []
-        for name, state in (("momentum_buffer", buffers), ("compensation", group.compensations)):
-            for param, grad, made in zip(params, grads, state or [None] * len(params), strict=True):
-                self._check(param, grad, made, name)
+        for param, grad, buffer in zip(params, grads, buffers or [None] * len(params), strict=True):
+            self._check(param, grad, buffer, "momentum_buffer")
+        for param, grad, compensation in zip(params, grads, group.compensations):  # none, or as many
+            self._check(param, grad, compensation, "compensation")
         laid_out: list[Any] = [
             grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
             if is_sharded(param) and not _is_laid_out_as(grad, param)
@@ -232,17 +237,16 @@ class Sharded:
         """After the step, turn new buffers into DTensors and bump version counters."""
         written: list[Tensor] = []
         for group, local_group in zip(groups, stepped, strict=True):
-            written += filter(is_sharded, group.params)
+            sharded = [id(param) in self._sharded for param in group.params]
+            written += compress(group.params, sharded)
             for whole, parts in (
                 (group.momentum_buffers, local_group.momentum_buffers),
                 (group.compensations, local_group.compensations),
             ):
-                for i, (param, part) in enumerate(zip(group.params, parts)):
-                    if part is not None:  # a skipped first step may have made none
-                        made = whole[i]
-                        if made is None:
-                            made = whole[i] = self._like(param, part) if is_sharded(param) else part
-                        written += filter(is_sharded, [made])
+                for i, part in enumerate(parts):
+                    if part is not None and whole[i] is None:  # a skipped first step may have made none
+                        whole[i] = self._like(group.params[i], part) if sharded[i] else part
+                written += [made for made in compress(whole[: len(parts)], sharded) if made is not None]
         bump_versions(written)
 
     def _like(self, param: Any, buffer: Any) -> Any:
