@@ -63,7 +63,7 @@ def test_the_conclusions_of_the_page_are_what_the_committed_runs_say(found: stud
     assert len(verdicts) == 20 and not any("worse" in verdict for verdict in verdicts)
     assert "At batch 256 nothing is gained" in text
     assert all(abs(mean(name, 256)) < 0.5 for name in others)
-    assert "LARS is a few points ahead of AdamW and of clipping, with batch-norm by less" in text
+    assert "LARS is a few points ahead of AdamW and of clipping, and by less with batch-norm" in text
     assert "With one lr for all tensors it falls behind clipping and AdamW" in text
     one = study.ONE_LR["LARS, one lr for all"]
     for name in ("AdamW", "SGD with clipping"):

@@ -66,7 +66,7 @@ def trust_ratio(nonzero: Condition, param_norm: Number, direction_norm: Number, 
     if options.trust_denominator == "separate":
         denominator = denominator + options.weight_decay * param_norm
     if options.differentiable or options.eps == 0:
-        # avoid a division by 0 in the branch not taken: its gradient is NaN, and Python's numbers raise
+        # no division by 0 in the branch not taken: its gradient would be NaN, and Python's numbers would raise
         denominator = where(nonzero, denominator, 1.0)
     ratio = options.trust_coefficient * param_norm / denominator
     if options.trust_clip:

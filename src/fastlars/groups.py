@@ -42,13 +42,13 @@ def param_groups(
     - biases, the tensors named "bias";
     - vectors, the tensors with at most one dimension longer than 1, such as the gains of normalisation layers, LayerScale
       and class tokens. A tensor named "weight" with more than one dimension, as in ``Linear(n, 1)``, counts as a matrix,
-      also when torch's parametrizations, weight and spectral norm or pruning rename it;
+      even if torch's parametrizations, weight norm, spectral norm or pruning rename it;
     - all tensors directly in a normalisation layer, which is one of torch's or a module whose class name ends in "Norm";
     - the tensors that ``exclude_from_adaptation`` selects.
 
     Args:
-        model: a module, wrapped by DistributedDataParallel or torch.compile or not, or named parameters such as
-            ``model.named_parameters()``. Named parameters show normalisation layers only by the shapes of their tensors.
+        model: a module, which may be wrapped by DistributedDataParallel or torch.compile, or named parameters such as
+            ``model.named_parameters()``. With those, only the shapes of tensors give normalisation layers away.
         weight_decay: weight decay of the adapted group, >= 0. The other group has none.
         bias_lr: lr of the tensors that are not adapted, >= 0: a number or a 1-element tensor. They take plain SGD steps,
             so an lr of SGD's size suits them; 0.1 is a good start. "same": LARS's lr, as in most published recipes, whose
@@ -122,7 +122,10 @@ def _lr_of_the_rest(bias_lr: BiasLR | None, unadapted: Mapping[str, Any] | None)
 
 
 def has_normalisation(model: nn.Module | Iterable[tuple[str, Tensor]]) -> bool:
-    """Whether a module has normalisation layers, with or without parameters. True for named parameters, which cannot tell."""
+    """Whether a module has normalisation layers, with or without parameters.
+
+    True for named parameters, which do not show their layers.
+    """
     return not isinstance(model, nn.Module) or any(map(_normalises, model.modules()))
 
 

@@ -50,7 +50,7 @@ def foreign_name(key: object) -> str | None:
 
 
 def check_call(keys: Iterable[str]) -> None:
-    """Raise for another library's argument or a misspelt one. Python raises for all others."""
+    """Raise for another library's argument or a misspelt one. Python itself raises for any other unknown name."""
     for key in keys:
         if sentence := foreign_name(key):
             raise TypeError(sentence)

@@ -344,7 +344,8 @@ class LARS(Optimizer):
     def _state_of(self, params: list[Tensor], key: str, needed: list[bool], in_graph: bool) -> list[Tensor | None]:
         """The state under this key of each parameter that needs it; None for others, and if the step must create it."""
         found = [self.state.get(p, _NO_STATE).get(key) if need else None for p, need in zip(params, needed)]
-        # One graph serves all steps, and a parameter that is listed twice has one state. Otherwise the step creates it.
+        # Create missing state here if in a graph, which serves all steps, or if a parameter is listed twice, which has
+        # one state. Otherwise the step creates it.
         if not _NONE.isdisjoint(map(type, found)) and (in_graph or len(set(map(id, params))) < len(params)):
             for p, need in zip(params, needed):
                 if need and self.state[p].get(key) is None:
@@ -492,7 +493,7 @@ class LARS(Optimizer):
             sharding.check_not_divided(where)
 
     def _check_before_step(self, i: int, group: dict[str, Any]) -> None:
-        """Check the options of a group, which users may write, before any group moves. `split` checks its tensors."""
+        """Check the options of a group, which users may edit, before any group moves. `split` checks its tensors."""
         where, lr = f"param group {i}", group["lr"]
         if group["differentiable"] and torch.is_grad_enabled():
             check_no_leaves([p for p in group["params"] if p.grad is not None])

@@ -271,7 +271,7 @@ def vicreg(model: Model, *, batch_size: int, epochs: int, steps_per_epoch: int, 
 def moco_v3(model: Model, *, batch_size: int, epochs: int, steps_per_epoch: int, **values: Unpack[Values]) -> Run:
     """MoCo v3 with a ResNet-50: lr 0.6 x batch / 256, weight decay 1e-6, 10 epochs of warm-up, cosine to 0.
 
-    Published: batch 4096, 100 epochs. Runs of 300 and 1000 epochs have lr 0.3, and the last one weight decay 1.5e-6. For
+    Published: batch 4096, 100 epochs. Runs of 300 and 1000 epochs have lr 0.3, and that of 1000 has weight decay 1.5e-6. For
     any other number of epochs, the settings are those of the nearest published one (by ratio). The authors train ViTs
     with AdamW.
 

@@ -49,7 +49,7 @@ def wanted(params: list[Tensor], options: Options, gated: bool = False) -> list[
 
 
 def leaves_graph(params: list[Tensor], options: Options) -> bool:
-    """Whether torch.compile cannot trace the preferred backend of a group."""
+    """Whether the preferred backend of a group is one that torch.compile cannot trace."""
     for backend in BACKENDS:  # stops early: a compiled frame keeps alive everything that it inspects
         if backend.wants(params, options, False):
             return not backend.traceable
@@ -176,12 +176,12 @@ def _sort(backends: list[Backend], group: Group, buffers: list[Tensor | None]) -
         _Place(backend_of[key], indices, backend_of[key].plan([params[i] for i in indices]))
         for key, indices in indices_of.items()
     ]
-    same = all([one is other for one, other in zip(readable, grads)])  # noqa: C419  old compilers trace no generators
+    same = all([one is other for one, other in zip(readable, grads)])  # noqa: C419  old compilers cannot trace generators
     return places, grads if same else readable
 
 
 def _is_written(grad: Tensor, *of_step: Tensor | None) -> bool:
-    """Whether updating the parameter or its state would write the gradient before all of it has been read."""
+    """Whether updating the parameter or its state would overwrite the gradient before all of it has been read."""
     written = [tensor for tensor in of_step if tensor is not None]
     if torch.compiler.is_compiling() or not PLAIN.issuperset(map(type, [grad, *written])) or operations_are_seen():
         return False  # there are no addresses

@@ -1,6 +1,6 @@
-"""The step in torch's own operations, in place: v = m v + b g + c w and w -= q v. Every device, dtype and mode.
+"""The step in torch's own operations, in place: v = m v + b g + c w and w -= q v. For every device, dtype and mode.
 
-`Single` works tensor by tensor; read it first. `Foreach` does the same over lists. Complex tensors come as real
+`Single` works tensor by tensor; read it first. `Foreach` does the same over lists. Complex tensors arrive as real
 views. q, the step size, is lr, or 1 where lr is in the momentum buffer. Bytes per float32 parameter: 44, like torch's SGD.
 """
 
@@ -126,7 +126,7 @@ class Foreach(Single):
 
     def serves(self, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]) -> bool:  # noqa: ARG002
         """All but conjugate and negative views, to which foreach ops do not write, and buffers of another dtype."""
-        if any([is_conjugate(param) for param in params]):  # noqa: C419  old compilers trace no generators
+        if any([is_conjugate(param) for param in params]):  # noqa: C419  old compilers cannot trace generators
             return False
         # `Staging` would round them to the parameters' dtype, and torch's foreach SGD refuses them in the middle of a step
         if any([param.dtype != buffer.dtype for param, buffer in zip(params, momentum_buffers)]):  # noqa: C419  as above

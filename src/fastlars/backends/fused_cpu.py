@@ -266,7 +266,7 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _norm(tensor: Tensor) -> float:
-    """The norm of a dense tensor as a Python number, like `norms` but in fewer calls and in float32 to the end."""
+    """The norm of a dense tensor as a Python number, like `norms` but in fewer calls and in float32 throughout."""
     matrix = _matrix(tensor.numel())
     if matrix is None:
         return norms([_flat(tensor)], foreach=False).item()
@@ -276,7 +276,7 @@ def _norm(tensor: Tensor) -> float:
 
 @cache
 def _matrix(numel: int) -> tuple[tuple[int, int], tuple[int, int]] | None:
-    """Size and strides of this many elements as a matrix of long rows; None if there is none or it has too many rows."""
+    """Size and strides that view this many elements as a matrix of long rows; None if impossible or with too many rows."""
     row = _row(numel)
     return None if row == 0 or numel > row * ROWS else ((numel // row, row), (row, 1))
 

@@ -77,7 +77,7 @@ def storage_of(tensor: Tensor) -> int:
 
 
 def find_shared_memory(tensors: list[Tensor], first: int) -> tuple[int, int] | None:
-    """Indices of two tensors that share memory, at least one of them among the ``first``; None if there are none."""
+    """Indices of two tensors that share memory, at least one among the first ``first``; None if there are none."""
     spans: list[tuple[str, int, int, int]] = []
     for i, tensor in enumerate(tensors):
         if type(tensor) in PLAIN and tensor.numel() > 0:

@@ -20,7 +20,7 @@ from .layouts import on_cpu
 
 def is_torch_sgd(params: list[Tensor], options: Options) -> bool:
     """Whether torch's SGD computes this step, and not our own update. It must have the options and not read lr from a GPU."""
-    if options.kahan_sum and any([is_half(param.dtype) for param in params]):  # noqa: C419  old compilers trace no generators
+    if options.kahan_sum and any([is_half(param.dtype) for param in params]):  # noqa: C419  old compilers cannot trace generators
         return False
     lr = options.lr
     reads_lr = isinstance(lr, Tensor) and (lr.requires_grad or lr.device.type != "cpu")
