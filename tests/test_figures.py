@@ -83,7 +83,10 @@ def test_what_the_page_on_lr_says_of_the_search() -> None:
     power = statistics.linear_regression(
         [math.log(batch) for batch in best], [math.log(lr) for lr in best.values()]
     ).slope
-    assert f"LARS's best lr grows as batch to the power {power:.1f}, between square-root and linear scaling" in text.replace("\n", " ")
+    assert (
+        f"LARS's best lr grows as batch to the power {power:.1f}, between square-root and linear scaling"
+        in text.replace("\n", " ")
+    )
     (lrs,), *rows = (
         [
             [cell.strip() for cell in line.split("|")[2:-1]]
