@@ -41,12 +41,12 @@ class TorchSGD:
         self.mixes_first_steps = not fused
 
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:
-        """Groups that are not adapted. torch's SGD has no gate, so gated steps run only on CPU, where the host reads it for free."""
+        """Groups that are not adapted. torch's SGD has no gate. The host reads it instead, only on CPU, where that is free."""
         reads_gate = not gated or (not torch.compiler.is_compiling() and all(on_cpu(params)))
         return is_torch_sgd(params, options) and reads_gate and self._ours.wants(params, options, gated)
 
     def serves(self, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]) -> bool:
-        """Like ours, if dtypes agree. torch makes buffers of the gradient's dtype, and its kernel would misread another one."""
+        """Like ours, if dtypes agree. torch gives buffers the gradient's dtype, and its kernel misreads another one."""
         alike = all([param.dtype == grad.dtype for param, grad in zip(params, grads)])  # noqa: C419  a list traces
         return alike and self._ours.serves(params, grads, momentum_buffers)
 

@@ -80,7 +80,7 @@ def _refusal(device: torch.device) -> str | None:
     try:
         # Triton compiles C code for this, which needs Python's headers
         _kernels().driver.active.get_current_device()
-    except Exception as error:  # noqa: BLE001  of compilers, linkers and drivers: no list is complete
+    except Exception as error:  # noqa: BLE001  from compilers, linkers or drivers, and no list is complete
         return f"on CUDA needs Triton, which cannot launch kernels here ({type(error).__name__}: {error})"
     return None
 
