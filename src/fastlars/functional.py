@@ -1,6 +1,6 @@
 """The functional form: `lars()` steps tensors that share their options."""
 
-from typing import List, Optional, Union  # noqa: UP035  TorchScript reads these spellings in every version
+from typing import List, Optional, Union  # noqa: UP035  every TorchScript version reads these spellings
 
 import torch
 from torch import Tensor

@@ -70,8 +70,8 @@ class LARS(Optimizer):
         w     = w - lr * v
 
     If either norm is 0, v takes the plain gradient, without ratio and weight decay. Dampening does not apply to a tensor's
-    first step. Groups that are not adapted take exactly torch's SGD step, bit for bit. Norms are L2 norms of whole
-    tensors, in float32 or better. The step never writes ``.grad`` and never synchronises with the GPU.
+    first step. Groups that are not adapted take torch's SGD step, bit for bit. Norms are L2 norms of whole tensors, in
+    float32 or better. The step never writes ``.grad`` and never synchronises with the GPU.
 
     LARS is not a drop-in replacement for SGD. A step moves a tensor by about ``lr * trust_coefficient`` of its norm (up to
     ``1 / (1 - momentum)`` times that), so a typical ``lr`` is 1 to 30. Use :func:`fastlars.param_groups` to leave biases and
