@@ -66,8 +66,8 @@ class About(NamedTuple):
     """What the documentation says about a dialect in addition to its options."""
 
     used_by: str
-    source: str  # where its formula was published
-    differs: Mapping[str, str] = MappingProxyType({})  # case -> what the other code does in it
+    source: str  # where its formula is defined
+    differs: Mapping[str, str] = MappingProxyType({})  # case -> what the other code then does
 
 
 _DECAYS = "a tensor with zero gradient moves by lr * weight_decay * w, without a ratio. Here it does not move"

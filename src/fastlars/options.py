@@ -38,7 +38,7 @@ _OPTIONAL_BOOLEAN = ("adapt", "foreach", "fused", "kahan_sum")
 
 
 def check_options(options: Mapping[str, Any], where: str) -> None:
-    """Raise for the first option that breaks its rule. ``where`` names the group, such as "param group 1"."""
+    """Raise for the first option that breaks its rule. ``where`` is their place in errors, such as "param group 1"."""
     check_lr(options["lr"], where)
     for name in _NON_NEGATIVE:
         _check_number(name, options[name], where, minimum=0.0)

@@ -1,7 +1,7 @@
 """Published training settings as functions. Each returns an optimizer and a schedule for your model.
 
 The defaults are what the authors ran. You can override every value by name. Schedules begin at lr / warm-up steps, one
-step further than the authors' schedules.
+step ahead of the authors' schedules.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def check_fused(params: Iterable[Any], where: str) -> None:
 
 
 def _refusal(device: torch.device) -> str | None:
-    """Why kernels cannot run on a CUDA device; None if they can."""
+    """The reason why kernels cannot run on a CUDA device, or None if they can run."""
     if importlib.util.find_spec("triton") is None:
         return "on CUDA needs Triton, which is not installed (pip install triton)"
     if torch.version.hip is not None:
