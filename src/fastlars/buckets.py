@@ -1,4 +1,4 @@
-"""The data types of a step: a `Group` is split into `Bucket`s, each with its `Norms` and the `Backend` that steps it."""
+"""The data types of a step. A `Group` is split into `Bucket`s, and each has its `Norms` and the `Backend` that steps it."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from .options import Options
 
 
 class Memory:
-    """Caches that an optimizer keeps between steps, one attribute per file that uses it. Copies and pickles are empty."""
+    """Caches that an optimizer keeps between steps, one attribute per file. Copies and pickles of it are empty."""
 
     def __init__(self) -> None:
-        """Empty."""
-        self.steps = 0  # so far, for caches that age
+        """Start with empty caches."""
+        self.steps = 0  # taken so far, to expire old entries
         self.assignments: dict[str, Any] = {}  # backends/__init__.py: one per group
         self.tables: Any = None  # backends/triton.py
 
     def __reduce__(self) -> tuple[type[Memory], tuple[()]]:
-        """Without content."""
+        """Drop the content."""
         return Memory, ()
 
 
 class Group(NamedTuple):
-    """The tensors that one call of `lars`, or one param group, steps."""
+    """The tensors of one param group, or of one call of `lars`."""
 
     params: list[Tensor]
     grads: list[Tensor]
@@ -32,14 +32,14 @@ class Group(NamedTuple):
     # rounding errors of parameters in half precision; None before the first step, empty if none are kept
     compensations: list[Tensor | None]
     options: Options
-    where: str = "lars"  # what errors call it: "param group 0"
+    where: str = "lars"  # its name in errors, such as "param group 0"
     memory: Memory | None = None  # None in graphs and in the functional form
 
 
 class Bucket(NamedTuple):
     """Tensors of one group that one backend steps together.
 
-    They share device and dtype, and usually all or none are at their first step.
+    They share a device and a dtype. Usually all of them or none are at their first step.
     """
 
     backend: Backend
@@ -49,13 +49,13 @@ class Bucket(NamedTuple):
     momentum_buffers: list[Tensor | None]  # empty without momentum
     compensations: list[Tensor | None]  # empty if they are not kept
     options: Options
-    is_first_step: bool = False  # with momentum, whose buffers are then None
-    grad_scale: Tensor | None = None  # what the backend has to divide gradients by
+    is_first_step: bool = False  # with momentum; the buffers are then None
+    grad_scale: Tensor | None = None  # the backend divides gradients by it
     plan: Any = None  # what `Backend.plan` returned for these tensors
     memory: Memory | None = None
 
     def at(self, places: list[int]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-        """Parameters, gradients, momentum buffers and compensations at these places; all are made."""
+        """Parameters, gradients, momentum buffers and compensations at these places. All must exist."""
         lists = cast("list[list[Tensor]]", [self.params, self.grads, self.momentum_buffers, self.compensations])
         params, grads, buffers, compensations = [[each[i] for i in places] if each else [] for each in lists]
         return params, grads, buffers, compensations
@@ -67,31 +67,31 @@ class Norms(NamedTuple):
     param: Tensor | None = None  # |w|
     direction: Tensor | None = None  # |g|, or with trust_denominator="joint" |g + weight_decay * w|
     grad: Tensor | None = None  # |g|, for skip_nonfinite
-    kept: Any = None  # what the backend keeps for its `update`
+    kept: Any = None  # anything that `measure` passes on to `update`
 
 
 class Backend(Protocol):
     """One implementation of the step. A new one is a file in this folder and an entry of `BACKENDS`."""
 
-    name: str  # as repr shows it
-    takes_scale: bool  # whether it divides gradients by the scale of a GradScaler itself
+    name: str  # shown by repr
+    takes_scale: bool  # whether it divides gradients by a GradScaler's scale itself
     traceable: bool  # whether torch.compile may trace it; if not, the step leaves the graph
     mixes_first_steps: bool  # whether a bucket may hold tensors with and without a buffer
 
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:
         """Whether it wants a group with these options and devices. ``gated`` steps may be skipped or have scaled gradients.
 
-        It may ask of a number only whether it is 0, because the answer is kept between steps.
+        It may test a number only for being 0, because the answer is cached between steps.
         """
 
     def serves(self, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]) -> bool:
-        """Whether it supports the layout and dtype of all of these; buffers may be missing."""
+        """Whether it supports the layout and dtype of all these tensors. Buffers may be missing."""
 
     def plan(self, params: list[Tensor]) -> Any:
-        """Precompute what depends only on tensor metadata; it is kept between steps."""
+        """Precompute what depends only on tensor metadata. The result is kept between steps."""
 
     def measure(self, bucket: Bucket, now: bool) -> Norms:
-        """Norms of the bucket; a backend may leave those of w and g to `update`, unless they are needed ``now``."""
+        """Norms of the bucket. A backend may leave |w| and |g| to `update`, unless they are needed ``now``."""
 
     def update(self, bucket: Bucket, norms: Norms, gate: Tensor | None) -> None:
         """Write parameters and state. If the 1-element tensor ``gate`` is not 0, write nothing."""

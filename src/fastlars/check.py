@@ -15,9 +15,9 @@ from .groups import has_normalisation
 from .options import NAMES, Options
 from .sharding import local
 
-# SGD hardly ever uses a larger lr, and tensors that are not adapted take SGD steps.
+# SGD rarely uses a larger lr, and tensors that are not adapted take SGD steps.
 LARGEST_SGD_LR = 1.0
-# Without a warm-up, fresh weights seldom survive a larger relative step (with momentum built up).
+# Without a warm-up, fresh weights rarely survive a larger relative step (at full momentum).
 LARGEST_FIRST_STEP = 0.02
 # Below this relative step the loss hardly moves. An lr of SGD's size, 0.1, gives 1e-4.
 SMALLEST_STEP = 1.5e-4
@@ -27,7 +27,7 @@ _SHOWN = 4  # tensor names in a printed finding
 class Finding(NamedTuple):
     """One probable mistake."""
 
-    name: str  # its heading on the documentation page "When something looks wrong"
+    name: str  # also its heading on the documentation page "When something looks wrong"
     sentence: str
     way_out: str
     tensors: tuple[str, ...] = ()  # their names, or "group.position"
@@ -47,9 +47,9 @@ def check(model: nn.Module, optimizer: Optimizer) -> Findings:
     Call it once, after you have built the optimizer and the schedule and before the first step. It looks for
 
     - parameters of the model that are in no group and never move;
-    - an optimizer that adapts nothing, which is SGD at LARS's lr;
+    - an optimizer that adapts nothing, so it is SGD at LARS's lr;
     - biases and other tensors that are not adapted, at an lr far above SGD's, in a model without normalisation layers;
-    - adapted tensors that are zero, whose first step is lr * gradient, unscaled;
+    - adapted tensors that are zero, so their first step is lr * gradient, unscaled;
     - a large lr without warm-up;
     - an lr of SGD's size, at which adapted tensors hardly move;
     - half-precision weights whose steps are rounded away.
@@ -216,7 +216,7 @@ def _options(group: dict[str, Any]) -> Options:
 
 
 def _peak_lr(group: dict[str, Any]) -> float:
-    """The peak of the schedule, which keeps it in the group as initial_lr, else lr."""
+    """The peak lr: ``initial_lr``, which a schedule keeps in the group, else ``lr``."""
     return float(group.get("initial_lr", group["lr"]))
 
 

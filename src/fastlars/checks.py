@@ -1,7 +1,7 @@
 """Checks of a group and its tensors at construction, on load, and before a step writes anything.
 
-Without them torch's kernels would raise in the middle of a step, for tensors that cannot be written or do not fit each
-other, and for numbers that the parameters' dtype cannot hold.
+Without these checks, torch's kernels would raise in the middle of a step for tensors that cannot be written or do not
+fit each other, and for numbers that the parameters' dtype cannot hold.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .options import NAMES, Options, check_options, check_params, check_tensor_l
 
 
 def check_group(options: Mapping[str, Any], params: Iterable[Any], where: str) -> None:
-    """Raise for options that break their rule or do not fit these tensors or named tensors."""
+    """Raise for options that break a rule or do not fit these tensors or named tensors."""
     check_options(options, where)
     items = [item[1] if isinstance(item, tuple) else item for item in params]
     check_params(items, where)
@@ -36,7 +36,7 @@ def check_group(options: Mapping[str, Any], params: Iterable[Any], where: str) -
 
 
 def check_no_leaves(params: list[Tensor]) -> None:
-    """Raise for leaves, which autograd refuses only after the first buffer has been written."""
+    """Raise for leaves. Autograd rejects them too late, after the first buffer has been written."""
     for i, param in enumerate(params):
         if param.is_leaf and param.requires_grad:
             raise RuntimeError(
@@ -76,18 +76,18 @@ def check_lr(lr: Any, param: Tensor | None, limit: float, where: str) -> None:
         if not (lr.is_cpu and type(lr) is Tensor and torch.finfo(lr.dtype).max > limit):
             return
         lr = lr.item()
-    # torch accepts infinities and NaN, which show in the weights
+    # torch accepts infinities and NaN, and they show in the weights
     if isinstance(lr, float) and limit < abs(lr) < math.inf:
         raise ValueError(f"{where}: lr must be at most {limit:g} for these parameters, got {lr:g}")
 
 
 def narrowest_dtype(params: Iterable[Tensor]) -> torch.dtype:
-    """The dtype with the smallest range."""
+    """The dtype of these parameters that has the smallest range."""
     return min({param.dtype for param in params}, key=lambda dtype: torch.finfo(dtype).max)
 
 
 def _largest_factor(options: Mapping[str, Any], narrowest: torch.dtype) -> float:
-    """The largest number in which an update is computed: float32's for adapted half types, else the dtype's own."""
+    """The largest number that the update can compute with: that of float32 for adapted half types, else of the dtype."""
     adapted = is_adapted(Options(**{name: options[name] for name in NAMES}))
     return torch.finfo(torch.float32 if adapted and is_half(narrowest) else narrowest).max
 
@@ -116,7 +116,7 @@ def check_fit(
 
 
 def _misfit(param: Tensor, grad: Tensor, buffer: Tensor | None, compensation: Tensor | None) -> str | None:
-    """Why the gradient or state does not fit the parameter; None if it does."""
+    """The reason why the gradient or state does not fit the parameter, or None if both fit."""
     if reason := _sparse(grad):
         return reason
     what = f"a parameter of shape {tuple(param.shape)}"
@@ -150,7 +150,7 @@ def _misfit(param: Tensor, grad: Tensor, buffer: Tensor | None, compensation: Te
 
 
 def _unwritable(tensor: Tensor, what: str) -> str | None:
-    """Why a parameter or buffer cannot be written in place; None if it can."""
+    """The reason why a parameter or buffer cannot be written in place, or None if it is writable."""
     if tensor.layout is not torch.strided or tensor.is_nested:
         return f"{what} must be dense, got one of layout {tensor.layout}; convert it with to_dense()"
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
@@ -164,12 +164,12 @@ def _unwritable(tensor: Tensor, what: str) -> str | None:
 
 
 def is_capturing() -> bool:
-    """Whether a CUDA graph captures what runs on the current stream."""
+    """Whether a CUDA graph is capturing the current stream."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]  # torch's
 
 
 def check_captured(group: Group) -> None:
-    """Raise if a CUDA graph that captures this step would create state, which every replay would reset to zeros."""
+    """Raise if a captured step would create state, which every replay of the CUDA graph would reset to zeros."""
     if torch.compiler.is_compiling() or not is_capturing():
         return
     buffers = group.momentum_buffers if group.options.momentum != 0 else group.params

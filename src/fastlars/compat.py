@@ -1,4 +1,4 @@
-"""Everything that depends on the torch version. tests/test_private_names.py lists what torch does not document."""
+"""Everything that depends on the torch version. tests/test_private_names.py lists the undocumented names it uses."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._jit_internal import is_scripting  # torch.jit's own, for which it has no type
+from torch._jit_internal import is_scripting  # the function behind torch.jit.is_scripting, which has no type
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import (
     _default_to_fused_or_foreach,  # since 2.0
     _use_grad_for_differentiable,  # since 1.13
-    required,  # since the beginning; unused by now in torch's optimizers, but users know its message
+    required,  # in every version; torch's optimizers no longer use it, but users know its message
 )
 
 __all__ = [
@@ -28,20 +28,20 @@ __all__ = [
     "use_grad_for_differentiable",
 ]
 
-# Since 2.1, and used by torch's fused optimizers. Unlike torch.compiler.disable it does not import torch._dynamo at once.
+# Since 2.1; torch's fused optimizers use it. Unlike torch.compiler.disable, it does not import torch._dynamo immediately.
 outside_graphs = torch._disable_dynamo  # type: ignore[attr-defined]
 use_grad_for_differentiable = _use_grad_for_differentiable
 
 _TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
-# From 2.6 on, optimizers take (name, parameter) pairs and keep group["param_names"].
+# Since 2.6, optimizers take (name, parameter) pairs and keep group["param_names"].
 NAMED_PARAMETERS = _TORCH >= (2, 6)
 # Whether Inductor on CPU compiles operations on the bits of half types. 2.4 generates invalid C++; 2.13 is tested.
 COMPILES_BITS = _TORCH >= (2, 13)
 
 
 def bump_versions(tensors: list[Tensor]) -> None:
-    """Bump the version counters that autograd checks, after kernels that do not."""
+    """Bump the version counters that autograd checks, after kernels that do not bump them."""
     if _TORCH >= (2, 8):
         increment_version(tensors)
         return
@@ -50,10 +50,10 @@ def bump_versions(tensors: list[Tensor]) -> None:
 
 
 def metadata_guard(tensors: list[Tensor]) -> Callable[..., bool] | None:
-    """A function that checks in one call that tensors have the same metadata as these; None if this torch version lacks it.
+    """A function that checks in one call that tensors have the same metadata as these. None if this torch version lacks it.
 
-    Metadata are type, dtype, device, layout, sizes and strides, and the number of tensors. torch.compile guards the inputs
-    of its graphs this way, in a sixth of the time of a loop in Python. A list that holds a tensor twice never passes. Nested
+    Metadata means type, dtype, device, layout, sizes, strides and the number of tensors. torch.compile guards the inputs
+    of its graphs this way, in a sixth of the time of a Python loop. A list that holds a tensor twice never passes. Nested
     tensors may abort the process, but autograd gives none to a plain parameter.
     """
     sizes: list[Any] = [list(tensor.shape) for tensor in tensors]

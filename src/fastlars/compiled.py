@@ -1,8 +1,8 @@
 """Custom operators for torch.compile, which Inductor does not decompose.
 
-Inductor, its usual backend, copies each result of ``_foreach_norm`` in a kernel of its own when they are stacked, and on
-a CPU traces a dozen operations for each norm. So a graph has one operator for the norms of a list. Everything else
-stays arithmetic that Inductor fuses.
+Inductor, its usual backend, stacks the results of ``_foreach_norm`` with one copy kernel per result, and on a CPU traces
+a dozen operations for each norm. So a graph has one operator for the norms of a list. Everything else stays arithmetic
+that Inductor fuses.
 
 The operators are registered with a plain ``Library``. Each call of a ``torch.library.custom_op`` also checks that its
 results share no memory with its inputs, which takes 0.3 ms for a model's list of tensors.
@@ -17,7 +17,7 @@ from . import norms as exact
 from .compat import COMPILES_BITS
 from .dtypes import norm_dtype
 
-# Where Inductor generates code. Graphs of other backends (openxla) stay whole without operators that they do not know.
+# Devices for which Inductor generates code. Other backends (openxla) do not know our operators, which would split a graph.
 _DEVICES = ("cpu", "cuda", "xpu")
 
 _LIBRARY: Any = torch.library.Library("fastlars", "DEF")  # type: ignore[no-untyped-call]  # torch's
@@ -50,13 +50,13 @@ for _name, _kernel, _fake in (
 def is_traced(tensor: Tensor) -> bool:
     """Whether work on this tensor is traced into a graph that supports our operators.
 
-    False with autograd on, which cannot see through an operator.
+    False with autograd on, because it cannot differentiate our operators.
     """
     return torch.compiler.is_compiling() and not torch.is_grad_enabled() and tensor.device.type in _DEVICES
 
 
 def norms(tensors: list[Tensor], foreach: bool) -> Tensor:
-    """As `norms.norms`."""
+    """Like `norms.norms`."""
     if is_traced(tensors[0]):
         in_graph: Tensor = torch.ops.fastlars.norms.default(tensors)
         return in_graph
@@ -64,7 +64,7 @@ def norms(tensors: list[Tensor], foreach: bool) -> Tensor:
 
 
 def joint_norms(params: list[Tensor], grads: list[Tensor], sign: float, weight_decay: float, foreach: bool) -> Tensor:
-    """As `norms.joint_norms`."""
+    """Like `norms.joint_norms`."""
     if is_traced(params[0]):
         in_graph: Tensor = torch.ops.fastlars.joint_norms.default(params, grads, sign, weight_decay)
         return in_graph
@@ -72,7 +72,7 @@ def joint_norms(params: list[Tensor], grads: list[Tensor], sign: float, weight_d
 
 
 def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A float32 tensor rounded to a half type. In a graph via its bits, because Inductor drops a conversion and its inverse."""
+    """A float32 tensor rounded to a half type. Graphs round the bits, because Inductor drops a conversion and its inverse."""
     if not torch.compiler.is_compiling():
         return tensor.to(dtype).to(tensor.dtype)
     if tensor.is_cpu and not COMPILES_BITS:
@@ -84,10 +84,10 @@ def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def unbind(vector: Tensor) -> list[Tensor]:
     """The numbers of a vector as 0-dim tensors.
 
-    In a graph the vector is materialised first: Inductor would recompute it in the loop over each tensor.
+    In a graph the vector is materialised first, because Inductor would recompute it in the loop over each tensor.
     """
     if is_traced(vector):
-        on_cpu = vector.is_cpu  # elsewhere strides are reason enough, and cost no operator
+        on_cpu = vector.is_cpu  # on other devices setting strides is enough and costs no operator
         vector = (
             torch.ops.fastlars.realized.default(vector) if on_cpu else vector.as_strided(vector.shape, vector.stride())
         )

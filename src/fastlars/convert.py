@@ -13,17 +13,17 @@ from .groups import unwrapped
 
 # State keys of momentum that LARS can continue with.
 MOMENTUM = ("momentum_buffer", "mu", "state1", "trace")
-# State keys of optimizers without such momentum: the Adam family, RMSprop and Adadelta, Adagrad, ASGD, Rprop.
+# State keys of optimizers without such momentum: Adam's family, RMSprop and Adadelta, Adagrad, ASGD, Rprop.
 OTHERS = ("exp_avg", "square_avg", "sum", "ax", "prev")
 # The key under which bitsandbytes saves state1 and the rest of its state.
 NESTED = "__bnb_optimizer_quant_state__"
 
 
 def foreign_key(state: Mapping[str, Any], param: Tensor) -> str | None:
-    """The key that shows that another optimizer made this state; None if LARS or torch's SGD may have.
+    """The key that shows that another optimizer made this state. None if LARS or torch's SGD may have made it.
 
-    Hooks may keep their own entries in the state. Only a tensor of the parameter's shape under a known name counts, and
-    only if there is no momentum buffer.
+    Only a tensor of the parameter's shape under a known name counts, because hooks may keep other entries in the state.
+    Nothing counts if there is a momentum buffer.
     """
     if "momentum_buffer" in state:
         return None
@@ -32,7 +32,7 @@ def foreign_key(state: Mapping[str, Any], param: Tensor) -> str | None:
 
 
 def groups_and_states(state_dict: Any) -> tuple[list[Mapping[str, Any]], Mapping[Any, Any]]:
-    """The param groups and states of a state dict; raise for anything else."""
+    """The param groups and states of a state dict. Raises for anything else."""
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
         got = list(state_dict) if isinstance(state_dict, Mapping) else type(state_dict).__name__
         raise ValueError(
@@ -52,7 +52,7 @@ def groups_and_states(state_dict: Any) -> tuple[list[Mapping[str, Any]], Mapping
 
 
 def _hint(state_dict: Any) -> str:
-    """A note that names the entry of a whole checkpoint that holds the optimizer's state dict."""
+    """A note for whole checkpoints, which names the entry that holds the optimizer's state dict."""
     entries = state_dict.items() if isinstance(state_dict, Mapping) else ()
     found = next((key for key, value in entries if isinstance(value, Mapping) and "param_groups" in value), None)
     return "" if found is None else f"; this looks like a whole checkpoint, pass its entry {found!r}"
@@ -69,17 +69,17 @@ def convert_state_dict(
     """Convert the state dict of another optimizer into one that ``optimizer`` can load.
 
     Momentum continues where the other optimizer left it. It is converted to the unit that the groups of ``optimizer``
-    need: with ``lr_in_momentum`` the distance that the parameter moves, else that distance divided by lr. Options are
-    those of ``optimizer``, except for the saved lr. If both optimizers use the same dialect, training resumes exactly.
+    need: with ``lr_in_momentum`` the distance that the parameter moves, else that distance divided by lr. Options come
+    from ``optimizer``, except for the saved lr. If both optimizers use the same dialect, training resumes exactly.
 
-    These state keys are known: ``momentum_buffer`` (LARS itself, from one dialect to another; torch's SGD; timm; apex and
+    Supported state keys are ``momentum_buffer`` (LARS itself, from one dialect to another; torch's SGD; timm; apex and
     torchlars; pytorch_optimizer; bitsandbytes' PytorchLARS), ``mu`` (Barlow Twins, VICReg, MoCo v3, MAE, BYOL), ``trace``
-    (optax.lars, which includes lr and is negated) and ``state1`` (bitsandbytes with 32 bits, a sum of gradients without
-    ratios, which is clipped to max_unorm times the parameter's norm, as in every step of bitsandbytes).
+    (optax.lars, which includes lr and is negated) and ``state1`` (32-bit bitsandbytes, a sum of gradients without ratios;
+    it is clipped to max_unorm times the parameter's norm, as bitsandbytes does in every step).
 
     Args:
-        state_dict: what the other optimizer's ``state_dict()`` returned. One that you write by hand, as for optax, needs
-            no "param_groups". Its keys are positions: ``{"state": {0: {"trace": tensor}, ...}}``.
+        state_dict: what the other optimizer's ``state_dict()`` returned. If you write it by hand, as for optax, it needs
+            no "param_groups", and its keys are positions: ``{"state": {0: {"trace": tensor}, ...}}``.
         optimizer: the optimizer that will load the result. It is not changed. Its groups may differ from the saved ones.
         params: the parameters in the order of the other optimizer, such as ``model.parameters()``. None (default): match
             by name if both optimizers have names (without prefixes such as ``module.`` that wrappers add), else by
@@ -93,7 +93,7 @@ def convert_state_dict(
 
     Raises:
         ValueError: if ``state_dict`` is not a state dict; if a state has no momentum that LARS can continue with; if
-            parameters do not fit or cannot be told apart; if momentum is saved under a key of no parameter; if the
+            parameters do not fit or cannot be told apart; if momentum is saved under a key that no parameter has; if the
             parameters of one group were saved with several lrs; if buffers must be divided by an lr of 0.
         TypeError: if an entry of ``state_dict`` has the wrong type.
 
@@ -121,7 +121,7 @@ def convert_state_dict(
             buffer = _buffer(saved_of[p], p, packed, keep_lr, f"parameter {j} of param group {i}")
             entry = {} if buffer is None else {"momentum_buffer": buffer}
             kept = saved_of[p].state.get("compensation")
-            if isinstance(kept, Tensor):  # in units of the weights in every dialect
+            if isinstance(kept, Tensor):  # every dialect has it in units of the weights
                 entry["compensation"] = kept.clone()
             if entry:
                 state[index] = entry
@@ -170,7 +170,7 @@ def _match(state_dict: Mapping[str, Any], optimizer: Optimizer, params: list[Ten
 
 
 def _keys_by_hand(states: Any, count: int, named: bool) -> list[Any]:
-    """The keys of all parameters if no group lists them: positions or, if ``named``, names."""
+    """The keys of all parameters if no group lists them. They are names if ``named``, else positions."""
     texts = [key for key in states if isinstance(key, str)] if isinstance(states, Mapping) else []
     if not texts:
         return list(range(count))
@@ -183,7 +183,7 @@ def _keys_by_hand(states: Any, count: int, named: bool) -> list[Any]:
 
 
 def _check_states(keys: list[int | str], states: Mapping[Any, Any]) -> None:
-    """Raise for states that are not dicts, and for those that no parameter would get."""
+    """Raise for states that are not dicts, and for states that belong to no parameter."""
     known = set(keys)
     for key, state in states.items():
         if key in known and not isinstance(state, Mapping):
@@ -198,7 +198,7 @@ def _check_states(keys: list[int | str], states: Mapping[Any, Any]) -> None:
 
 
 def _in_saved_order(groups: Sequence[Mapping[str, Any]], our_groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:
-    """Our parameters in the order of the saved ones, by name if both have names, else by position."""
+    """Our parameters in saved order, matched by name if both sides have names, else by position."""
     ours = [p for group in our_groups for p in group["params"]]
     names, our_names = _names(groups), _names(our_groups)
     if names and our_names:
@@ -223,13 +223,13 @@ def _in_saved_order(groups: Sequence[Mapping[str, Any]], our_groups: Sequence[Ma
 
 
 def _names(groups: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The names of all parameters without wrappers' prefixes; empty if any has no name."""
+    """The names of all parameters without wrappers' prefixes. Empty if any parameter has no name."""
     names = [name for group in groups for name in group.get("param_names", group["params"])]
     return [unwrapped(name) for name in names] if all(isinstance(name, str) for name in names) else []
 
 
 def _buffer(saved: _Saved, param: Tensor, target: Mapping[str, Any], keep_lr: bool, where: str) -> Tensor | None:
-    """The momentum buffer of one parameter in the unit of its target group; None if none was saved."""
+    """The momentum buffer of one parameter in the unit of its target group, or None if no momentum was saved."""
     state, group = _flat(saved.state), saved.group
     # next to a state2, state1 is the first moment of an Adam-like optimizer
     keys = [key for key in MOMENTUM if state.get(key) is not None and "state2" not in state]

@@ -1,4 +1,4 @@
-"""The text of `repr`: which backend runs each group, whether it is adapted, and its options that are not defaults."""
+"""The text of `repr`: the backend of each group, whether it is adapted, and its options that are not defaults."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .options import NAMES, Options
 from .sharding import local
 
 WIDTH = 100
-MOST = 8  # entries; more would not fit a screen
+MOST = 8  # entries that fit on a screen
 _HIDDEN = {"params", "param_names", "foreach", "fused"}  # the backend's name shows the last two
 
 
@@ -59,7 +59,7 @@ def _kind(group: dict[str, Any], options: Options) -> str:
     if not params:
         return f"{kind}, not yet initialized"
     backends = wanted(params, options)
-    # gradient and buffer may not exist yet, and usually have the parameter's layout
+    # the gradient and buffer may not exist yet, but usually have the parameter's layout
     runs = collections.Counter(preferred(backends, param, param, None).name for param in params)
     what_runs = ", ".join(runs if len(runs) == 1 else (f"{name} {count}" for name, count in runs.items()))
     if any(is_compensated(param.dtype, options) for param in params):

@@ -38,7 +38,7 @@ _NUMBERS = ("trust_coefficient", "eps")
 
 
 def options_of(dialect: Any, where: str) -> dict[str, Any]:
-    """A copy of a dialect's options, empty for None. Errors begin with ``where``."""
+    """A copy of a dialect's options. Empty for None. Errors begin with ``where``."""
     if dialect is None:
         return {}
     if not isinstance(dialect, str) or dialect not in DIALECTS:
@@ -50,9 +50,9 @@ def options_of(dialect: Any, where: str) -> dict[str, Any]:
 
 
 def dialect_of(options: Options) -> str | None:
-    """The dialect with the formula of these options; None for the default's formula and for unknown ones.
+    """The dialect with the formula of these options. None for the default formula and for unknown formulas.
 
-    If several dialects have this formula, the one that agrees in most of the numbers.
+    If several dialects have this formula, it is the one with the most equal numbers.
     """
     values = options._asdict()
     if all(values[name] == _DEFAULTS[name] for name in _FORMULA):
@@ -63,11 +63,11 @@ def dialect_of(options: Options) -> str | None:
 
 
 class About(NamedTuple):
-    """What the documentation says about a dialect besides its options."""
+    """What the documentation says about a dialect in addition to its options."""
 
     used_by: str
-    source: str  # where its formula is
-    differs: Mapping[str, str] = MappingProxyType({})  # case -> what the other code does there
+    source: str  # where its formula is defined
+    differs: Mapping[str, str] = MappingProxyType({})  # case -> what the other code then does
 
 
 _DECAYS = "a tensor with zero gradient moves by lr * weight_decay * w, without a ratio. Here it does not move"

@@ -1,4 +1,4 @@
-"""From norms to two numbers a tensor: the formula of LARS and every option that enters it.
+"""The LARS formula, with all its options: it turns the norms of a tensor into two factors.
 
 With s = -1 when maximizing and else 1, r = lr if lr_in_momentum else 1, and k = 1 on a tensor's first step or
 without momentum, else 1 - dampening, every variant of LARS is
@@ -8,7 +8,7 @@ without momentum, else 1 - dampening, every variant of LARS is
 Source: You, Gitman, Ginsburg, arXiv 1708.03888, Eq. 6 and Algorithm 1.
 """
 
-from typing import TYPE_CHECKING, Optional, Tuple, Union  # noqa: UP035  TorchScript reads these spellings only
+from typing import TYPE_CHECKING, Optional, Tuple, Union  # noqa: UP035  TorchScript reads only these spellings
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ from .compat import is_scripting
 from .dtypes import is_half, norm_dtype
 from .options import Options
 
-# Norms are tensors of any shape or, where the host knows them, numbers. TorchScript, which reads annotations when it
-# compiles, needs one type per name: there all are tensors.
+# Norms are tensors of any shape, or numbers if the host knows them. TorchScript reads annotations when it compiles and
+# needs one type per name, so there all norms are tensors.
 if TYPE_CHECKING:
     Number = Union[float, Tensor]
     Condition = Union[bool, Tensor]
@@ -33,7 +33,7 @@ def is_adapted(options: Options) -> bool:
 
 
 def is_compensated(dtype: torch.dtype, options: Options) -> bool:
-    """Whether parameters of this dtype keep rounding errors: half types, by default in adapted groups."""
+    """Whether parameters of this dtype keep rounding errors. Half types do by default in adapted groups."""
     kahan_sum = options.kahan_sum
     wanted = is_adapted(options) if kahan_sum is None else bool(kahan_sum)
     return wanted and is_half(dtype) and not options.differentiable
@@ -45,10 +45,10 @@ def rounds_away(dtype: torch.dtype, relative_step: float, options: Options) -> b
 
 
 def where(condition: Condition, if_true: Number, if_false: float) -> Number:
-    """`torch.where` for numbers too."""
+    """`torch.where` that also takes numbers."""
     if isinstance(condition, Tensor):
         return torch.where(condition, if_true, if_false)
-    else:  # noqa: RET505  TorchScript compiles what follows a return, but not the branch of another type
+    else:  # noqa: RET505  TorchScript skips the branch of another type, but not code after a return
         return if_true if condition else if_false
 
 
@@ -60,18 +60,18 @@ def is_nonzero(param_norm: Number, direction_norm: Number) -> Condition:
 def trust_ratio(nonzero: Condition, param_norm: Number, direction_norm: Number, lr: Number, options: Options) -> Number:
     """lam, the trust ratio. ``direction_norm`` is |g| for "separate" and |g + weight_decay * w| for "joint".
 
-    ``nonzero`` is the result of `is_nonzero`, which callers may need too.
+    ``nonzero`` is the result of `is_nonzero`, which some callers also use.
     """
     denominator = direction_norm + options.eps
     if options.trust_denominator == "separate":
         denominator = denominator + options.weight_decay * param_norm
     if options.differentiable or options.eps == 0:
-        # no division by 0 in the branch not taken: its gradient would be NaN, and Python's numbers would raise
+        # avoid 0 in the unused branch, because tensors would get a NaN gradient and Python numbers would raise
         denominator = where(nonzero, denominator, 1.0)
     ratio = options.trust_coefficient * param_norm / denominator
     if options.trust_clip:
         # min(ratio / lr, 1), and 1 at lr = 0; NaN stays NaN
-        is_smaller = (ratio < lr) | (ratio != ratio)  # noqa: PLR0124  isnan, of a number or a tensor
+        is_smaller = (ratio < lr) | (ratio != ratio)  # noqa: PLR0124  isnan for numbers and tensors
         ratio = where(is_smaller, ratio / where(lr > 0, lr, 1.0), 1.0)
     return where(nonzero, ratio, 1.0)
 
@@ -81,7 +81,7 @@ def coefficients(
 ) -> Tuple[Number, Number]:
     """The factors b of the gradient and c of the parameter, in the shape of the norms.
 
-    ``norms`` are the param norm and the direction norm; None for tensors that are not adapted.
+    ``norms`` holds the param norm and the direction norm. It is None for tensors that are not adapted.
     """
     if norms is not None:
         nonzero = is_nonzero(norms[0], norms[1])
@@ -96,7 +96,7 @@ def coefficients(
 
 
 def _scaled(ratio: Number, lr: Number, first_step: bool, options: Options) -> Number:
-    """The ratio times k and r; factors of 1 are skipped, because each costs an operation."""
+    """The ratio times k and r. Factors of 1 are skipped, because each costs an operation."""
     if options.momentum != 0 and options.dampening != 0 and not first_step:
         ratio = ratio * (1 - options.dampening)
     if options.lr_in_momentum:
@@ -105,27 +105,27 @@ def _scaled(ratio: Number, lr: Number, first_step: bool, options: Options) -> Nu
 
 
 def sign(options: Options) -> float:
-    """The factor s that makes a gradient the one to descend along."""
+    """The factor s: -1 when maximizing, else 1."""
     return -1.0 if options.maximize else 1.0
 
 
 def on_device(value: Tensor, like: Tensor) -> Tensor:
     """A 1-element tensor as a 0-dim tensor on ``like``'s device."""
-    # a non-blocking copy to the CPU would be read there before it has arrived
+    # the CPU could read a non-blocking copy before it has arrived
     return value.reshape(()).to(device=like.device, non_blocking=like.device.type != "cpu")
 
 
 def unscaled(grad: Tensor, grad_scale: Tensor) -> Tensor:
-    """A gradient divided by grad_scale, with the bits of ``GradScaler.unscale_``."""
+    """A gradient divided by grad_scale, bit for bit like ``GradScaler.unscale_``."""
     inverse = on_device(grad_scale, grad).to(torch.float32).reciprocal()
-    # in float32, because float16 underflows, which is why there is a scale
+    # in float32, because float16 would underflow, which the scale prevents
     dtype = torch.float32 if grad.dtype == torch.float16 else grad.dtype
     # converted last, because the product of two 0-dim tensors has the wider dtype
     return (grad.to(dtype) * inverse).to(dtype)
 
 
 def scalar_lr(lr: Union[float, Tensor], like: Tensor) -> Number:
-    """A tensor lr as a 0-dim tensor on ``like``'s device, in the dtype of its norms; a float as it is."""
+    """A tensor lr as a 0-dim tensor on ``like``'s device, in the dtype of its norms. A float is returned unchanged."""
     if isinstance(lr, Tensor):
         return on_device(lr, like).to(norm_dtype(like.dtype))
     elif is_scripting():  # noqa: RET505  as above

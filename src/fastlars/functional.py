@@ -1,6 +1,6 @@
 """The functional form: `lars()` steps tensors that share their options."""
 
-from typing import List, Optional, Union  # noqa: UP035  TorchScript reads these spellings in every version
+from typing import List, Optional, Union  # noqa: UP035  every TorchScript version reads these spellings
 
 import torch
 from torch import Tensor
@@ -43,26 +43,26 @@ def lars(
 ) -> None:
     """One LARS step, in place, for tensors that share their options.
 
-    The options are those of :class:`fastlars.LARS`, in its order and with its defaults; their values are not checked
-    here. Gradients are not written. Unless ``differentiable``, the step is not recorded by autograd, so that parameters may
-    be leaves.
+    It takes the options of :class:`fastlars.LARS` in the same order and with the same defaults, but does not check their
+    values. Gradients are not written. Unless ``differentiable``, autograd does not record the step, so parameters may be
+    leaves.
 
     Args:
         params: tensors to update, of any shape, floating or complex.
         grads: their gradients, of the same shapes.
-        momentum_buffers: their momentum buffers, updated in place; None at a tensor's first step, which is
-            replaced in the list by the new buffer. Without momentum it is not read and may be empty.
+        momentum_buffers: their momentum buffers, updated in place. At a tensor's first step the entry is None, and the
+            new buffer replaces it. Without momentum the list is not read and may be empty.
         lr: learning rate, a float or a 1-element tensor, which is not read on the host.
-        grad_scale: 1-element tensor by which the gradients are divided first, like ``torch.amp.GradScaler``'s; outside the
-            CUDA kernels on a copy.
-        found_inf: 1-element tensor; where it is not 0, nothing changes. Decided on the device.
-        compensations: rounding errors of each half-precision parameter, in its dtype, updated in place; None entries are
+        grad_scale: 1-element tensor that gradients are divided by first, such as the scale of ``torch.amp.GradScaler``.
+            Only the CUDA kernels need no copy of the gradients for it.
+        found_inf: 1-element tensor. If it is not 0, nothing changes. The device decides.
+        compensations: rounding errors of each half-precision parameter, in its dtype, updated in place. None entries are
             filled in. Without this list there are no Kahan sums. Entries for parameters of other dtypes are not read.
 
     Raises:
         ValueError: for ``dampening`` with ``found_inf`` or ``skip_nonfinite`` (see :class:`fastlars.LARS`), and for
             ``kahan_sum=True`` without ``compensations``.
-        RuntimeError: where a CUDA graph captures the step of tensors that lack a momentum buffer.
+        RuntimeError: if a CUDA graph captures the step of tensors that lack a momentum buffer.
 
     Example:
         >>> w, v = torch.tensor([3.0, 4.0]), torch.zeros(2)
@@ -111,7 +111,7 @@ def _step(
     found_inf: Optional[Tensor],
 ) -> None:
     """The step outside TorchScript."""
-    # entries of parameters that keep none are not read
+    # entries of parameters without compensation are not read
     keeps = [is_compensated(param.dtype, options) for param in params]
     if compensations is None and options.kahan_sum and any(keeps):
         raise ValueError("kahan_sum=True needs compensations: a list like params, of None before the first step")
@@ -135,5 +135,5 @@ def _step_group(group: Group, grad_scale: Optional[Tensor], found_inf: Optional[
     step([group], grad_scale, found_inf, sharding.sharded([(group.params, group.options)]))
 
 
-# A fused step leaves the graph as a whole, like torch's own; torch.compile traces none of it.
+# A fused step runs entirely outside the graph, like torch's own. torch.compile traces none of it.
 _step_group_outside_graphs = outside_graphs(_step_group)

@@ -16,8 +16,8 @@ from .options import check_lr
 
 _NORMALISATION = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# Names under which a layer's own tensor is kept: `original` by parametrize (`original1`, the direction, by weight_norm),
-# `weight_orig` by prune and the old spectral_norm, `weight_v` by the old weight_norm.
+# How torch renames a layer's tensor: parametrize to `original` (`original1`, the direction, in weight_norm), prune and the
+# old spectral_norm to `weight_orig`, and the old weight_norm to `weight_v`.
 _PARAMETRIZED = re.compile(r"\bparametrizations\.(\w+)\.original1?$|\b(\w+)_orig$|\b(weight)_v$")
 
 # A name pattern or a module class.
@@ -48,25 +48,25 @@ def param_groups(
 
     Args:
         model: a module, which may be wrapped by DistributedDataParallel or torch.compile, or named parameters such as
-            ``model.named_parameters()``. With those, only the shapes of tensors give normalisation layers away.
+            ``model.named_parameters()``. Named parameters reveal normalisation layers only by the shapes of tensors.
         weight_decay: weight decay of the adapted group, >= 0. The other group has none.
         bias_lr: lr of the tensors that are not adapted, >= 0: a number or a 1-element tensor. They take plain SGD steps,
-            so an lr of SGD's size suits them; 0.1 is a good start. "same": LARS's lr, as in most published recipes, whose
-            networks have normalisation layers. Without those, LARS's lr ruins training. None (default): like "same",
-            with a warning if ``model`` is a module without normalisation layers.
+            so an lr of SGD's size suits them, and 0.1 is a good start. "same": LARS's lr, as in most published recipes.
+            Their networks have normalisation layers, without which LARS's lr ruins training. None (default): like
+            "same", with a warning if ``model`` is a module without normalisation layers.
         exclude_from_adaptation: further tensors not to adapt, as one item or several. A name pattern, such as
-            ``"*pos_embed"`` or ``"head.*"``, works like Python's ``fnmatch``, so "*" matches dots too. It is compared with
-            names with and without the prefixes that wrappers add. A module class, such as ``nn.Embedding``, selects the
+            ``"*pos_embed"`` or ``"head.*"``, works like Python's ``fnmatch``, so "*" also matches dots. It may match a
+            name with or without the prefixes that wrappers add. A module class, such as ``nn.Embedding``, selects the
             parameters directly in its modules. The selected tensors still train, in the second group. To leave tensors
             out of the optimizer, pass only the modules that should train.
-        adapt: called with name and parameter; returns True for a tensor to adapt. It replaces the first three rules
-            above. ``adapt=lambda name, param: param.ndim > 1`` is the rule of MoCo v3, MAE and Barlow Twins.
+        adapt: a function that takes a name and a parameter and returns whether to adapt it. It replaces the first three
+            rules above. ``adapt=lambda name, param: param.ndim > 1`` is the rule of MoCo v3, MAE and Barlow Twins.
         unadapted: further options for the group that is not adapted, such as ``{"momentum": 0.5}``.
 
     Returns:
         A group with ``adapt=True`` and one with ``adapt=False``, both of named parameters. An empty group is left out.
-        Every parameter is in exactly one of them, a shared one under its first name. Frozen parameters are included, so
-        that you can unfreeze them later; without a gradient they do not move.
+        Every parameter is in exactly one group. A shared parameter has its first name. Frozen parameters are included, so
+        that you can unfreeze them later. Without a gradient they do not move.
 
     Raises:
         ValueError: if there are no parameters, if two have the same name, or if a lazy module has not run yet; if an
@@ -124,14 +124,14 @@ def _lr_of_the_rest(bias_lr: BiasLR | None, unadapted: Mapping[str, Any] | None)
 def has_normalisation(model: nn.Module | Iterable[tuple[str, Tensor]]) -> bool:
     """Whether a module has normalisation layers, with or without parameters.
 
-    True for named parameters, which do not show their layers.
+    True for named parameters, because they do not show their layers.
     """
     return not isinstance(model, nn.Module) or any(map(_normalises, model.modules()))
 
 
 def _normalises(module: nn.Module) -> bool:
     kind = type(module)
-    # weight and spectral norm in torch.nn.utils normalise weights, not activations
+    # weight and spectral norm, in torch.nn.utils, normalise weights, not activations
     named = "norm" in kind.__name__.lower() and not kind.__module__.startswith("torch.nn.utils")
     return isinstance(module, _NORMALISATION) or named
 

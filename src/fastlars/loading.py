@@ -1,4 +1,4 @@
-"""Checks of a state dict before it is loaded. Any mismatch rejects the whole state dict and names the place."""
+"""Checks of a state dict before it is loaded. Any mismatch rejects the whole state dict with an error that names the place."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STATE = ("momentum_buffer", "compensation")
 
 
 def check_saved_state(optimizer: Optimizer, state_dict: Any) -> None:
-    """Raise for a mismatch that torch would load in part, or report without naming the place."""
+    """Raise for mismatches that torch would load in part or would report without naming the place."""
     saved_groups, states = groups_and_states(state_dict)
     groups = optimizer.param_groups
     sizes, ours = ([len(group["params"]) for group in each] for each in (saved_groups, groups))
@@ -95,7 +95,7 @@ def _check_tensor(name: str, buffer: Any, param: Tensor, where: str) -> None:
         )
     sharding.check_saved_buffer(buffer, param, f"{name} of {where}")
     own = sharding.local(buffer)
-    # a step would fail halfway
+    # otherwise a step would fail halfway
     if own.layout is not torch.strided or not own_every_element(own):
         raise ValueError(
             f"{name} of {where} must have its own memory for every element, got layout {own.layout} or an "

@@ -1,4 +1,4 @@
-"""Option names that are not ours: those of other libraries, and misspellings."""
+"""Option names of other libraries, and misspelt option names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _GROUPS = (
     "param groups decide what is adapted and decayed: use fastlars.param_groups(model, weight_decay), which leaves out "
     "biases and normalisation tensors, or write adapt=False and weight_decay=0 into a group"
 )
-# The option names of other LARS optimizers, each with our option, or a sentence if we have none.
+# The option names of other LARS optimizers, each with our option, or with a sentence if we have none.
 FOREIGN = {
     "eta": "trust_coefficient",  # Barlow Twins, VICReg, solo-learn
     "eeta": "trust_coefficient",  # SimCLR, MLPerf, ColossalAI
@@ -50,7 +50,7 @@ def foreign_name(key: object) -> str | None:
 
 
 def check_call(keys: Iterable[str]) -> None:
-    """Raise for another library's argument or a misspelt one. Python itself raises for any other unknown name."""
+    """Raise for an argument of another library or a misspelt one. Python itself raises for any other unknown name."""
     for key in keys:
         if sentence := foreign_name(key):
             raise TypeError(sentence)
@@ -59,7 +59,7 @@ def check_call(keys: Iterable[str]) -> None:
 
 
 def check_keys(keys: Iterable[object], where: str, way_out: str = "") -> None:
-    """Raise for a group key that is another library's option. Warn about a misspelt one, which may be the user's own tag."""
+    """Raise for a group key that is another library's option. Only warn about misspelt ones, which may be users' own tags."""
     for key in keys:
         if sentence := foreign_name(key):
             raise ValueError(f"{where}: {sentence}{way_out}")
@@ -73,7 +73,7 @@ _KNOWN = (*NAMES, "dialect")
 def nearest_name(key: str) -> str | None:
     """The option that an unknown key probably means; None for keys that schedulers and users add."""
     if key in _KNOWN or any(key.startswith(f"{name}_") or key.endswith(f"_{name}") for name in NAMES):
-        return None  # initial_lr, max_momentum, weight_decay_scale: companions of an option
+        return None  # companions of an option, such as initial_lr, max_momentum, weight_decay_scale
     # short names resemble many words
     candidates = [(name, 0.74 if len(name) > 5 else 0.8) for name in _KNOWN]
     ratios = {name: difflib.SequenceMatcher(None, key.lower(), name).ratio() for name in _KNOWN}

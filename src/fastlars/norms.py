@@ -1,7 +1,7 @@
-"""L2 norms of whole tensors: in float32 or better, relative error <= 1e-5 up to 1e8 elements, no host read.
+"""L2 norms of whole tensors in float32 or better, with a relative error <= 1e-5 up to 1e8 elements and no host read.
 
-torch's own norm on CPU adds float32 squares one after the other and is off by 1e-2 at 1e8 elements. Norms of rows, then
-the norm of those, is accurate to 1e-7 at the same speed. On accelerators torch reduces in a tree, which is accurate too.
+torch's own norm on CPU adds float32 squares in sequence and is off by 1e-2 at 1e8 elements. The norm of the row norms is
+accurate to 1e-7 at the same speed. On accelerators torch reduces in a tree, which is also accurate.
 """
 
 import torch
@@ -11,9 +11,9 @@ from torch.linalg import vector_norm
 from .dtypes import norm_dtype
 
 ROW = 1024  # squares added in float32 at a time: relative error of the norm up to 8e-7 (3e-6 at 4096)
-ROWS = 4096  # norms of rows that are added at once
-COPY = 1 << 20  # elements that are converted at a time: a temporary of 4 MiB
-SUM = 1 << 18  # elements of two tensors that are added at a time: 1 MiB, which stays in cache
+ROWS = 4096  # row norms added at once
+COPY = 1 << 20  # elements converted at a time, in a temporary of 4 MiB
+SUM = 1 << 18  # elements of two tensors added at a time, in 1 MiB, which stays in cache
 
 # Elements that a list of temporaries may hold in a foreach step: 64 MiB of float32.
 CHUNK = 1 << 24
@@ -34,12 +34,12 @@ def chunks(tensors: list[Tensor], limit: int = CHUNK) -> list[list[int]]:
 
 
 def norms(tensors: list[Tensor], foreach: bool) -> Tensor:
-    """L2 norms of real tensors of one device and dtype, shape (n,)."""
+    """L2 norms of n real tensors of one device and dtype, as a tensor of shape (n,)."""
     dtype = norm_dtype(tensors[0].dtype)
     if tensors[0].device.type == "cpu":
         return _norms_of([_row_norms(tensor) for tensor in tensors], dtype)
     if tensors[0].device.type == "xla":
-        # its norm adds squares in the tensor's dtype, and ignores the one it is given
+        # its norm adds squares in the tensor's dtype and ignores the dtype argument
         tensors = [tensor.to(dtype) for tensor in tensors]
     if foreach:
         return torch.stack(torch._foreach_norm(tensors, 2.0, dtype=dtype))
@@ -47,9 +47,9 @@ def norms(tensors: list[Tensor], foreach: bool) -> Tensor:
 
 
 def joint_norms(params: list[Tensor], grads: list[Tensor], sign: float, weight_decay: float, foreach: bool) -> Tensor:
-    """|sign * g + weight_decay * w| of each tensor, shape (n,), through temporaries of 1 MiB on CPU, else of one chunk.
+    """|sign * g + weight_decay * w| of each tensor, shape (n,), with temporaries of 1 MiB on CPU, else of one chunk.
 
-    Computed directly: from |g|, |w| and their dot product it cancels where g is near -weight_decay * w.
+    The sum is computed, because |g|, |w| and g.w would cancel where g is near -weight_decay * w.
     """
     if params[0].device.type == "cpu":
         row_norms = [_joint_row_norms(w, g, sign * weight_decay) for w, g in zip(params, grads)]
@@ -68,7 +68,7 @@ def _joint_norms_by_chunks(
         if foreach and params[0].dtype == dtype and grads[0].dtype == dtype:
             sums = list(torch._foreach_add([grads[i] for i in places], [params[i] for i in places], alpha=alpha))
         else:
-            # of one element, because 0-dim tensors do not widen a result; half types are converted without a copy
+            # one element, because 0-dim tensors do not widen a result; it converts half types without a copy
             factor = params[0].new_full([1], alpha, dtype=dtype)
             sums = [torch.addcmul(grads[i], params[i], factor) for i in places]
         result.append(norms(sums, foreach))
@@ -77,7 +77,7 @@ def _joint_norms_by_chunks(
 
 
 def _norms_of(row_norms: list[Tensor], dtype: torch.dtype, row: int = ROW, at_once: int = ROWS) -> Tensor:
-    """The norm of each, with one foreach call."""
+    """The norm of each tensor from its row norms, with one foreach call."""
     short = [_norms_of_rows(each, row) if each.numel() > at_once else each for each in row_norms]
     return torch.stack(torch._foreach_norm(short, 2.0, dtype=dtype))
 
@@ -93,8 +93,8 @@ def _joint_row_norms(param: Tensor, grad: Tensor, decay: float, limit: int = SUM
 
 
 def _row_norms(tensor: Tensor, row: int = ROW) -> Tensor:
-    """A tensor with the same norm, small enough for one sum of squares. ``tensor`` is on CPU."""
-    # elements that are not adjacent are added one by one: 3e-5 off after 4096 equal ones, 4e-6 if they are
+    """A tensor with the same norm as ``tensor``, which is on CPU, but small enough for one sum of squares."""
+    # torch adds elements that are not adjacent one by one: 4096 equal ones are 3e-5 off, adjacent ones 4e-6
     if tensor.is_contiguous():
         if tensor.numel() <= row:
             return tensor
@@ -102,7 +102,7 @@ def _row_norms(tensor: Tensor, row: int = ROW) -> Tensor:
             return _norms_of_rows(tensor, row)
         ordered = tensor.view(-1)
     else:
-        # memory order, so that every dense tensor (channels_last, transposed) is one flat view
+        # in memory order, every dense tensor (channels_last, transposed) is one flat view
         order = sorted([(-stride, i) for i, stride in enumerate(tensor.stride())])
         ordered = tensor.permute([i for _, i in order])
         if ordered.is_contiguous() and tensor.dtype == norm_dtype(tensor.dtype):
@@ -122,7 +122,7 @@ def _norms_of_rows(tensor: Tensor, row: int) -> Tensor:
 
 
 def _pieces(tensor: Tensor, limit: int = COPY) -> list[Tensor]:
-    """Views of at most ``limit`` elements, cut the same way for every tensor of a shape."""
+    """Views of at most ``limit`` elements. Tensors of the same shape are cut the same way."""
     pieces: list[Tensor] = []
     pending = [tensor]
     while len(pending) > 0:

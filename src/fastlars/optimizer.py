@@ -1,4 +1,4 @@
-"""class LARS: options, state, and the order of a step. `step.py` does the arithmetic."""
+"""The class LARS: its options, its state, and the order of a step. `step.py` does the arithmetic."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ _dtype = attrgetter("dtype")
 def _reading_names(
     init: Callable[Concatenate[LARS, _P], None],
 ) -> Callable[Concatenate[LARS, _P], None]:
-    """Wrap ``init`` to check the names of options and to replace ``dialect`` by its options.
+    """Wrap ``init`` to check option names and to replace ``dialect`` by its options.
 
-    ``init`` itself cannot tell a given option from its default.
+    ``init`` itself cannot tell whether an option was passed or has its default.
     """
 
     @functools.wraps(init)
     def checked_init(self: LARS, *args: _P.args, **kwargs: _P.kwargs) -> None:
         check_call(key for key in kwargs if key != "params")
         row = options_of(kwargs.pop("dialect", None), "LARS")
-        for key in ("params", *NAMES)[: len(args)]:  # positional arguments override the dialect too
+        for key in ("params", *NAMES)[: len(args)]:  # positional arguments also override the dialect
             row.pop(key, None)
         init(self, *args, **{**row, **kwargs})
 
-    return checked_init  # type: ignore[return-value]  # a function, although mypy types `wraps` as an object
+    return checked_init  # type: ignore[return-value]  # mypy types the result of `wraps` as an object
 
 
 class LARS(Optimizer):
@@ -69,9 +69,9 @@ class LARS(Optimizer):
         v     = momentum * v + (1 - dampening) * ratio * (g + weight_decay * w)
         w     = w - lr * v
 
-    If either norm is 0, the tensor takes the plain gradient, without ratio and weight decay. Dampening does not apply to a
-    tensor's first step. Groups that are not adapted take torch's SGD step, bit for bit. Norms are L2 norms of whole
-    tensors, in float32 or better. The step never writes ``.grad`` and never synchronises with the GPU.
+    If either norm is 0, v takes the plain gradient, without ratio and weight decay. Dampening does not apply to a tensor's
+    first step. Groups that are not adapted take torch's SGD step, bit for bit. Norms are L2 norms of whole tensors, in
+    float32 or better. The step never writes ``.grad`` and never synchronises with the GPU.
 
     LARS is not a drop-in replacement for SGD. A step moves a tensor by about ``lr * trust_coefficient`` of its norm (up to
     ``1 / (1 - momentum)`` times that), so a typical ``lr`` is 1 to 30. Use :func:`fastlars.param_groups` to leave biases and
@@ -80,45 +80,45 @@ class LARS(Optimizer):
     Args:
         params: tensors or named tensors to optimize, or dicts that define param groups. Every option below can be set
             per group.
-        lr: learning rate, >= 0, a float or a 1-element tensor, which stays on its device. Required, here or in every
-            group.
+        lr: learning rate, >= 0: a float, or a 1-element tensor, which stays on its device. It is required, here or in
+            every group.
         momentum: momentum factor, 0 <= momentum < 1 (default: 0).
-        dampening: dampening for momentum (default: 0). After a tensor's first step, gradients are scaled by 1 - dampening.
+        dampening: dampening of momentum (default: 0). After a tensor's first step, gradients are scaled by 1 - dampening.
         weight_decay: L2 penalty, >= 0 (default: 0).
         nesterov: Nesterov momentum (default: False). It needs momentum > 0 and dampening == 0.
         trust_coefficient: the factor of the trust ratio, eta in the paper, >= 0 (default: 0.001).
         eps: added to the denominator of the trust ratio, >= 0 (default: 1e-8).
         adapt: whether the trust ratio scales the group's steps. None (default): if ``weight_decay`` is not 0.
-        trust_clip: clip the ratio to min(ratio / lr, 1), as LARC does (default: False).
-        trust_denominator: "separate" (default) as above. With "joint" the ratio is
+        trust_clip: clip the ratio to min(ratio / lr, 1), like LARC (default: False).
+        trust_denominator: "separate" (default) is the ratio above. With "joint" the ratio is
             ``trust_coefficient * |w| / (|g + weight_decay * w| + eps)``, or 1 with weight decay if either norm is 0 (BYOL,
             SimCLR, optax).
         lr_in_momentum: put lr inside the momentum buffer, as in the paper (default: False). With
             ``d = ratio * (g + weight_decay * w)``, this is ``v = momentum * v + (1 - dampening) * lr * d`` and ``w -= v``,
             or ``w -= lr * d + momentum * v`` with nesterov.
-        skip_nonfinite: skip the step of all groups that set this if any of their gradients has a norm that is not finite
-            (default: False). The device decides. With momentum it needs dampening == 0.
+        skip_nonfinite: skip the step of all groups with this option if any of their gradients has a norm that is not
+            finite (default: False). The device decides. With momentum it needs dampening == 0.
         maximize: maximize the objective instead of minimizing it (default: False).
-        foreach: whether updates run over lists of tensors, which takes few launches on CUDA from torch 2.11 on. None
-            (default): as in torch's optimizers, on CUDA, Intel GPUs and plug-in devices, but not on MPS and XLA.
+        foreach: whether updates run over lists of tensors, which takes few launches on CUDA since torch 2.11. None
+            (default): like torch's optimizers, on CUDA, Intel GPUs and plug-in devices, but not on MPS and XLA.
         differentiable: whether autograd may run through the step (default: False).
         fused: whether norms and update run in fused kernels, torch's own on CPU and Triton's on CUDA. None (default): on
             CPU only, until the CUDA kernels are proven on GPUs. Tensors that a kernel does not support (other dtypes,
-            memory that is not dense, different layouts) take another path within the step.
+            memory that is not dense, different layouts) fall back to another implementation within the step.
         kahan_sum: whether bfloat16 and float16 weights keep the rounding error of each step and add it to the next one.
-            The errors take a second tensor of the weights' size (state key ``compensation``). None (default): in adapted
-            groups. Without it small steps are lost. Other dtypes do not need it. See :doc:`precision`.
+            The errors take a second tensor of the weights' size (state key ``compensation``). None (default): only in
+            adapted groups. Without Kahan sums, small steps are lost. Other dtypes need none. See :doc:`precision`.
         dialect: a key of :data:`fastlars.dialects.DIALECTS`, such as "simclr" or "mlperf", whose options reproduce the LARS
-            of another paper or package (default: None). Options that you pass yourself override it. Only the options are
-            kept and saved.
+            of another paper or package (default: None). Options that you pass override it. Only its options are kept and
+            saved, not its name.
 
     Raises:
-        ValueError: if an option is out of range or contradicts another, a dialect does not exist, a group has no lr or an
-            option of another library (the error gives our name for it), or a state dict's groups or buffers do not fit.
+        ValueError: if an option is out of range or contradicts another, if a dialect does not exist, if a group has no lr
+            or has an option of another library (the error gives our name), or if a state dict does not fit.
         TypeError: if an option has the wrong type, is misspelt or belongs to another library, or if a parameter is neither
             floating nor complex.
-        RuntimeError: if ``fused=True`` cannot be honoured, and in :meth:`step` for sparse gradients. Nothing has changed
-            in either case.
+        RuntimeError: if ``fused=True`` cannot be honoured, and in :meth:`step` for sparse gradients. Neither changes
+            anything.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.LayerNorm(4))
@@ -145,7 +145,7 @@ class LARS(Optimizer):
 
     Source: You, Gitman, Ginsburg, *Large Batch Training of Convolutional Networks*, arXiv 1708.03888, Eq. 6 and
     Algorithm 1. The paper puts lr inside the momentum buffer (``lr_in_momentum=True``). By default it is outside, as in
-    the widely copied PyTorch code, with which arguments, state and checkpoints are compatible.
+    the widely copied PyTorch code. Arguments, state and checkpoints are compatible with that code.
     """
 
     _looked_for_adapted = False
@@ -175,12 +175,12 @@ class LARS(Optimizer):
         kahan_sum: bool | None = None,
         dialect: str | None = None,
     ) -> None:
-        """See the class."""
-        del dialect  # _reading_names has replaced it by its options
+        """Documented in the class."""
+        del dialect  # already replaced by its options in _reading_names
         given = locals()
         defaults = {name: given[name] for name in NAMES}
         self._memory = Memory()
-        # group index -> its options and narrowest dtype at the last step, and the largest lr that they allow
+        # group index -> its options and narrowest dtype at the last step, and the largest lr they allow
         self._checked: dict[int, tuple[list[Any], float]] = {}
         check_options({**defaults, "lr": 0.0} if _is_missing(lr) else defaults, "LARS")
         check_no_module(params, "LARS")
@@ -193,7 +193,7 @@ class LARS(Optimizer):
             param_group: ``params`` (tensors or named tensors) and any options.
 
         Raises:
-            ValueError, TypeError: as at construction. The optimizer has not changed then.
+            ValueError, TypeError: as at construction. The optimizer is then unchanged.
 
         Example:
             >>> weight, bias = torch.nn.Parameter(torch.ones(4, 4)), torch.nn.Parameter(torch.zeros(4))
@@ -231,8 +231,8 @@ class LARS(Optimizer):
 
         Raises:
             ValueError, TypeError: if groups, options or buffers do not fit, or if another optimizer saved the state, which
-                :func:`fastlars.convert_state_dict` converts. The optimizer has not changed then.
-            RuntimeError: if called on Lightning's wrapper of an optimizer, which would not pass on what it loads.
+                :func:`fastlars.convert_state_dict` converts. The optimizer is then unchanged.
+            RuntimeError: if called on Lightning's wrapper of an optimizer, which would not load into the optimizer.
 
         Example:
             >>> w = torch.nn.Parameter(torch.ones(3))
@@ -250,8 +250,8 @@ class LARS(Optimizer):
             )
         if not isinstance(state_dict, dict):
             groups_and_states(state_dict)
-        # Check before torch casts the buffers, which would drop imaginary parts. The check is a hook, added last, because
-        # users' hooks may replace the state dict.
+        # Check before torch casts the buffers, because casting drops imaginary parts. The check is a hook, added last,
+        # because users' hooks may replace the state dict.
         handle = self.register_load_state_dict_pre_hook(check_saved_state)
         try:
             super().load_state_dict(state_dict)
@@ -259,7 +259,7 @@ class LARS(Optimizer):
             handle.remove()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Called by unpickling, and as the last stage of torch's load_state_dict, which has changed nothing so far."""
+        """Called by unpickling, and as the last stage of torch's load_state_dict, before it changes anything."""
         loading = "param_groups" in self.__dict__
         if not loading:
             self._memory = Memory()
@@ -277,7 +277,7 @@ class LARS(Optimizer):
                 check_keys((key for key in group if key not in known), where, way_out)
             check_options(saved, where)
             if loading:
-                # this belongs to the optimizer, see _check_whole
+                # belongs to the whole optimizer, see _check_whole
                 saved["differentiable"] = group["differentiable"] = known["differentiable"]
             check_group(saved, group["params"], where)
             if group["fused"]:
@@ -291,7 +291,7 @@ class LARS(Optimizer):
                     entry.pop("momentum_buffer", None)
                 elif param.is_complex():  # torch casts the state of floating parameters only
                     entry["momentum_buffer"] = entry["momentum_buffer"].to(param.dtype)
-                # unused in other dtypes; users add it to the weights before
+                # other dtypes do not use it; users add it to the weights before loading
                 if entry.get("compensation") is None or not is_half(param.dtype):
                     entry.pop("compensation", None)
         super().__setstate__(state)
@@ -316,7 +316,7 @@ class LARS(Optimizer):
         compensations: list[Tensor | None],
         in_graph: bool = False,
     ) -> None:
-        # torch.compile runs this method eagerly when it traces a step, so state is made only here
+        # create state only here, because torch.compile runs this method eagerly when it traces a step
         if not self._looked_for_adapted:
             self._warn_if_nothing_is_adapted()
             self._warn_if_steps_round_away()
@@ -324,8 +324,8 @@ class LARS(Optimizer):
                 # FSDP keeps these parameter objects when it flattens them later
                 sharding.check_not_flattened(each["params"], f"param group {i}")
         if in_graph and group is self.param_groups[0]:
-            # The compiler guards the state entries that exist after the first call. Later ones make torch 2.4 fail when
-            # state is dropped or loaded in part, so all are made now.
+            # The compiler guards the state entries that exist after the first call. Entries made later cause torch 2.4 to
+            # fail when state is dropped or loaded in part, so make all now.
             for each in self.param_groups:
                 options = _options(each)
                 for p in each["params"]:
@@ -342,10 +342,10 @@ class LARS(Optimizer):
             compensations += self._state_of(with_grad, "compensation", needed, in_graph)
 
     def _state_of(self, params: list[Tensor], key: str, needed: list[bool], in_graph: bool) -> list[Tensor | None]:
-        """The state under this key of each parameter that needs it; None for others, and if the step must create it."""
+        """The state of each parameter under this key. None if it needs none or if the step must create it."""
         found = [self.state.get(p, _NO_STATE).get(key) if need else None for p, need in zip(params, needed)]
-        # Create missing state here if in a graph, which serves all steps, or if a parameter is listed twice, which has
-        # one state. Otherwise the step creates it.
+        # Create missing state here in a graph, because it serves all steps, and for a parameter that is listed twice,
+        # because it has one state. Otherwise the step creates it.
         if not _NONE.isdisjoint(map(type, found)) and (in_graph or len(set(map(id, params))) < len(params)):
             for p, need in zip(params, needed):
                 if need and self.state[p].get(key) is None:
@@ -357,7 +357,7 @@ class LARS(Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """Whether GradScaler lets `step` unscale and skip. It reads this, and then sets ``grad_scale`` and ``found_inf``.
 
-        True if every group sets fused=True, as in torch, and if the host need not know whether a step was skipped.
+        True if every group sets fused=True, as in torch, and the host need not know whether a step was skipped.
         """
         return all(
             group["fused"] and (group["momentum"] == 0 or group["dampening"] == 0) for group in self.param_groups
@@ -375,7 +375,7 @@ class LARS(Optimizer):
         )
 
     def _warn_if_steps_round_away(self) -> None:
-        """Warn about groups with kahan_sum=False, like `check`. An lr on an accelerator is not read, to avoid a sync."""
+        """Warn about groups with kahan_sum=False, like `check`. To avoid a sync, an lr on an accelerator is not read."""
         for i, group in enumerate(self.param_groups):
             options, lr = _options(group), group.get("initial_lr", group["lr"])
             known = not isinstance(lr, Tensor) or lr.device.type == "cpu"
@@ -397,15 +397,15 @@ class LARS(Optimizer):
         """Perform a single optimization step.
 
         Args:
-            closure: recomputes the gradients and returns the loss.
+            closure: a function that recomputes the gradients and returns the loss.
 
         Returns:
-            What the closure returned, or None without one.
+            What the closure returned, or None without a closure.
 
         Raises:
             RuntimeError: for sparse gradients, and if a CUDA graph captures the step before the momentum buffers exist.
-                Nothing has changed then.
-            ValueError, TypeError: if an option written into a group breaks its rule. Nothing has changed then.
+                Nothing changes then.
+            ValueError, TypeError: if an option written into a group breaks its rule. Nothing changes then.
 
         Example:
             >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
@@ -428,13 +428,13 @@ class LARS(Optimizer):
         if isinstance(self.defaults["lr"], Tensor) and any(
             isinstance(group["lr"], (int, float)) for group in self.param_groups
         ):
-            self._make_lr_tensors_outside_graphs()  # written into a group since the last step
+            self._make_lr_tensors_outside_graphs()  # a float may have been written into a group since the last step
         if torch.compiler.is_compiling() and any(
             # dampening makes a tensor's first step different, and one graph serves all steps
             sharding.any_sharded(params) or leaves_graph(params, options) or (options.momentum and options.dampening)
             for params, options in self._params_and_options()
         ):
-            # no arguments, because a compiled frame would pass the old lr tensors after load_state_dict
+            # no arguments, because after load_state_dict a compiled frame would pass the old lr tensors
             self._step_groups_outside_graphs()
         else:
             self._step_groups()
@@ -444,7 +444,7 @@ class LARS(Optimizer):
         params_and_options = self._params_and_options()
         # set by GradScaler, because of _step_supports_amp_scaling
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        for i, group in enumerate(self.param_groups):  # all groups, before the first state is created
+        for i, group in enumerate(self.param_groups):  # check all groups before the first state is created
             if torch.compiler.is_compiling():
                 for grad in [p.grad for p in group["params"]]:
                     if grad is not None and grad.layout is not torch.strided:
@@ -499,7 +499,7 @@ class LARS(Optimizer):
             check_no_leaves([p for p in group["params"] if p.grad is not None])
         narrowest = narrowest_dtype(group["params"]) if group["params"] else None
         values = [group[name] for name in NAMES]
-        values[0] = 0.0 if isinstance(lr, (float, Tensor)) else lr  # rounding in a schedule may take it below 0
+        values[0] = 0.0 if isinstance(lr, (float, Tensor)) else lr  # a schedule's rounding may take it below 0
         values += [narrowest]
         checked = self._checked.get(i)
         if checked is None or any(new is not old for new, old in zip(values, checked[0])):
@@ -512,7 +512,7 @@ class LARS(Optimizer):
             checked = self._checked[i] = values, limit
         check_lr(lr, next(iter(group["params"]), None), checked[1], where)
 
-    # Leaves the graph like torch's own fused step, but once for all groups, because skip_nonfinite decides for all.
+    # Leave the graph like torch's own fused step, but once for all groups, because skip_nonfinite decides for all.
     _step_groups_outside_graphs = outside_graphs(_step_groups)
 
     def _params_and_options(self) -> list[tuple[list[Tensor], Options]]:
@@ -522,15 +522,15 @@ class LARS(Optimizer):
     def trust_ratios(self) -> dict[str, float]:
         """The trust ratio of each adapted tensor, from its current value and gradient.
 
-        Call it after ``backward()`` (and after unscaling, with a GradScaler) and before ``zero_grad()``. It synchronises
-        with the device and costs nothing in steps without a call. Processes do not communicate, so one of them may call it
-        alone. For a sharded tensor it returns the ratio of the last step, which has exchanged the norms. If that step was
-        skipped, the ratio may be 0 or NaN.
+        Call it after ``backward()`` (and after unscaling, with a GradScaler) and before ``zero_grad()``. A call synchronises
+        with the device. Steps without a call cost nothing extra. Processes do not communicate, so a single process may call
+        it. For a sharded tensor it returns the ratio of the last step, which exchanged the norms. If that step was skipped,
+        the ratio may be 0 or NaN.
 
         Returns:
-            A dict of ratios by name, in the optimizer's order. Tensors without a name are called "group.position", as in
-            "0.3", and a repeated name gets this as a suffix. Plain tensors without a gradient and groups that are not
-            adapted are left out. The ratio is 1 if the tensor or its gradient is zero.
+            A dict of ratios by name, in the optimizer's order. Tensors without a name are called "group.position", such as
+            "0.3". Repeated names get that as a suffix. Groups that are not adapted are left out, and so are tensors without
+            a gradient, unless sharded. The ratio is 1 if the tensor or its gradient is zero.
 
         Raises:
             RuntimeError: for sparse gradients, and for sharded tensors before the first step.
@@ -557,7 +557,7 @@ class LARS(Optimizer):
             grads = [grad for j in present if (grad := params[j].grad) is not None]
             for grad in grads:
                 check_grad(grad)
-            ratios.update(dict.fromkeys((names[j] for j in sorted([*exchanged, *present])), 1.0))  # in this order
+            ratios.update(dict.fromkeys((names[j] for j in sorted([*exchanged, *present])), 1.0))  # fixes the order
             measured = [([j], *norms.unsqueeze(1)) for j, norms in exchanged.items()]
             here, its_grads = [sharding.local(params[j]) for j in present], [sharding.local(grad) for grad in grads]
             options = of_step._replace(momentum=0.0, skip_nonfinite=False)
@@ -578,7 +578,7 @@ class LARS(Optimizer):
         return ratios
 
     def _exchanged_norms(self, param: Tensor) -> Tensor | None:
-        """Param norm and direction norm of a sharded tensor from the last step; None for tensors that are not sharded."""
+        """Param norm and direction norm of a sharded tensor from the last step. None for tensors that are not sharded."""
         if not sharding.is_divided(param):
             return None
         shards = self._shards_of_last_step
@@ -590,7 +590,7 @@ class LARS(Optimizer):
         return norms
 
     def _names(self) -> list[list[str]]:
-        """The names of all tensors, group by group: those of named parameters, or positions."""
+        """The names of all tensors, group by group. Tensors without a name get their position."""
         seen: set[str] = set()
         named: list[list[str]] = []
         for i, group in enumerate(self.param_groups):
@@ -607,17 +607,17 @@ class LARS(Optimizer):
     def relative_steps(self) -> Iterator[dict[str, float]]:
         """Measure how far the steps inside this context move each tensor, relative to its norm before them.
 
-        It covers all tensors, adapted or not. Inside the context it keeps a copy of the parameters; outside it costs
+        It covers all tensors, adapted or not. Inside the context it keeps a copy of the parameters. Outside, it costs
         nothing. For a sharded tensor it measures this process's shard, without communication. With Kahan sums it
-        measures the sum of weight and compensation, which is what a step moves.
+        measures weight plus compensation, because a step moves their sum.
 
         Returns:
-            A context manager that gives a dict and fills it when the context ends. The dict maps each name, as in
-            :meth:`trust_ratios`, to the norm of the change divided by the norm before. After a skipped step all values are
-            0. For a tensor that was zero, the value is inf, or 0 if it did not move.
+            A context manager that gives a dict and fills it on exit. The dict maps each name, as in :meth:`trust_ratios`,
+            to the norm of the change divided by the norm before. After a skipped step all values are 0. For a tensor that
+            was zero, the value is inf, or 0 if it did not move.
 
         Raises:
-            RuntimeError: if a step inside raises it. The dict is empty then.
+            RuntimeError: if a step inside raises it. The dict is then empty.
 
         Example:
             >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
@@ -645,11 +645,11 @@ class LARS(Optimizer):
     def _value(self, param: Tensor) -> Tensor:
         """This process's shard of a parameter, plus its compensation."""
         value, compensation = sharding.local(param), self.state.get(param, _NO_STATE).get("compensation")
-        value = value.float() if is_half(param.dtype) else value  # differences of half types would be rounded
+        value = value.float() if is_half(param.dtype) else value  # in half types, differences would be rounded
         return value if compensation is None else value + sharding.local(compensation)
 
     def __repr__(self) -> str:
-        """Which backend runs each group, whether it is adapted, and its options that are not defaults."""
+        """The backend of each group, whether it is adapted, and its options that are not defaults."""
         groups = self.param_groups
         return "\n".join([f"{type(self).__name__} (", describe(groups, [_options(group) for group in groups]), ")"])
 
@@ -664,11 +664,11 @@ def _is_missing(lr: object) -> bool:
 
 
 def _as_list(params: Any) -> dict[str, Any]:
-    """The params of a group as a list, and before torch 2.6 also their names, which later versions keep themselves."""
+    """The params of a group as a list. Before torch 2.6 also their names, which later versions keep themselves."""
     if isinstance(params, (Tensor, set)):
         return {
             "params": [params] if isinstance(params, Tensor) else params
-        }  # torch raises for sets, which have no order
+        }  # torch raises for sets, because they have no order
     params = list(params)
     if not NAMED_PARAMETERS and params and all(isinstance(p, tuple) for p in params):
         return {"params": [p[1] for p in params], "param_names": [p[0] for p in params]}

@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from typing import Any, Iterable, Mapping, NamedTuple, Optional, Union  # noqa: UP035  TorchScript reads these spellings only
+from typing import Any, Iterable, Mapping, NamedTuple, Optional, Union  # noqa: UP035  TorchScript reads only these spellings
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ _OPTIONAL_BOOLEAN = ("adapt", "foreach", "fused", "kahan_sum")
 
 
 def check_options(options: Mapping[str, Any], where: str) -> None:
-    """Raise for the first option that breaks its rule. ``where`` names their owner, such as "param group 1"."""
+    """Raise for the first option that breaks its rule. ``where`` is their place in errors, such as "param group 1"."""
     check_lr(options["lr"], where)
     for name in _NON_NEGATIVE:
         _check_number(name, options[name], where, minimum=0.0)
@@ -50,7 +50,7 @@ def check_options(options: Mapping[str, Any], where: str) -> None:
     _check_number("dampening", options["dampening"], where)
     for name in _BOOLEAN + _OPTIONAL_BOOLEAN:
         value, optional = options[name], name in _OPTIONAL_BOOLEAN
-        # config files and old checkpoints have 0 and 1
+        # config files and old checkpoints write booleans as 0 and 1
         if not (isinstance(value, int) and value in (0, 1)) and not (optional and value is None):
             rule = "None, True or False" if optional else "True or False"
             raise TypeError(f"{where}: {name} must be {rule}, got {value!r}")
@@ -82,7 +82,7 @@ def _check_together(options: Mapping[str, Any], where: str) -> None:
 
 
 def check_can_be_skipped(momentum: float, dampening: float, what: str) -> None:
-    """Raise for dampening in a step that the device may skip. ``what`` names the option that asks for it."""
+    """Raise for dampening in a step that the device may skip. ``what`` names the option that allows skipping."""
     if momentum != 0 and dampening != 0:
         raise ValueError(
             f"{what} with momentum needs dampening == 0, got dampening={dampening}, because dampening starts after a "
@@ -102,7 +102,7 @@ def check_lr(lr: Any, where: str, name: str = "lr") -> None:
 
 
 def check_tensor_lr(lr: Tensor, where: str, name: str = "lr") -> None:
-    """Raise for a tensor whose shape, dtype or layout is not that of an lr."""
+    """Raise for a tensor whose shape, dtype or layout does not suit an lr."""
     if lr.numel() != 1 or not lr.is_floating_point() or lr.layout != torch.strided:
         raise ValueError(
             f"{where}: Tensor {name} must be 1-element and of a floating dtype, got shape {tuple(lr.shape)} and {lr.dtype}"
@@ -112,8 +112,8 @@ def check_tensor_lr(lr: Tensor, where: str, name: str = "lr") -> None:
 
 def _check_number(name: str, value: Any, where: str, minimum: float = -math.inf) -> None:
     rule = "must be a finite number" + (" >= 0" if minimum == 0 else "")
-    # Python's numbers and numpy's scalars pass. float() also takes Fractions, Decimals and 0-dim arrays, but torch's
-    # operators raise for them, in the middle of a step.
+    # Python numbers and numpy scalars pass. float() also takes Fractions, Decimals and 0-dim arrays, but torch's
+    # operators would raise for them in the middle of a step.
     exact = isinstance(value, numbers.Rational) and not isinstance(value, numbers.Integral)
     if not isinstance(value, numbers.Real) or isinstance(value, bool) or exact:
         raise TypeError(f"{where}: {name} {rule}, got {value!r}")
@@ -125,7 +125,7 @@ def _check_number(name: str, value: Any, where: str, minimum: float = -math.inf)
 
 
 def check_no_module(params: Any, where: str) -> None:
-    """Raise for a module in place of its parameters. Some modules are iterable, and torch's error would not say so."""
+    """Raise if given a module instead of its parameters. Some modules are iterable, and torch's error would not explain it."""
     if isinstance(params, torch.nn.Module):
         raise TypeError(
             f"{where}: LARS takes parameters, got a {type(params).__name__}; pass model.parameters(), or "

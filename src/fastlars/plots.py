@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 __all__ = ["trust_ratios"]
 
-# colours that are not in the scale, which runs from dark blue through green to yellow
+# colours outside the scale, which runs from dark blue through green to yellow
 _NO_RATIO = "#d4d4d4"
 _NOT_FINITE = "#d62728"
 _LINE = 0.17  # inches per row label
-_MOST_LINES = 80  # in a figure made here; with more rows, only some have labels
+_MOST_LINES = 80  # in a new figure; with more rows, only some get labels
 
 
 def trust_ratios(
@@ -25,7 +25,7 @@ def trust_ratios(
     """Draw trust ratios as a heat map: one row per tensor, one column per recorded step, colours on a log scale.
 
     Grey marks steps without a ratio, because the tensor is not adapted or had no gradient. Red marks a ratio that is not
-    finite, because the gradient was not.
+    finite, because the gradient was not finite.
 
     Args:
         history: what :meth:`fastlars.LARS.trust_ratios` returned, by step, in increasing order of steps.
@@ -78,7 +78,7 @@ def trust_ratios(
         inches = ax.get_window_extent().height / ax.figure.dpi
     colours = colormaps["viridis"].with_extremes(bad=_NO_RATIO, over=_NOT_FINITE)
     scale = LogNorm(min(drawn), max(drawn)) if min(drawn) < max(drawn) else LogNorm(drawn[0] / 2, drawn[0] * 2)
-    # NaN is drawn in the colour for no ratio, a value above the scale in that for a ratio that is not finite
+    # NaN gets the colour for a missing ratio, and values above the scale get the colour for one that is not finite
     over = 10 * max(drawn)
     values = [[math.nan if x is None else x if math.isfinite(x) else over for x in row] for row in cells]
     edges = [i - 0.5 for i in range(len(rows) + 1)]

@@ -1,7 +1,7 @@
 """Published training settings as functions. Each returns an optimizer and a schedule for your model.
 
 The defaults are what the authors ran. You can override every value by name. Schedules begin at lr / warm-up steps, one
-step later than the authors' own.
+step ahead of the authors' schedules.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Run = tuple[LARS, LambdaLR]
 
 
 class Values(TypedDict, total=False):
-    """Values that you can pass to a recipe by name to override what was published.
+    """Values that you can pass to a recipe by name to override the published ones.
 
     ``lr`` is the peak for your batch size and is not scaled any further. ``warmup_epochs`` may be a fraction.
     ``end_factor`` and ``power`` are arguments of the schedule. ``bias_lr``, ``weight_decay``, ``exclude_from_adaptation``
@@ -77,9 +77,9 @@ MLPERF = {
     49152: MLPerf(19.405, 24, 0.951807, 1e-4, 1846),
     65536: MLPerf(24.699, 31, 0.951807, 1e-4, 1133),
 }
-IMAGES = 1_281_167  # of ImageNet's training set
+IMAGES = 1_281_167  # in ImageNet's training set
 
-# epochs of a published run -> its lr for batches of 256, its weight decay
+# epochs of a published run -> its lr per 256 images and its weight decay
 BYOL = {100: (0.45, 1e-6), 300: (0.3, 1e-6), 1000: (0.2, 1.5e-6)}
 MOCO_V3 = {100: (0.6, 1e-6), 300: (0.3, 1e-6), 1000: (0.3, 1.5e-6)}
 VICREG = {100: (0.3, 1e-6), 1000: (0.2, 1e-6)}
@@ -90,12 +90,12 @@ def mlperf(
 ) -> Run:
     """MLPerf's supervised ResNet-50: polynomial decay of power 2 to an lr of 0.0001.
 
-    lr, warm-up, momentum and weight decay depend on the batch size. For a batch size that was not published, they are
-    those of the nearest one (by ratio), with lr scaled by the square root of the ratio.
+    lr, warm-up, momentum and weight decay depend on the batch size. For a batch size that was not published, the recipe
+    uses the nearest published one (by ratio) and scales lr by the square root of the ratio.
 
     Args:
         model: a module or named parameters, as for :func:`fastlars.param_groups`.
-        batch_size: images per step, over all devices and accumulated batches. Published are 1632 to 65536.
+        batch_size: images per step, over all devices and accumulated batches. Published sizes are 1632 to 65536.
         steps_per_epoch: optimizer steps per epoch. On ImageNet the authors use ``ceil(1281167 / batch_size)``.
         epochs: length of the whole schedule, including the warm-up. None (default): as published.
         values: see :class:`fastlars.recipes.Values`.
@@ -139,9 +139,9 @@ def mlperf(
 def simclr(model: Model, *, batch_size: int, epochs: int, steps_per_epoch: int, **values: Unpack[Values]) -> Run:
     """SimCLR: lr 0.3 x batch / 256, weight decay 1e-6, 10 epochs of warm-up, cosine to 0.
 
-    Published: batch 4096, 100 epochs. For smaller batches the authors also scale lr by the square root,
+    Published: batch 4096, 100 epochs. For smaller batches the authors also scale lr by the square root:
     ``lr=schedules.sqrt_scaling(0.075, batch_size, base_batch_size=1)``. They neither adapt nor decay a supervised head that
-    trains beside the network, ``exclude_from_adaptation="head_supervised.*"``. SimCLRv2 has ``weight_decay=1e-4``.
+    trains alongside the network: ``exclude_from_adaptation="head_supervised.*"``. SimCLRv2 uses ``weight_decay=1e-4``.
 
     Args:
         model: a module or named parameters, as for :func:`fastlars.param_groups`.
@@ -175,10 +175,10 @@ def byol(model: Model, *, batch_size: int, epochs: int, steps_per_epoch: int, **
     """BYOL: lr 0.2 x batch / 256, weight decay 1.5e-6, 10 epochs of warm-up, cosine to 0.
 
     Published: batch 4096, 1000 epochs. Runs of 300 and 100 epochs have lr 0.3 and 0.45, and weight decay 1e-6. For any
-    other number of epochs, the settings are those of the nearest published one (by ratio).
+    other number of epochs, the recipe uses the settings of the nearest published number (by ratio).
 
     Args:
-        model: a module or named parameters, as for :func:`fastlars.param_groups`. The online network, not the target.
+        model: a module or named parameters, as for :func:`fastlars.param_groups`: the online network, not the target.
         batch_size: images per step, over all devices and accumulated batches.
         epochs: length of the whole run.
         steps_per_epoch: optimizer steps per epoch. The authors use ``images // batch_size``.
@@ -203,10 +203,10 @@ def byol(model: Model, *, batch_size: int, epochs: int, steps_per_epoch: int, **
 
 
 def barlow_twins(model: Model, *, batch_size: int, epochs: int, steps_per_epoch: int, **values: Unpack[Values]) -> Run:
-    """Barlow Twins: lr 0.2 x batch / 256, biases and normalisation 0.0048 x batch / 256, cosine to lr / 1000.
+    """Barlow Twins: lr 0.2 x batch / 256, for biases and normalisation 0.0048 x batch / 256, cosine to lr / 1000.
 
-    Published: batch 2048, 1000 epochs, 10 of them warm-up. Weight decay is 1e-6, as in their code; the paper says
-    1.5e-6.
+    Published: batch 2048, 1000 epochs, of which 10 are warm-up. Weight decay is 1e-6, as in the authors' code. The paper
+    says 1.5e-6.
 
     Args:
         model: a module or named parameters, as for :func:`fastlars.param_groups`.
@@ -239,8 +239,8 @@ def barlow_twins(model: Model, *, batch_size: int, epochs: int, steps_per_epoch:
 def vicreg(model: Model, *, batch_size: int, epochs: int, steps_per_epoch: int, **values: Unpack[Values]) -> Run:
     """VICReg: lr 0.2 x batch / 256 for all tensors, weight decay 1e-6, 10 epochs of warm-up, cosine to lr / 1000.
 
-    Published: batch 2048, 1000 epochs, and lr 0.3 for 100 epochs at batch 512. For any other number of epochs, the
-    settings are those of the nearest published one (by ratio).
+    Published: batch 2048, 1000 epochs, and lr 0.3 for 100 epochs at batch 512. For any other number of epochs, the recipe
+    uses the settings of the nearest published number (by ratio).
 
     Args:
         model: a module or named parameters, as for :func:`fastlars.param_groups`.
@@ -271,9 +271,9 @@ def vicreg(model: Model, *, batch_size: int, epochs: int, steps_per_epoch: int, 
 def moco_v3(model: Model, *, batch_size: int, epochs: int, steps_per_epoch: int, **values: Unpack[Values]) -> Run:
     """MoCo v3 with a ResNet-50: lr 0.6 x batch / 256, weight decay 1e-6, 10 epochs of warm-up, cosine to 0.
 
-    Published: batch 4096, 100 epochs. Runs of 300 and 1000 epochs have lr 0.3, and that of 1000 has weight decay 1.5e-6. For
-    any other number of epochs, the settings are those of the nearest published one (by ratio). The authors train ViTs
-    with AdamW.
+    Published: batch 4096, 100 epochs. Runs of 300 and 1000 epochs have lr 0.3, and the longer one has weight decay 1.5e-6.
+    For any other number of epochs, the recipe uses the settings of the nearest published number (by ratio). The authors
+    train ViTs with AdamW.
 
     Args:
         model: a module or named parameters, as for :func:`fastlars.param_groups`, without the momentum encoder.
@@ -349,7 +349,7 @@ def _byol_like(
     steps_per_epoch: int,
     values: Values,
 ) -> Run:
-    """A recipe in BYOL's dialect, whose lr and weight decay depend on the number of epochs."""
+    """A recipe in BYOL's dialect. Its lr and weight decay depend on the number of epochs."""
     _, (lr, weight_decay) = _nearest(runs, epochs)
     published = {"dialect": "byol", "lr": linear_scaling(lr, batch_size), "weight_decay": weight_decay}
     return _build(name, model, epochs * steps_per_epoch, steps_per_epoch, {**_SELF_SUPERVISED, **published, **values})

@@ -22,7 +22,7 @@ def linear_scaling(lr: float, batch_size: int, base_batch_size: int = 256) -> fl
 
     Args:
         lr: the lr for ``base_batch_size``.
-        batch_size: images (or other items that the loss averages over) per step, over all devices and accumulated batches.
+        batch_size: images (or whatever the loss averages over) per step, over all devices and accumulated batches.
         base_batch_size: the batch size that ``lr`` is for. Default: 256, as in SimCLR, BYOL, Barlow Twins, VICReg, MoCo v3
             and MAE.
 
@@ -79,13 +79,13 @@ def warmup_polynomial(
 
     Args:
         optimizer: the current lr of each group is its peak, which the warm-up reaches at step ``warmup_steps``. If an
-            earlier scheduler left ``initial_lr`` in the group (it is saved with the optimizer), that is the peak, as in
-            torch's schedulers.
-        warmup_steps: number of steps of linear growth from lr / warmup_steps to lr; 0 for no warm-up.
+            earlier scheduler left ``initial_lr`` in the group (it is saved with the optimizer), the peak is that value, as
+            in torch's schedulers.
+        warmup_steps: number of steps of linear growth from lr / warmup_steps to lr, or 0 for no warm-up.
             ``total_steps // 10`` is a tenth of the run.
-        total_steps: number of steps of the whole run. From then on lr is ``end_factor * lr``.
-        power: power of the decay, > 0 (default: 2). 1 is linear.
-        end_factor: the final lr as a share of lr, 0 to 1 (default: 0). The whole decay is scaled to end there, not cut
+        total_steps: number of steps of the whole run. After them, lr stays at ``end_factor * lr``.
+        power: power of the decay, > 0 (default: 2). With 1 the decay is linear.
+        end_factor: the final lr as a fraction of lr, 0 to 1 (default: 0). The whole decay is scaled to end there, not cut
             off. MLPerf's code ends at an lr of 0.0001, which is ``end_factor=1e-4 / lr``.
 
     Returns:
@@ -121,12 +121,12 @@ def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int, *, 
 
     Args:
         optimizer: the current lr of each group is its peak, which the warm-up reaches at step ``warmup_steps``. If an
-            earlier scheduler left ``initial_lr`` in the group (it is saved with the optimizer), that is the peak, as in
-            torch's schedulers.
-        warmup_steps: number of steps of linear growth from lr / warmup_steps to lr; 0 for no warm-up.
+            earlier scheduler left ``initial_lr`` in the group (it is saved with the optimizer), the peak is that value, as
+            in torch's schedulers.
+        warmup_steps: number of steps of linear growth from lr / warmup_steps to lr, or 0 for no warm-up.
             ``total_steps // 10`` is a tenth of the run.
-        total_steps: number of steps of the whole run. From then on lr is ``end_factor * lr``.
-        end_factor: the final lr as a share of lr, 0 to 1 (default: 0). It is 0 in SimCLR, BYOL and MoCo v3, and 0.001 in
+        total_steps: number of steps of the whole run. After them, lr stays at ``end_factor * lr``.
+        end_factor: the final lr as a fraction of lr, 0 to 1 (default: 0). It is 0 in SimCLR, BYOL and MoCo v3, and 0.001 in
             Barlow Twins and VICReg.
 
     Returns:
@@ -147,7 +147,7 @@ def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int, *, 
 
 def _warmup(optimizer: Optimizer, warmup_steps: int, total_steps: int, end_factor: float, decay: Any) -> LambdaLR:
     for name, steps in (("warmup_steps", warmup_steps), ("total_steps", total_steps)):
-        # a share of the run, such as 0.1, would start at ten times the peak
+        # a fraction of the run, such as 0.1, would start at ten times the peak
         if not isinstance(steps, numbers.Integral) or isinstance(steps, bool):
             raise TypeError(
                 f"{name} must be a whole number of optimizer steps, an int, got {steps!r}; for a tenth of the run "
@@ -159,7 +159,7 @@ def _warmup(optimizer: Optimizer, warmup_steps: int, total_steps: int, end_facto
         )
     if not 0 <= end_factor <= 1:
         raise ValueError(f"end_factor must be 0 to 1, a share of lr, got {end_factor}")
-    # partials and not closures: schedulers are pickled
+    # partials, not closures, because schedulers are pickled
     return LambdaLR(optimizer, functools.partial(_factor, warmup_steps, total_steps, end_factor, decay))
 
 

@@ -1,6 +1,6 @@
-"""The step for TorchScript, which supports neither classes nor fused kernels. Formula and update are the same code."""
+"""The step for TorchScript, which supports neither our classes nor fused kernels. It shares the formula and the update."""
 
-from typing import List, Optional, Tuple  # noqa: UP035  TorchScript reads these spellings in every version
+from typing import List, Optional, Tuple  # noqa: UP035  every TorchScript version reads these spellings
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ def scripted_step(
         raise RuntimeError(
             "kahan_sum=True cannot be scripted; leave kahan_sum=None, which keeps no compensation in scripts"
         )
-    # the last dimension of a real gradient could be mistaken for real and imaginary part
+    # the last dimension of a real gradient could be mistaken for real and imaginary parts
     grads = [g.to(p.dtype) if p.is_complex() and not g.is_complex() else g for p, g in zip(params, grads)]
     if grad_scale is not None:
         grads = [unscaled(grad, grad_scale) for grad in grads]
@@ -38,7 +38,7 @@ def scripted_step(
     skip: Optional[Tensor] = None if found_inf is None else found_inf.reshape(()) != 0
     for i, param in enumerate(params):
         first_step = options.momentum != 0 and momentum_buffers[i] is None
-        # autograd keeps the input of a norm, and the update overwrites it
+        # the update would overwrite the norm's input, which autograd saves
         b_i, c_i = _coefficients(param.clone() if options.differentiable else param, grads[i], first_step, options)
         b.append(b_i)
         c.append(c_i)

@@ -1,10 +1,10 @@
-"""Sharded tensors: a step updates local shards with the norms of whole tensors. Only this file knows DTensor.
+"""Sharded tensors. A step updates local shards with the norms of whole tensors. Only this file uses DTensor.
 
 Each step exchanges norms once. Every rank puts the squared norms of its shards, two numbers per tensor, into one table. The
-table holds all sharded tensors of all adapted groups in the optimizer's order, whether or not this rank has elements or a
-gradient of them. Each mesh dimension along which tensors are sharded costs one all-reduce of their rows. Dimensions with
-one rank, or along which nothing is sharded, cost nothing. Dimensions of several meshes that join the same ranks count as
-one. The last row says whether some rank has a reason to skip the step, so that all ranks of a dimension decide alike.
+table holds all sharded tensors of all adapted groups in the optimizer's order, even those of which this rank has no
+elements or no gradient. Each mesh dimension along which tensors are sharded costs one all-reduce of their rows. Dimensions
+with one rank, or along which nothing is sharded, cost nothing. Dimensions of different meshes that join the same ranks
+count as one. The last row says whether any rank must skip the step, so that all ranks of a dimension decide alike.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .formula import is_adapted
 from .norms import norms
 from .options import Options
 
-# The module of DTensor, from torch 2.5 on and in 2.4. A program that has loaded neither has no sharded tensors.
+# DTensor's module since torch 2.5, and its module in 2.4. A program that has loaded neither has no sharded tensors.
 _MODULES = ("torch.distributed.tensor", "torch.distributed._tensor")
 _ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
 _XLA = "torch_xla.distributed.spmd"
@@ -43,14 +43,14 @@ def dtensor() -> Any:
 def any_sharded(params: Iterable[Any]) -> bool:
     """Whether any of these is a DTensor. Every step calls this.
 
-    torch_xla's XLAShardedTensor does not count. It inherits from DTensor, but it stands for the whole tensor: XLA splits the
-    computation and adds the collectives itself, so every norm that LARS takes of it is already global.
+    torch_xla's XLAShardedTensor does not count. It inherits from DTensor, but represents the whole tensor. XLA splits the
+    computation and adds the collectives itself, so LARS's norms of it are already global.
     """
     return dtensor() is not None and any(map(_is_dtensor, set(map(type, params))))
 
 
 def is_sharded(tensor: Any) -> bool:
-    """`any_sharded` of one tensor."""
+    """Like `any_sharded`, for one tensor."""
     return _is_dtensor(type(tensor))
 
 
@@ -60,12 +60,12 @@ def _is_dtensor(cls: type) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's shard of a sharded tensor; other tensors unchanged."""
+    """This rank's shard of a sharded tensor. Other tensors are returned unchanged."""
     if not is_sharded(tensor):
         return tensor
-    with torch.no_grad():  # with autograd it would be a view in the graph
+    with torch.no_grad():  # with autograd the shard would be a view in the graph
         part: Any = tensor.to_local()  # type: ignore[attr-defined]
-    return part if type(part) is Tensor else part.wait()  # a collective is still under way
+    return part if type(part) is Tensor else part.wait()  # wait for a pending collective
 
 
 def local_of(item: Any) -> Any:
@@ -75,12 +75,12 @@ def local_of(item: Any) -> Any:
 
 def _divides(mesh: Any, i: int, placement: Any) -> bool:
     """Whether this rank has only a part along a mesh dimension."""
-    # not only Shard divides tensors, so every placement but Replicate counts
+    # every placement but Replicate counts, because not only Shard divides tensors
     return not placement.is_replicate() and mesh.size(i) > 1 and mesh.get_coordinate() is not None
 
 
 def is_divided(tensor: Any) -> bool:
-    """Whether other ranks hold parts of this tensor, or of its gradient, that its norms need."""
+    """Whether this tensor's norms need parts of it, or of its gradient, from other ranks."""
     if not is_sharded(tensor):
         return False
     layouts = [tensor, tensor.grad] if is_sharded(tensor.grad) else [tensor]
@@ -115,7 +115,7 @@ def check_not_divided(where: str) -> None:
 
 
 def check_saved_buffer(buffer: Tensor, param: Tensor, what: str) -> None:
-    """Raise for a saved buffer that is not distributed like its parameter, because every step would raise."""
+    """Raise for a saved buffer that is not distributed like its parameter, because every step would fail."""
     if any_sharded([buffer]) != any_sharded([param]):
         raise TypeError(
             f"{what} must be a DTensor exactly if the parameter is one; save and load through "
@@ -129,7 +129,7 @@ def check_saved_buffer(buffer: Tensor, param: Tensor, what: str) -> None:
 
 
 def sharded(groups: Sequence[tuple[Sequence[Tensor], Options]]) -> Sharded | None:
-    """The `Sharded` for all groups of an optimizer; None if no tensor is sharded."""
+    """The `Sharded` of all groups of an optimizer, or None if no tensor is sharded."""
     return Sharded(groups) if any(any_sharded(params) for params, _ in groups) else None
 
 
@@ -137,10 +137,10 @@ class Sharded:
     """The sharded tensors of one step: their local shards, and the exchange of norms."""
 
     def __init__(self, groups: Sequence[tuple[Sequence[Tensor], Options]]) -> None:
-        """Take all params of an optimizer, with or without gradients, the same on all ranks."""
+        """Take all params of an optimizer, with or without gradients. All ranks must pass the same ones."""
         self._kind = dtensor()
         self._dims: dict[tuple[Any, ...], tuple[frozenset[int], ...]] = {}
-        # ranks that a mesh dimension joins -> (its process group, its device type)
+        # the ranks of a mesh dimension -> (its process group, its device type)
         self._joined: dict[frozenset[int], tuple[Any, str]] = {}
         self._rows: dict[frozenset[int], list[int]] = {}
         self._options: list[Options] = []  # of each row
@@ -149,7 +149,7 @@ class Sharded:
         self._part_of: dict[int, Tensor] = {}  # by the id of a parameter
         self._row: dict[int, int] = {}  # by the id of a shard
         self._skips = any(options.skip_nonfinite for _, options in groups)
-        self._whole_norms: Tensor | None = None  # of the last exchange, one row per tensor
+        self._whole_norms: Tensor | None = None  # from the last exchange, one row per tensor
         for params, options in groups:
             for param in params:
                 if is_sharded(param):
@@ -162,7 +162,7 @@ class Sharded:
         dims = self._sharded_dims(param)
         if not dims or not is_adapted(options):
             return
-        # once, because each call makes another view
+        # called once, because each call makes a new view
         part = self._part_of[id(param)] = local(param)
         row = len(self._parts)
         self._row[id(part)] = row
@@ -172,7 +172,7 @@ class Sharded:
             self._rows[ranks].append(row)
 
     def _sharded_dims(self, param: Any) -> tuple[frozenset[int], ...]:
-        """The mesh dimensions along which a tensor is sharded, each as the set of ranks that it joins."""
+        """The mesh dimensions along which a tensor is sharded, each as a set of ranks."""
         mesh, placements = param.device_mesh, param.placements
         if (mesh, placements) in self._dims:
             return self._dims[mesh, placements]
@@ -186,7 +186,7 @@ class Sharded:
                 continue
             group = mesh.get_group(i)
             ranks = frozenset(torch.distributed.get_process_group_ranks(group))
-            # in order of first appearance, which all these ranks share, so their collectives match
+            # in order of first appearance, which is the same on all these ranks, so their collectives match
             self._joined.setdefault(ranks, (group, mesh.device_type))
             self._rows.setdefault(ranks, [])
             dims.append(ranks)
@@ -194,7 +194,7 @@ class Sharded:
         return tuple(dims)
 
     def local(self, group: Group) -> Group:
-        """The group with local shards in place of sharded tensors. Gradients are first redistributed like their parameters."""
+        """The group with local shards instead of sharded tensors. Gradients are first redistributed like their parameters."""
         params, grads = group.params, group.grads
         buffers = group.momentum_buffers if group.options.momentum != 0 else []
         for param, grad, buffer in zip(params, grads, buffers or [None] * len(params), strict=True):
@@ -244,7 +244,7 @@ class Sharded:
                 (group.compensations, local_group.compensations),
             ):
                 for i, part in enumerate(parts):
-                    if part is not None and whole[i] is None:  # a skipped first step may have made none
+                    if part is not None and whole[i] is None:  # a skipped first step may not have made a buffer
                         whole[i] = self._like(group.params[i], part) if sharded[i] else part
                 written += [made for made in compress(whole[: len(parts)], sharded) if made is not None]
         bump_versions(written)
@@ -256,18 +256,18 @@ class Sharded:
     def exchange(
         self, buckets: Sequence[Bucket], measured: list[Norms], found_inf: Tensor | None, nonfinite: Tensor | None
     ) -> tuple[list[Norms], Tensor | None, Tensor | None]:
-        """Combine the norms of shards into norms of whole tensors, and the decisions of all ranks. Every rank calls it.
+        """Combine the norms of shards into norms of whole tensors, and the skip flags of all ranks. Every rank calls it.
 
         Args:
             buckets: the buckets of the step.
             measured: this rank's norms of each bucket.
-            found_inf: 1-element tensor, not 0 if this rank has a reason to skip; None on all ranks or on none.
-            nonfinite: the same, for groups with ``skip_nonfinite`` only; None if this rank has none.
+            found_inf: 1-element tensor, not 0 if this rank must skip the step. It is None on all ranks or on none.
+            nonfinite: the same for groups with ``skip_nonfinite``, or None if this rank has none.
 
         Returns:
             The norms of whole tensors, and the two flags as 0-dim tensors.
         """
-        # decided per dimension, where all its ranks decide alike; some of them may be outside other meshes
+        # decide per dimension, because all its ranks decide alike, but some may be outside other meshes
         asked = [ranks for ranks in self._joined if self._rows[ranks] or self._skips or found_inf is not None]
         if not asked:
             return measured, found_inf, nonfinite
@@ -277,7 +277,7 @@ class Sharded:
             alone = len(rows) == len(self._parts)
             index = None if alone else _index((*rows, len(self._parts)), table.device)
             message = table if index is None else table[index]
-            # to the device, because shards may be offloaded to the CPU
+            # move to the mesh's device, because shards may be offloaded to the CPU
             message = message.to(device_type, self._dtype(rows))
             torch.distributed.all_reduce(message, group=group)
             message = message.to(table.device, table.dtype)
@@ -294,7 +294,7 @@ class Sharded:
         )
 
     def known_norms(self, param: Tensor) -> Tensor | None:
-        """Param norm and direction norm of a whole sharded tensor in the last exchange; None for other tensors."""
+        """Param norm and direction norm of a whole sharded tensor from the last exchange. None for other tensors."""
         part = self._part_of.get(id(param))
         return None if part is None or self._whole_norms is None else self._whole_norms[self._row[id(part)]]
 
@@ -321,7 +321,7 @@ class Sharded:
         for row in range(len(self._parts)):
             if place[row] != 0:
                 continue
-            # no gradient here, but ranks that have one need the norm of the whole parameter
+            # no gradient here, but ranks with a gradient need the norm of the whole parameter
             norm = norms([real(self._parts[row])], foreach=False)
             options = self._options[row]
             decayed = norm * options.weight_decay if options.trust_denominator == "joint" else torch.zeros_like(norm)
@@ -336,7 +336,7 @@ class Sharded:
         return table
 
     def _dtype(self, rows: Iterable[int]) -> torch.dtype:
-        """The dtype of a message with the norms of these rows, which all its ranks have."""
+        """The dtype of a message with the norms of these rows. It is the same on all ranks of the message."""
         wide = any(norm_dtype(self._parts[row].dtype.to_real()) == torch.float64 for row in rows)
         return torch.float64 if wide else torch.float32
 
@@ -368,6 +368,6 @@ def _index(places: tuple[int, ...], device: torch.device) -> Tensor:
     return _kept_index(places, device)
 
 
-@lru_cache(maxsize=64)  # building it copies from the host, which a captured CUDA graph cannot do
+@lru_cache(maxsize=64)  # building an index copies from the host, which cannot be captured in a CUDA graph
 def _kept_index(places: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(places, dtype=torch.int64, device=device)

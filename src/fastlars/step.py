@@ -1,4 +1,4 @@
-"""One step, from top to bottom: sort into buckets, measure all, decide, move all."""
+"""One step, from top to bottom: sort tensors into buckets, measure all, decide, move all."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def step(
     """Step all groups, and store new momentum buffers and compensations in their lists.
 
     All buckets are measured before any is updated, because one gradient may skip every group with
-    ``skip_nonfinite``, and because sharded tensors exchange their norms at once.
+    ``skip_nonfinite``, and because all sharded tensors exchange their norms together.
     """
     for group in groups:
         check_captured(group)
@@ -32,7 +32,7 @@ def step(
     # 1. Measure: nothing has moved yet.
     norms = [bucket.backend.measure(bucket, shards is not None) for bucket in buckets]
 
-    # 2. Decide, on all ranks alike.
+    # 2. Decide. All ranks reach the same decision.
     gated = [known for bucket, known in zip(buckets, norms) if bucket.options.skip_nonfinite]
     skip = any_nonfinite(gated, found_inf) if gated else found_inf
     if shards is not None:

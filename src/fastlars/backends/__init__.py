@@ -1,4 +1,4 @@
-"""Which backend steps which tensors: the list of backends, and `split`, which sorts a group into buckets."""
+"""The list of backends, and `split`, which sorts a group into buckets and gives each a backend."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .layouts import PLAIN, find_shared_memory, storage_of
 from .torch_sgd import TorchSGD
 from .triton import TRITON
 
-# In order of preference: a tensor goes to the first that wants its group and serves it.
+# In order of preference. A tensor goes to the first backend that wants its group and serves the tensor.
 BACKENDS: list[Backend] = [
     TorchSGD(FUSED_CPU, fused=True),
     TorchSGD(TRITON, fused=True),
@@ -49,15 +49,15 @@ def wanted(params: list[Tensor], options: Options, gated: bool = False) -> list[
 
 
 def leaves_graph(params: list[Tensor], options: Options) -> bool:
-    """Whether the preferred backend of a group is one that torch.compile cannot trace."""
-    for backend in BACKENDS:  # stops early: a compiled frame keeps alive everything that it inspects
+    """Whether torch.compile cannot trace the preferred backend of a group."""
+    for backend in BACKENDS:  # stops early, because a compiled frame keeps everything that it inspects alive
         if backend.wants(params, options, False):
             return not backend.traceable
     return False
 
 
 def split(group: Group, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> list[Bucket]:
-    """The buckets of a group; torch's own helper does not sort while compiling."""
+    """The buckets of a group. Replaces torch's own helper, which does not sort while compiling."""
     params, grads, options = group.params, group.grads, group.options
     buffers = group.momentum_buffers if options.momentum != 0 else []
     gated = bool(options.skip_nonfinite) or found_inf is not None or grad_scale is not None
@@ -98,20 +98,20 @@ def split(group: Group, grad_scale: Tensor | None = None, found_inf: Tensor | No
 class _Assignment:
     """Cached dispatch of a group, valid while one guard finds all tensor metadata unchanged.
 
-    Sorting takes longer than the step of small tensors on a CPU, and than all launches on a GPU.
+    Sorting takes longer than a CPU step of small tensors, and longer than all launches on a GPU.
     """
 
     def __init__(self) -> None:
-        """Nothing is known yet."""
+        """Start without a cached result."""
         self._seen = False
         self._guard: Callable[..., bool] | None = None
         self._key: Any = None
         self._places: list[_Place] = []
 
     def places(self, group: Group, buffers: list[Tensor | None], gated: bool) -> tuple[list[_Place], list[Tensor]]:
-        """As `_sort`."""
-        # A mode may create fake tensors, and treats existing memory as a constant. A CUDA graph writes its memory again in each
-        # replay, also after a later step has replaced what is cached here, so its memory must come from its own pool.
+        """Like `_sort`, but cached."""
+        # A mode may create fake tensors, and treats existing memory as a constant. A CUDA graph rewrites its memory in each
+        # replay, even after a later step has replaced this cache, so that memory must come from the graph's own pool.
         if operations_are_seen() or is_capturing():
             return _sort(wanted(group.params, group.options, gated), group, buffers)
         made = [buffer for buffer in buffers if buffer is not None]
@@ -125,8 +125,8 @@ class _Assignment:
                 return self._places, group.grads
         failed, self._guard = self._guard is not None, None
         self._places, grads = _sort(wanted(group.params, group.options, gated), group, buffers)
-        # The guard is built the second time a list is seen, and not right after one failed, because building costs as much as two sorts. It
-        # does not see which buffers are missing, nor what gradients share memory with.
+        # Build the guard the second time a list is seen, but not right after one failed, because building it costs two sorts.
+        # It detects neither missing buffers nor gradients that share memory with other tensors.
         if self._seen and not failed and len(made) in (0, len(buffers)) and grads is group.grads:
             self._guard = metadata_guard(tensors)
         self._key, self._seen = key, not failed
@@ -134,19 +134,19 @@ class _Assignment:
 
 
 def _kind(options: Options) -> list[Any]:
-    """What of the options decides which backends want a group: of a number only whether it is 0, of lr where it is."""
+    """The options as far as backends see them: whether each number is 0, and the device and requires_grad of a tensor lr."""
     lr = options.lr
     kinds = [value != 0 if isinstance(value, float) else value for value in options[1:]]
     return [*kinds, (lr.device, lr.requires_grad) if isinstance(lr, Tensor) else None]
 
 
 def _sort(backends: list[Backend], group: Group, buffers: list[Tensor | None]) -> tuple[list[_Place], list[Tensor]]:
-    """The places, and the gradients, copied where the step would overwrite them."""
+    """The places, and the gradients. A gradient that the step would overwrite is copied."""
     params, grads = group.params, group.grads
     made = [buffer for buffer in buffers if buffer is not None]
     kept = [compensation for compensation in group.compensations if compensation is not None]
     if not torch.compiler.is_compiling() and len(set(map(id, params))) < len(params):
-        # a repeated tensor takes two steps in order; in a list both would start from its old value
+        # a repeated tensor takes its steps in order, but in a list each would start from its old value
         backends = [backend for backend in backends if backend.name == SINGLE.name]
     one_step = len(made) in (0, len(buffers))
     fused = not backends[0].traceable
@@ -161,7 +161,7 @@ def _sort(backends: list[Backend], group: Group, buffers: list[Tensor | None]) -
         if not torch.compiler.is_compiling():
             check_fit(param, grad, buffer, group.where, compensation)
         if param.is_complex() and not grad.is_complex():
-            grad = grad.to(param.dtype)  # else its last dimension could be taken for real and imaginary part
+            grad = grad.to(param.dtype)  # else its last dimension could be mistaken for real and imaginary parts
         if _is_written(grad, param, buffer, compensation):
             grad = grad.clone()
         readable.append(grad)
@@ -184,7 +184,7 @@ def _is_written(grad: Tensor, *of_step: Tensor | None) -> bool:
     """Whether updating the parameter or its state would overwrite the gradient before all of it has been read."""
     written = [tensor for tensor in of_step if tensor is not None]
     if torch.compiler.is_compiling() or not PLAIN.issuperset(map(type, [grad, *written])) or operations_are_seen():
-        return False  # there are no addresses
+        return False  # without addresses
     storage = storage_of(grad)
     near = [tensor for tensor in written if storage_of(tensor) == storage]
     return bool(near) and find_shared_memory([grad, *near], 1) is not None
@@ -193,12 +193,12 @@ def _is_written(grad: Tensor, *of_step: Tensor | None) -> bool:
 def _share_storage(grads: list[Tensor], written: list[Tensor]) -> bool:
     """Whether a gradient lies in the storage of a written tensor, as after ``p.grad = p.detach()``; `_sort` checks exactly."""
     if not PLAIN.issuperset(map(type, [*grads, *written])):
-        return False  # there are no addresses
+        return False  # without addresses
     return not set(map(storage_of, grads)).isdisjoint(map(storage_of, written))
 
 
 def preferred(backends: list[Backend], param: Tensor, grad: Tensor, *state: Tensor | None) -> Backend:
-    """The first of these backends that serves a tensor with this state."""
+    """The first of these backends that serves a tensor with this gradient and state."""
     made = [tensor for tensor in state if tensor is not None]
     for backend in backends:
         if _serves(backend, [param], [grad], made):
@@ -213,7 +213,7 @@ def _serves(backend: Backend, params: list[Tensor], grads: list[Tensor], state: 
 
 
 def _is_uniform(params: list[Tensor], grads: list[Tensor]) -> bool:
-    """Whether these make one bucket, if one backend serves them all."""
+    """Whether these tensors form one bucket if one backend serves them all."""
     like, grad = params[0], grads[0]
     for i, param in enumerate(params):
         if param.dtype != like.dtype or grads[i].dtype != grad.dtype or param.device != like.device:

@@ -1,4 +1,4 @@
-"""The step in torch's own operations, in place: v = m v + b g + c w and w -= q v. For every device, dtype and mode.
+"""The step in torch's own operations, in place, for every device, dtype and mode: v = m v + b g + c w and w -= q v.
 
 `Single` works tensor by tensor; read it first. `Foreach` does the same over lists. Complex tensors arrive as real
 views. q, the step size, is lr, or 1 where lr is in the momentum buffer. Bytes per float32 parameter: 44, like torch's SGD.
@@ -30,7 +30,7 @@ def measure(bucket: Bucket, foreach: bool) -> Norms:
         return Norms()
     params = [real(param) for param in bucket.params]
     if options.differentiable:
-        # autograd saves the norm's input, which the update overwrites
+        # the update would overwrite the norm's input, which autograd saves
         params = [param.clone() for param in params]
     grads = [real(grad) for grad in bucket.grads]
     joint = adapted and options.trust_denominator == "joint"
@@ -46,7 +46,7 @@ def measure(bucket: Bucket, foreach: bool) -> Norms:
 
 
 def make_state(bucket: Bucket) -> tuple[list[Tensor], list[Tensor]]:
-    """The momentum buffers and compensations of a bucket; zeros at its first step."""
+    """The momentum buffers and compensations of a bucket. They are zeros at its first step."""
     for made in (bucket.momentum_buffers, bucket.compensations):
         for i, tensor in enumerate(made):
             if tensor is None:
@@ -55,7 +55,7 @@ def make_state(bucket: Bucket) -> tuple[list[Tensor], list[Tensor]]:
 
 
 class Single:
-    """Tensor by tensor. It supports everything, and every other backend must match it."""
+    """Steps tensor by tensor. It supports everything, and every other backend must match it."""
 
     name = "single"
     takes_scale = False
@@ -64,25 +64,25 @@ class Single:
     foreach = False
 
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:  # noqa: ARG002
-        """Always: it takes what no other backend serves."""
+        """Always, because it takes what no other backend serves."""
         return True
 
     def serves(self, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]) -> bool:  # noqa: ARG002
-        """Everything."""
+        """Always."""
         return True
 
     def plan(self, params: list[Tensor]) -> None:
-        """Nothing."""
+        """Needs no plan."""
 
     def measure(self, bucket: Bucket, now: bool) -> Norms:  # noqa: ARG002
-        """All norms, at once."""
+        """All norms, none left to `update`."""
         make_state(bucket)  # before anything moves, because memory may run out
         return measure(bucket, self.foreach)
 
     def update(self, bucket: Bucket, norms: Norms, gate: Tensor | None) -> None:
-        """In place. Half types and gated steps run on copies, which are rounded once and written back unless skipped.
+        """Step in place. Half types and gated steps use copies, which are rounded once and written back unless skipped.
 
-        A factor of 0 in place of a gate would not do, because 0 * NaN is NaN.
+        A factor of 0 could not replace the gate, because 0 * NaN is NaN.
         """
         params, buffers, options = bucket.params, make_state(bucket)[0], bucket.options
         like = real(params[0])
@@ -98,7 +98,7 @@ class Single:
             tensor_update(w, g, v, [b[i] for i in places], [c[i] for i in places], step_size, options)
 
         every = list(range(len(params)))
-        # a conjugate view cannot be written through its real view, which is a copy
+        # the real view of a conjugate view is a copy, so writing to it would be lost
         if gate is None and not is_half(params[0].dtype) and not is_conjugate(params[0]):
             step(params, bucket.grads, buffers, every)
             return
@@ -111,13 +111,13 @@ class Single:
 
 
 class Foreach(Single):
-    """The same over lists, in few launches on CUDA from torch 2.11 on, without temporaries of parameter size."""
+    """The same step over lists, in few launches on CUDA since torch 2.11, without temporaries of parameter size."""
 
     name = "foreach"
     foreach = True
 
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:  # noqa: ARG002
-        """If requested, by torch's default rule, and off the CPU for tensors that fused kernels leave."""
+        """If requested, by torch's default rule, or off the CPU for tensors that requested fused kernels do not serve."""
         if options.fused:
             return not all(on_cpu(params))
         if options.foreach is None and options.fused is None and not options.differentiable:
@@ -125,28 +125,28 @@ class Foreach(Single):
         return bool(options.foreach)
 
     def serves(self, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]) -> bool:  # noqa: ARG002
-        """All but conjugate and negative views, to which foreach ops do not write, and buffers of another dtype."""
+        """All but conjugate and negative views, which foreach ops cannot write, and buffers of another dtype."""
         if any([is_conjugate(param) for param in params]):  # noqa: C419  old compilers cannot trace generators
             return False
-        # `Staging` would round them to the parameters' dtype, and torch's foreach SGD refuses them in the middle of a step
+        # `Staging` would round them to the parameters' dtype, and torch's foreach SGD would raise in the middle of a step
         if any([param.dtype != buffer.dtype for param, buffer in zip(params, momentum_buffers)]):  # noqa: C419  as above
             return False
-        # graphs never contain them
+        # graphs never contain negative views
         return torch.compiler.is_compiling() or not any(map(Tensor.is_neg, params + momentum_buffers))
 
     def measure(self, bucket: Bucket, now: bool) -> Norms:
-        """All norms, at once."""
+        """All norms, none left to `update`."""
         if bucket.plan is not None and (is_half(bucket.params[0].dtype) or bucket.options.skip_nonfinite):
             bucket.plan.reserve(bucket)
         return super().measure(bucket, now)
 
     def plan(self, params: list[Tensor]) -> Any:  # noqa: ARG002
-        """Memory for copies, which a graph does not need."""
+        """Memory for copies. A graph needs none."""
         return None if torch.compiler.is_compiling() else Staging()
 
 
 def _step_new(bucket: Bucket, places: list[int], skip: Tensor | None, step: Step, foreach: bool) -> None:
-    """Step new tensors and write them back, as autograd and compilers can follow; a graph allocates none of them."""
+    """Step new tensors and write them back, which autograd and compilers can follow. A graph allocates none of them."""
     params, grads, buffers, compensations = bucket.at(places)
     dtype = torch.float32 if is_half(params[0].dtype) else params[0].dtype
     old = params + buffers
@@ -159,7 +159,7 @@ def _step_new(bucket: Bucket, places: list[int], skip: Tensor | None, step: Step
     step(weights, grads, new[len(params) :], places)
     errors = [weight - rounded(weight, param.dtype) for weight, param in zip(weights, params)] if compensations else []
     for target, source in zip(old + compensations, new + errors):
-        # chosen in the target's dtype: a NaN that went through float32 and back has other bits
+        # choose in the target's dtype, because a round trip through float32 changes the bits of a NaN
         target.copy_(source if skip is None else torch.where(skip, target, source.to(target.dtype)))
 
 
@@ -172,7 +172,7 @@ def single_tensor_update(
     step_size: Number,
     options: Options,
 ) -> None:
-    """The update, to be read; TorchScript compiles it too."""
+    """The update, written for reading. TorchScript also compiles it."""
     decays = options.weight_decay != 0
     for i, param in enumerate(params):
         grad = grads[i]
@@ -204,8 +204,8 @@ def _multi_tensor_update(
     step_size: Number,
     options: Options,
 ) -> None:
-    # 0-dim tensors are the first factor because those of the second are few launches in later versions only. Before torch
-    # 2.11 all are one launch a tensor.
+    # 0-dim tensors come first, because as the second factor they take few launches only in later versions. Before torch
+    # 2.11 either order takes one launch per tensor.
     decays = options.weight_decay != 0
     if options.momentum != 0:
         torch._foreach_mul_(momentum_buffers, options.momentum)
@@ -228,7 +228,7 @@ def _unbind(numbers: Number, n: int, like: Tensor) -> list[Tensor]:
     """One 0-dim tensor for each of n, on the device of ``like`` and in the dtype of its norms."""
     dtype = norm_dtype(like.dtype)
     if isinstance(numbers, Tensor):
-        if numbers.dim() == 1:  # norms had it, in their dtype
+        if numbers.dim() == 1:  # already on that device and in that dtype, like the norms
             return unbind(numbers)
         numbers = numbers.to(dtype)
     else:

@@ -1,9 +1,9 @@
-"""The fused step on CPU: norms, then torch's own fused SGD kernel, tensor by tensor while the tensor is in cache.
+"""The fused step on CPU. Per tensor, it takes the norms, then calls torch's fused SGD kernel while the tensor is in cache.
 
 ``_fused_sgd_`` computes v = m v + (1 - dampening) (g + weight_decay w) and w -= lr v in one pass. With weight_decay = c / b,
 dampening = 1 - b and lr = q this is LARS. Bytes per float32 parameter: 20, and 8 for the norms if the cache does not hold
-them. The kernel ignores strides, writes wrong values for half types in some versions and bumps no version counter. So
-`serves` admits only tensors that it computes correctly, and `update` bumps the counters.
+them. The kernel ignores strides, writes wrong values for half types in some versions and bumps no version counters. So
+`serves` admits only tensors that the kernel computes correctly, and `update` bumps the counters.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from fastlars.options import Options
 from .eager import make_state, measure
 from .layouts import can_be_walked, on_cpu
 
-# Tensors up to this size are stacked with others of their shape, because a call for each costs more than its work.
+# Tensors up to this size are stacked by shape, because a call for each would cost more than its work.
 SMALL = 12 * 1024
-# Up to this many squares are added in float32 without rows. The relative error of the norm is up to 3e-6.
+# Up to this many squares are added in float32 without rows, with a relative error of the norm up to 3e-6.
 AT_ONCE = 4096
 # Elements stacked at a time, in two workspaces of up to 1 MiB. Stacking into new memory mostly waits for page faults.
 STACK = 1 << 18
@@ -43,7 +43,7 @@ _dtype, _is_cpu = attrgetter("dtype"), attrgetter("is_cpu")
 
 
 class FusedCPU:
-    """Float32 tensors in CPU memory, laid out like their gradients and buffers."""
+    """Steps float32 tensors in CPU memory, laid out like their gradients and buffers."""
 
     name = "fused"
     takes_scale = False
@@ -51,7 +51,7 @@ class FusedCPU:
     mixes_first_steps = False
 
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:  # noqa: ARG002
-        """On CPU if requested, and by default for adapted groups. torch's SGD is fused only if requested."""
+        """On CPU if requested, and by default for adapted groups. torch's SGD is fused only on request."""
         if options.fused is None and options.foreach is None and not options.differentiable:
             return bool(is_adapted(options)) and all(on_cpu(params))
         return bool(options.fused) and any(on_cpu(params))
@@ -67,11 +67,11 @@ class FusedCPU:
         )
 
     def plan(self, params: list[Tensor]) -> Plan:
-        """Which tensors are stacked and which are stepped alone."""
+        """Decide which tensors are stacked and which are stepped alone."""
         return Plan(params)
 
     def measure(self, bucket: Bucket, now: bool) -> Norms:
-        """Gradient norms for ``skip_nonfinite``. `update` takes the others while the tensor is in cache."""
+        """Gradient norms for ``skip_nonfinite``. `update` takes the other norms while the tensor is in cache."""
         make_state(bucket)  # before anything moves, because memory may run out
         if now:
             return measure(bucket, foreach=False)
@@ -79,7 +79,7 @@ class FusedCPU:
 
     @torch.no_grad()
     def update(self, bucket: Bucket, norms: Norms, gate: Tensor | None) -> None:
-        """Stacks first, then tensor by tensor."""
+        """Step the stacks, then the other tensors one by one."""
         if gate is not None and gate.any():  # on the CPU, where reading it does not synchronise
             return
         first_step = bucket.is_first_step
@@ -111,13 +111,13 @@ class _Stack(NamedTuple):
 
 
 class Plan:
-    """Indices of the tensors that are stacked by shape and of those that are stepped alone, and the workspace.
+    """Indices of the tensors that are stacked by shape, of the others, which are stepped alone, and the workspace.
 
     Views of the workspace are cached, because making a view takes as long as copying a small tensor.
     """
 
     def __init__(self, params: list[Tensor]) -> None:
-        """Keeps none of the tensors."""
+        """Build the plan without keeping any tensor."""
         places: dict[torch.Size, list[int]] = {}
         self.alone: list[int] = []
         for i, param in enumerate(params):
@@ -125,11 +125,11 @@ class Plan:
             is_small = 0 < numel <= SMALL and (numel <= AT_ONCE or _row(numel) > 0) and param.is_contiguous()
             (places.setdefault(param.shape, []) if is_small else self.alone).append(i)
         stacked = sum(shape.numel() * len(of_shape) for shape, of_shape in places.items())
-        largest = max((params[i].numel() for i in self.alone), default=0)  # goes through `grads` block by block
-        # No larger than needed, because every group has a plan. One piece, because the functional form makes it in every call,
-        # and glibc returns two pieces of 1 MiB to the system each time.
+        largest = max((params[i].numel() for i in self.alone), default=0)  # uses `grads` block by block
+        # No larger than needed, because every group has a plan. One allocation, because the functional form makes it in every
+        # call, and glibc would return two of 1 MiB to the system each time.
         sizes = [min(STACK, stacked), min(STACK, max(stacked, largest))]
-        with torch.inference_mode(False):  # also if an inference step makes it
+        with torch.inference_mode(False):  # the first step may run in inference mode
             self.weights, self.grads = torch.split(torch.empty(sum(sizes), **_WORK), sizes)
         self.stacks: list[list[_Stack]] = []  # in batches of at most STACK elements
         start = STACK
@@ -151,7 +151,7 @@ class Plan:
 
 
 class _Fused:
-    """The step of tensors that share options and that `serves` accepted."""
+    """The step of tensors that `serves` accepted and that share options."""
 
     def __init__(self, options: Options, first_step: bool, workspace: Tensor) -> None:
         self.options = options
@@ -170,7 +170,7 @@ class _Fused:
         buffers: list[Tensor],
         norms: tuple[Tensor, Tensor] | None,
     ) -> None:
-        """Small tensors: copy them to a workspace, as the rows of one matrix per shape, and call the kernel once."""
+        """Step small tensors: copy them to a workspace, as rows of one matrix per shape, and call the kernel once."""
         for stack in stacks:
             torch.stack([params[i] for i in stack.places], out=stack.weights)
             torch.stack([grads[i] for i in stack.places], out=stack.grads)
@@ -190,7 +190,7 @@ class _Fused:
         self._sgd([params[i] for stack in stacks for i in stack.places], updates, buffers)
 
     def alone(self, param: Tensor, grad: Tensor, buffer: list[Tensor], norms: tuple[float, float] | None) -> None:
-        """One tensor: take its norms, then call the kernel while the tensor is still in cache."""
+        """Step one tensor: take its norms, then call the kernel while the tensor is still in cache."""
         if self.has_addresses and any(_is_shifted(grad, written) for written in (param, *buffer)):
             grad = grad.clone()
         if norms is None and self.adapted:
@@ -199,13 +199,13 @@ class _Fused:
         if self.options.momentum == 0 and b != 0 and math.isfinite(c / b):
             self._sgd([param], [grad], [], weight_decay=c / b, factor=b)
         elif not self.options.nesterov and SMALLEST_B <= abs(b) < math.inf:
-            b = ctypes.c_float(b).value  # else the bits would depend on the scale of b, and so of the loss
+            b = ctypes.c_float(b).value  # else the bits would depend on the scale of b, and so on that of the loss
             self._sgd([param], [grad], buffer, weight_decay=c / b, dampening=1 - b)
         else:
             self._block_by_block(param, grad, buffer, b, c)
 
     def _block_by_block(self, param: Tensor, grad: Tensor, buffer: list[Tensor], b: float, c: float) -> None:
-        """Cases that one call cannot compute, block by block, with the direction of each block in the workspace."""
+        """Step what one call cannot compute, block by block, with the direction of each block in the workspace."""
         blocks = [torch.split(_flat(tensor), STACK) for tensor in (param, grad, *buffer)]
         for w, g, *v in zip(*blocks):
             direction = torch.mul(g, b, out=self.workspace[: g.numel()])
@@ -256,7 +256,7 @@ class _Fused:
 
 
 def _is_shifted(grad: Tensor, written: Tensor) -> bool:
-    """Whether the kernel would overwrite gradient elements before it reads them. Exactly the same memory is safe."""
+    """Whether the kernel would overwrite gradient elements before it reads them. Identical memory is safe."""
     return 0 < abs(grad.data_ptr() - written.data_ptr()) < grad.nbytes
 
 
@@ -276,7 +276,7 @@ def _norm(tensor: Tensor) -> float:
 
 @cache
 def _matrix(numel: int) -> tuple[tuple[int, int], tuple[int, int]] | None:
-    """Size and strides that view this many elements as a matrix of long rows; None if impossible or with too many rows."""
+    """Size and strides to view this many elements as a matrix of long rows. None if impossible or if it has too many rows."""
     row = _row(numel)
     return None if row == 0 or numel > row * ROWS else ((numel // row, row), (row, 1))
 

@@ -11,15 +11,15 @@ PLAIN = {Tensor, torch.nn.Parameter}  # a subclass may behave differently
 def on_cpu(params: list[Tensor]) -> list[bool]:
     """Whether each tensor is on the CPU."""
     if torch.compiler.is_compiling():
-        # is_cpu would become an operation in the graph, which keeps the tensor alive
+        # is_cpu would become a graph operation, which keeps the tensor alive
         return [param.device.type == "cpu" for param in params]
     return [param.is_cpu for param in params]
 
 
 def can_be_walked(params: list[Tensor], *others: list[Tensor]) -> bool:
-    """Whether these are plain dense tensors with gradients and buffers in the same order of elements."""
+    """Whether these are plain dense tensors whose gradients and buffers have the same order of elements."""
     tensors = [tensor for each in (params, *others) for tensor in each]
-    # map, because a loop takes twice as long over a model's tensors
+    # map, because a loop over a model's tensors takes twice as long
     return (
         PLAIN.issuperset(map(type, tensors))
         and not any(map(Tensor.is_neg, tensors))
@@ -37,12 +37,12 @@ def are_laid_out_alike(tensor: Tensor, *others: Tensor) -> bool:
 
 
 def _effective_strides(tensor: Tensor) -> list[tuple[int, int]]:
-    """(stride, size) of the dimensions with more than one element. Others may have any stride."""
+    """(stride, size) of each dimension with more than one element. Other dimensions may have any stride."""
     return [(stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size != 1]
 
 
 def _is_dense(strides: list[tuple[int, int]]) -> bool:
-    """Whether a tensor with these strides fills a contiguous range of memory, each element once."""
+    """Whether a tensor with these strides covers a contiguous range of memory, each element once."""
     expected = 1
     for stride, size in sorted(strides):
         if stride != expected:
@@ -52,7 +52,7 @@ def _is_dense(strides: list[tuple[int, int]]) -> bool:
 
 
 def own_every_element(tensor: Tensor) -> bool:
-    """Whether no two elements of a strided tensor share memory, as those of an expanded tensor do."""
+    """Whether no two elements of a strided tensor share memory. In an expanded tensor, some do."""
     if tensor.is_contiguous():
         return True
     reach = 0  # the largest offset so far; a larger stride steps past all elements
@@ -66,12 +66,12 @@ def own_every_element(tensor: Tensor) -> bool:
 
 
 def has_address(tensor: Tensor) -> bool:
-    """Whether data_ptr() is an address. Elsewhere it may be a handle (MPS, Vulkan) or an offset (XLA, meta) of a storage."""
+    """Whether data_ptr() is an address. It may be a handle (MPS, Vulkan) or an offset in a storage (XLA, meta)."""
     return tensor.is_cpu or tensor.is_cuda
 
 
 def storage_of(tensor: Tensor) -> int:
-    """A number that tensors of one storage share, and others on the same device do not."""
+    """A number that identifies a tensor's storage among those on the same device."""
     storage = tensor.untyped_storage()
     return storage.data_ptr() if has_address(tensor) else storage._cdata
 

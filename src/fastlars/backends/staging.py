@@ -1,7 +1,7 @@
-"""Flat copies for foreach steps that cannot run in place: of half types, which are rounded once, and gated ones.
+"""Flat copies for foreach steps that cannot run in place: gated steps, and half types, which are rounded once.
 
-All copies of a kind share one flat tensor. Copying, rounding and selecting are then a few operations, however many tensors
-there are. The copies stay with the plan of a bucket, at most 32 MiB of float32 per kind; larger lists go chunk by chunk.
+All copies of a kind share one flat tensor. Copying, rounding and selecting then take a few operations, however many tensors
+there are. A bucket's plan keeps the copies, at most 32 MiB of float32 per kind. Larger lists are stepped chunk by chunk.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Copies(NamedTuple):
 
 
 class Staging:
-    """Memory for copies of one list of tensors. It keeps their shapes, and none of the tensors."""
+    """Memory for copies of one list of tensors. It keeps the shapes but not the tensors."""
 
     def __init__(self) -> None:
-        """Allocates nothing: most lists need no copies."""
+        """Allocate nothing yet, because most lists need no copies."""
         self._chunks: list[list[int]] = []
         self._layouts: list[tuple[torch.Size, tuple[int, ...], int]] = []
         self._made: dict[tuple[Any, ...], Copies] = {}
@@ -59,7 +59,7 @@ class Staging:
                 if compensations:
                     new.of_kind[1].copy_(wide.of_kind[0].sub_(new.of_kind[0]))
             if skip is not None:
-                # selected in this dtype, because a NaN changes its bits in float32 and back
+                # select in this dtype, because a round trip through float32 changes the bits of a NaN
                 torch._foreach_copy_(old.views, written)
                 torch.where(skip, old.rows, new.rows, out=new.rows)
             torch._foreach_copy_(written, new.views)
@@ -71,7 +71,7 @@ class Staging:
             self._room(bucket, i, gated=bool(bucket.options.skip_nonfinite))
 
     def _room(self, bucket: Bucket, chunk: int, *, gated: bool) -> tuple[Copies, Copies, Copies, list[Tensor]]:
-        """Copies to step, to round and to keep the old values, and copies of half-precision gradients."""
+        """Copies to step, copies to round, copies of the old values, and copies of half-precision gradients."""
         like, kinds = bucket.params[0], 1 + bool(bucket.compensations) + bool(bucket.momentum_buffers)
         half, dtype = is_half(like.dtype), torch.float32 if is_half(like.dtype) else like.dtype
         wide = self._copies("step", chunk, kinds, like, dtype)
@@ -100,12 +100,12 @@ class Staging:
         if not self._chunks:
             self._chunks = chunks(params, LIMIT)
             for param in params:
-                # strides of dense tensors are kept, else foreach ops take one launch per tensor
+                # keep the strides of dense tensors, else foreach ops take one launch per tensor
                 dense = param if are_laid_out_alike(param) else torch.empty(param.shape, device="meta")
                 self._layouts.append((param.shape, dense.stride(), param.numel()))
 
     def _copies(self, purpose: str, chunk: int, kinds: int, like: Tensor, dtype: torch.dtype) -> Copies:
-        """``kinds`` copies of each tensor of a chunk. Chunks share memory, purposes do not."""
+        """``kinds`` copies of each tensor of a chunk. Chunks share memory, but purposes do not."""
         key = (purpose, chunk, kinds, dtype)
         if key in self._made:
             return self._made[key]

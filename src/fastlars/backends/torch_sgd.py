@@ -1,4 +1,4 @@
-"""Groups that are not adapted: torch's own SGD, in the implementation that the group asks for."""
+"""torch's own SGD for groups that are not adapted, in the implementation that the group asks for."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .layouts import on_cpu
 
 
 def is_torch_sgd(params: list[Tensor], options: Options) -> bool:
-    """Whether torch's SGD computes this step, and not our own update. It must have the options and not read lr from a GPU."""
+    """Whether torch's SGD replaces our update. It must support the options and must not read lr from a GPU."""
     if options.kahan_sum and any([is_half(param.dtype) for param in params]):  # noqa: C419  old compilers cannot trace generators
         return False
     lr = options.lr
@@ -28,7 +28,7 @@ def is_torch_sgd(params: list[Tensor], options: Options) -> bool:
 
 
 class TorchSGD:
-    """torch's SGD, for the tensors that ``ours``, our backend of the same kind, wants and serves."""
+    """torch's SGD. It takes what ``ours``, our backend of the same kind, wants and serves."""
 
     takes_scale = False
 
@@ -37,28 +37,28 @@ class TorchSGD:
         self._ours, self._foreach, self._fused = ours, foreach, fused
         self.name = "fused" if fused else ours.name
         self.traceable = ours.traceable
-        # for torch's bits, tensors with and without a buffer must be in one call
+        # to match torch bit for bit, one call must take tensors with and without a buffer
         self.mixes_first_steps = not fused
 
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:
-        """Groups that are not adapted. torch's SGD has no gate, so the host reads it, only on CPU, where that is free."""
+        """Groups that are not adapted. torch's SGD has no gate. The host reads it instead, only on CPU, where that is free."""
         reads_gate = not gated or (not torch.compiler.is_compiling() and all(on_cpu(params)))
         return is_torch_sgd(params, options) and reads_gate and self._ours.wants(params, options, gated)
 
     def serves(self, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]) -> bool:
-        """Like ours, if the gradient has the parameter's dtype. torch makes buffers of its dtype, which its kernel misreads."""
+        """Like ours, if dtypes agree. torch gives buffers the gradient's dtype, and its kernel misreads another one."""
         alike = all([param.dtype == grad.dtype for param, grad in zip(params, grads)])  # noqa: C419  a list traces
         return alike and self._ours.serves(params, grads, momentum_buffers)
 
     def plan(self, params: list[Tensor]) -> None:
-        """Nothing."""
+        """Needs no plan."""
 
     def measure(self, bucket: Bucket, now: bool) -> Norms:  # noqa: ARG002
         """Gradient norms, for ``skip_nonfinite``."""
         return measure(bucket, self._foreach)
 
     def update(self, bucket: Bucket, norms: Norms, gate: Tensor | None) -> None:  # noqa: ARG002
-        """One call of torch's function."""
+        """Call torch's function once."""
         if gate is not None and gate.any():
             return
         grads, buffers, options = bucket.grads, bucket.momentum_buffers, bucket.options
@@ -67,7 +67,7 @@ class TorchSGD:
             grads = list(torch._foreach_mul(grads, 1.0))
         dampening = options.dampening
         if options.differentiable and bucket.is_first_step:
-            # torch's first buffer is no part of autograd's graph
+            # torch makes its first buffer outside autograd's graph
             make_state(bucket)
             dampening = 0.0
         lr = options.lr
@@ -81,7 +81,7 @@ class TorchSGD:
             fused=self._fused,
             weight_decay=options.weight_decay,
             momentum=options.momentum,
-            lr=cast(float, lr),  # it takes tensors too, but older versions are not typed so
+            lr=cast(float, lr),  # it also takes tensors, but older versions do not say so in their types
             dampening=dampening,
             nesterov=options.nesterov,
             maximize=options.maximize,

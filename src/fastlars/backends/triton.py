@@ -1,9 +1,9 @@
-"""The fused step on CUDA: which tensors it serves, tables of addresses on the device, and three launches a bucket.
+"""The fused step on CUDA: which tensors it serves, tables of addresses on the device, and three launches per bucket.
 
-`partial_sums` and `norms` measure, and `update` writes; `triton_kernels.py` says what they compute. All three find their
+`partial_sums` and `norms` measure, and `update` writes. `triton_kernels.py` says what they compute. All three find their
 tensors in a table on the device, so the number of launches does not depend on the number of tensors. A table is never
-rewritten. It is cached by the addresses and sizes that it was built from. The host reads nothing from the device and, while
-addresses stay the same, allocates nothing there. Triton is imported only if fused=True is requested on CUDA.
+rewritten. It is cached by the addresses and sizes that it was built from. The host reads nothing from the device, and it
+allocates nothing there while addresses stay the same. Triton is imported only if fused=True is requested on CUDA.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from fastlars.options import Options
 from .eager import make_state
 from .layouts import PLAIN, can_be_walked
 
-COLUMNS = 8  # of a table; a multiple of two, so that what follows the rows is aligned to 16 bytes
-# Elements per program of `partial_sums` and `update`, 8 per thread. They then take at most 48 registers on sm_80 and sm_90,
-# and 56 on sm_100, so that five and four programs fit on a multiprocessor without spilling.
+COLUMNS = 8  # of a table; a multiple of two, so that the data after the rows is aligned to 16 bytes
+# Elements per program of `partial_sums` and `update`, 8 per thread. A thread then takes at most 48 registers on sm_80 and
+# sm_90, so that five programs fit on a multiprocessor without spilling, and 56 on sm_100, where four fit.
 # With compensations `update` takes up to 64, and four fit.
 CHUNK = 2048
 BLOCK = 2048  # partial sums that `norms` adds at a time
-# In scale * g + weight_decay * w the compiler would fuse one product with the sum. Which one depends on whether there is a
-# scale, so norms would have other bits with a GradScaler, although it scales by powers of two.
+# In scale * g + weight_decay * w the compiler would fuse one product with the sum. The choice depends on whether there is a
+# scale, so a GradScaler would change the bits of norms, although it scales by powers of two.
 LAUNCH_SUMS = {"num_warps": 8, "enable_fp_fusion": False}
 LAUNCH_FEW = {"num_warps": 16, "enable_fp_fusion": True}  # one program per tensor, and a large tensor has many sums
 LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}
@@ -44,8 +44,8 @@ LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAPABILITY = (8, 0)  # the oldest GPUs that Triton supports; older ones cannot convert bfloat16
 
-KEPT_STEPS = 16  # a table is dropped after this many steps without use
-CAPTURES = 4  # captures of a step until another eager step is needed
+KEPT_STEPS = 16  # an unused table is dropped after this many steps
+CAPTURES = 4  # captures of a step before another eager step is needed
 
 
 def check_fused(params: Iterable[Any], where: str) -> None:
@@ -69,7 +69,7 @@ def check_fused(params: Iterable[Any], where: str) -> None:
 
 
 def _refusal(device: torch.device) -> str | None:
-    """Why kernels cannot run on a CUDA device; None if they can."""
+    """The reason why kernels cannot run on a CUDA device, or None if they can run."""
     if importlib.util.find_spec("triton") is None:
         return "on CUDA needs Triton, which is not installed (pip install triton)"
     if torch.version.hip is not None:
@@ -78,9 +78,9 @@ def _refusal(device: torch.device) -> str | None:
     if capability < CAPABILITY:
         return "on CUDA needs compute capability {}.{}, {} has {}.{}".format(*CAPABILITY, device, *capability)
     try:
-        # Triton compiles C for this, against Python's headers
+        # Triton compiles C code for this, which needs Python's headers
         _kernels().driver.active.get_current_device()
-    except Exception as error:  # noqa: BLE001  of compilers, linkers and drivers: no list is complete
+    except Exception as error:  # noqa: BLE001  from compilers, linkers or drivers, and no list is complete
         return f"on CUDA needs Triton, which cannot launch kernels here ({type(error).__name__}: {error})"
     return None
 
@@ -97,10 +97,10 @@ class _Table:
 
 
 class Tables:
-    """The tables of one optimizer. They hold addresses and keep no tensor alive. Do not copy or save them."""
+    """The tables of one optimizer. They hold addresses without keeping tensors alive. Do not copy or save them."""
 
     def __init__(self) -> None:
-        """Without any table."""
+        """Start without tables."""
         self.now = 0
         self._tables: dict[tuple[Any, ...], _Table] = {}
         # (device, sizes) -> pinned memory for captures, which must not allocate it
@@ -108,7 +108,7 @@ class Tables:
         self._captured: list[Tensor] = []
 
     def table(self, bucket: Bucket, now: int) -> _Table:
-        """The table of a bucket, for step number ``now``, on the current stream of its device, the current device."""
+        """The table of a bucket for step number ``now``, on the current stream. The bucket's device must be current."""
         self.now = now
         device = bucket.params[0].device
         sizes = tuple(map(Tensor.numel, bucket.params))
@@ -125,7 +125,7 @@ class Tables:
         table = self._tables.get(key)
         if table is None:
             self._drop_old()
-            # torch does not reuse pinned memory before copies out of it have finished
+            # torch reuses pinned memory only after copies from it have finished
             table = self._tables[key] = _new_table(_host_table(device, addresses, sizes), len(sizes), device)
         if not self._spares.get((device, sizes)):
             length = table.rows.numel() + (table.chunk_tensor.numel() + 1) // 2
@@ -139,7 +139,7 @@ class Tables:
         self._spares = {k: spares for k, spares in self._spares.items() if k in used}
 
     def _captured_table(self, device: torch.device, addresses: tuple[int, ...], sizes: tuple[int, ...]) -> _Table:
-        # Device memory comes from the graph's own pool, and each replay copies the table there again. The source must not
+        # Device memory comes from the graph's pool, and each replay copies the table there again. The source must not
         # change while the graph exists, so the optimizer keeps it, like the graph's momentum buffers.
         if spares := self._spares.get((device, sizes)):
             spare = spares.pop()
@@ -154,7 +154,7 @@ class Tables:
 def _host_table(
     device: torch.device, addresses: tuple[int, ...], sizes: tuple[int, ...], host: Tensor | None = None
 ) -> Tensor:
-    """Rows and chunk_tensor one after the other, in pinned memory."""
+    """The rows, followed by chunk_tensor, in pinned memory."""
     n = len(sizes)
     chunks = [max(1, -(-size // CHUNK)) for size in sizes]  # an empty tensor has an empty chunk
     ends = list(accumulate(chunks))
@@ -168,7 +168,7 @@ def _host_table(
         chunk_tensor.extend(array("i", [i]) * count)
     after_rows = 8 * len(rows)
     assert 8 * host.numel() >= after_rows + 4 * ends[-1]
-    # not with torch, whose threads may wait for each other for milliseconds on a busy machine
+    # not with torch, whose threads may wait milliseconds for each other on a busy machine
     for start, values in ((host.data_ptr(), array("q", rows)), (host.data_ptr() + after_rows, chunk_tensor)):
         address, length = values.buffer_info()
         ctypes.memmove(start, address, length * values.itemsize)
@@ -191,7 +191,7 @@ def _new_table(host: Tensor, n: int, device: torch.device) -> _Table:
 
 
 class Triton:
-    """Float32, bfloat16 and float16 tensors on NVIDIA GPUs, dense and laid out like their gradients and buffers."""
+    """Steps float32, bfloat16 and float16 tensors on NVIDIA GPUs, dense and laid out like their gradients and buffers."""
 
     name = "fused (Triton)"
     takes_scale = True
@@ -202,7 +202,7 @@ class Triton:
         """Create the tables of the functional form, whose calls have no optimizer to keep them.
 
         Args:
-            device: the device type that is served; "cpu" under Triton's interpreter.
+            device: the device type to serve, "cpu" under Triton's interpreter.
         """
         self._device = device
         self._tables = Tables()
@@ -215,7 +215,7 @@ class Triton:
     def serves(self, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]) -> bool:
         """Whether the kernels, which ignore strides, compute these correctly.
 
-        Addresses need not be aligned. If they are not, the kernels go element by element.
+        Addresses need not be aligned. If they are not, the kernels work element by element.
         """
         others = [grads, momentum_buffers] if momentum_buffers else [grads]
         return (
@@ -226,13 +226,13 @@ class Triton:
         )
 
     def plan(self, params: list[Tensor]) -> None:
-        """Nothing, because tables are looked up by address."""
+        """Needs no plan, because tables are looked up by address."""
 
     def measure(self, bucket: Bucket, now: bool) -> Norms:  # noqa: ARG002
         """All norms in two launches."""
         make_state(bucket)  # the table holds their addresses
         options, device = bucket.options, bucket.params[0].device
-        adapted = bool(is_adapted(options))  # numpy scalars give numpy bools, which Triton does not take as constants
+        adapted = bool(is_adapted(options))  # numpy scalars give numpy bools, which Triton rejects as constants
         joint = adapted and options.trust_denominator == "joint"
         grad_norm = bool(options.skip_nonfinite) or (adapted and not joint)
         which = {"ADAPTED": adapted, "JOINT": joint, "GRAD_NORM": grad_norm}
@@ -300,7 +300,7 @@ class Triton:
         bump_versions(list(chain(bucket.params, *make_state(bucket))))
 
     def _table(self, bucket: Bucket) -> _Table:
-        """The table of a bucket on the current stream of its device, which is the current device."""
+        """The table of a bucket on the current stream. The bucket's device must be current."""
         if bucket.memory is None:
             with self._lock:
                 return self._tables.table(bucket, self._tables.now + 1)
@@ -314,18 +314,18 @@ TRITON = Triton()
 
 
 def _kernels() -> Any:
-    # here, so that `import fastlars` loads no triton
+    # here, so that `import fastlars` does not load triton
     from . import triton_kernels  # noqa: PLC0415
 
     return triton_kernels
 
 
 def _lr(lr: float | Tensor, device: torch.device) -> tuple[Tensor | None, float]:
-    """The two lr arguments of a kernel: a tensor that it reads, or a number, which is float32 there."""
+    """The two lr arguments of a kernel: a tensor to read, and a number, which the kernel gets as float32. Only one is used."""
     if not isinstance(lr, Tensor):
         return None, float(lr)
     if lr.device.type == "cpu" and device.type != "cpu":
-        return None, float(lr)  # no synchronisation
+        return None, float(lr)  # does not synchronise
     return _scalar(lr, device), 0.0
 
 

@@ -3,12 +3,12 @@
 Every tensor is cut into chunks of CHUNK elements, and a program takes one chunk. A kernel finds its tensors in a table of
 int64 with one row per tensor: the addresses of parameter, gradient, momentum buffer and compensation, the number of
 elements, its first chunk, the chunk after its last one, and a 0. chunk_tensor_ptr holds the row of every chunk. Arithmetic
-is float32, except that `norms` adds in float64. Sums are added in a fixed order without atomics, so every run has the same
-bits.
+is float32, except that `norms` adds in float64. Sums are added in a fixed order without atomics, so every run gives the
+same bits.
 
 A chunk whose addresses are multiples of 16 bytes and whose length is a multiple of 8 is loaded and stored 16 bytes at a time.
-Others go element by element. Kernels hold both branches: `static_range` makes a copy for each value of VECTOR, and in one of
-them `_pointers` and `_mask` tell the compiler about the alignment.
+Other chunks go element by element. Kernels hold both branches: `static_range` makes a copy for each value of VECTOR, and
+in one copy `_pointers` and `_mask` tell the compiler about the alignment.
 """
 
 # mypy: ignore-errors
@@ -20,7 +20,7 @@ from triton.runtime.driver import driver  # noqa: F401  for `triton.check_fused`
 
 @triton.jit
 def _chunk(table_ptr, tensor, chunk, CHUNK: tl.constexpr):
-    """Address of each of the four tensors, offset of the chunk in them, and how many elements it has."""
+    """The addresses of the four tensors, the offset of the chunk in them, and its number of elements."""
     row_ptr = table_ptr + tensor.to(tl.int64) * 8
     size = tl.load(row_ptr + 4)
     start = (chunk - tl.load(row_ptr + 5)) * CHUNK
@@ -59,7 +59,7 @@ def _store(address, start, count, like_ptr, values, CHUNK: tl.constexpr, VECTOR:
 
 @triton.jit
 def _scale(grad_scale_ptr, MAXIMIZE: tl.constexpr):
-    """s, the factor that makes a raw gradient the one to descend along."""
+    """The factor s = 1 / grad_scale, negative when maximizing."""
     scale = tl.full([], -1.0 if MAXIMIZE else 1.0, tl.float32)
     if grad_scale_ptr is not None:
         # correctly rounded, so exact for a power of two; a plain division may be off by 2 ulp
@@ -84,7 +84,7 @@ def partial_sums(
     is_aligned = ((param | grad) % 16 == 0) & (count % 8 == 0)
     for VECTOR in tl.static_range(2):
         if is_aligned == (VECTOR == 1):
-            # scaled before squaring, because with a scaler's large factor squares overflow where gradients do not
+            # scale before squaring, because a scaler's large factor makes squares overflow where gradients do not
             g = scale * _load(grad, start, count, grad_ptr, CHUNK, VECTOR)
             if ADAPTED:
                 w = _load(param, start, count, param_ptr, CHUNK, VECTOR)
@@ -146,7 +146,7 @@ def _coefficients(
     ratio = one
     decay = one * weight_decay
     if ADAPTED:
-        # != 0 and not > 0, because a NaN norm must reach the parameters, as in `formula.py`
+        # != 0, not > 0, because a NaN norm must reach the parameters, as in `formula.py`
         nonzero = (param_norm != 0) & (direction_norm != 0)
         denominator = direction_norm + eps
         if not JOINT:
@@ -175,10 +175,10 @@ def update(
     """v = momentum v + b g + c w and w -= q v, with q = 1 if LR_IN_MOMENTUM else lr, and b and c of `_coefficients`.
 
     NESTEROV: w -= q (b g + c w + momentum v). Without MOMENTUM: w -= q (b g + c w), and there is no v.
-    KAHAN: w is parameter + compensation, and what rounding takes from the new parameter becomes the compensation.
+    KAHAN: w is parameter + compensation, and the rounding error of the new parameter becomes the compensation.
     If the gate is not 0, nothing is read or written. Moves 20 bytes per float32 parameter. Chunks are visited backwards,
     because the L2 cache still holds what `partial_sums` read last. Everything here is read for the last time, so it is
-    loaded with evict_first and does not displace what later programs still read.
+    loaded with evict_first and does not displace data that later programs still read.
     """
     chunk = tl.num_programs(0) - 1 - tl.program_id(0)
     tensor = tl.load(chunk_tensor_ptr + chunk)
