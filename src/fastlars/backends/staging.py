@@ -114,7 +114,7 @@ class Staging:
         flat = self._flat.get((purpose, kinds, dtype))
         if flat is None:
             largest = max(sum(self._layouts[i][2] for i in places) for places in self._chunks)
-            flat = self._flat[purpose, kinds, dtype] = torch.empty(kinds * largest, dtype=dtype, device=like.device)
+            flat = self._flat[purpose, kinds, dtype] = like.new_empty(kinds * largest, dtype=dtype)
         rows = flat[: kinds * sum(sizes)].view(kinds, -1)
         of_kind = list(rows.unbind())
         views = [
