@@ -1,7 +1,5 @@
 """The figures on the pages are those of the stored runs. Speed and accuracy are claimed nowhere else without a ground."""
 
-from __future__ import annotations
-
 import math
 import re
 import statistics
@@ -9,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-for module in ("rich", "matplotlib", "sklearn"):
-    pytest.importorskip(module, reason="the benchmarks have their own dependencies: groups bench and demo")
+pytest.importorskip("matplotlib", reason="the demo has its own dependencies: group demo")
 
 from benchmarks import render
 from benchmarks.demo import __main__ as demo
@@ -18,10 +15,9 @@ from benchmarks.demo import figure, outcome
 from benchmarks.optimizers import PEERS, YARDSTICK
 from benchmarks.shapes import MODELS
 
-ROOT, DOCS = render.ROOT, render.DOCS
 CPU = render.runs_on("cpu")[0]
 PAGES = render.pages()
-RUNS, TRIALS = outcome.read(DOCS / "demo" / "runs.csv"), outcome.read(demo.STORED)
+RUNS, TRIALS = outcome.read(render.DOCS / "demo" / "runs.csv"), outcome.read(demo.STORED)
 BEST = outcome.chosen(TRIALS, outcome.batches(RUNS))
 
 # a multiple, a time, a rate or a tenth of a percent
@@ -39,7 +35,7 @@ GROUNDS = {
 
 
 def read(page: str) -> str:
-    return " ".join((ROOT / page).read_text("utf-8").split())
+    return " ".join((render.ROOT / page).read_text("utf-8").split())
 
 
 @pytest.mark.parametrize("path", list(PAGES), ids=lambda path: path.name)
@@ -49,7 +45,7 @@ def test_a_page_shows_what_is_stored(path: Path) -> None:
 
 def test_no_other_figure_is_typed_by_hand() -> None:
     # precision.md says of each figure how it was measured
-    pages = [ROOT / "README.md", *(page for page in DOCS.rglob("*.md") if page.name != "precision.md")]
+    pages = [render.ROOT / "README.md", *(page for page in render.DOCS.rglob("*.md") if page.name != "precision.md")]
     texts = {page.name: re.sub("<!-- measured: .*?<!-- end", "", read(str(page))) for page in pages}
     found = {(name, figure) for name, text in texts.items() for figure in FIGURE.findall(text)}
     assert found == GROUNDS.keys(), "let a program write it, or a test compare it; else give the ground"
@@ -58,7 +54,7 @@ def test_no_other_figure_is_typed_by_hand() -> None:
 def test_the_demo_ran_at_the_lrs_of_the_search_and_its_picture_is_of_these_runs() -> None:
     ran = sorted((run["name"], int(run["batch"]), float(run["lr"])) for run in RUNS)
     assert ran == sorted((*key, lr) for key, (_, lr) in BEST.items() for _ in range(3)), "three seeds"
-    picture = (DOCS / "demo" / "demo.png").read_bytes()
+    picture = (render.DOCS / "demo" / "demo.png").read_bytes()
     assert f"tEXtSource\0{figure.drawn_from(RUNS)}".encode() in picture, "run python -m benchmarks.demo --out docs/demo"
     lost = {name: outcome.mean(RUNS, name, 32) - outcome.mean(RUNS, name, 1152) for name in ("LARS", "SGD")}
     assert lost["LARS"] < 2.5 and lost["SGD"] > 5, "LARS stays level while SGD falls"
@@ -67,7 +63,7 @@ def test_the_demo_ran_at_the_lrs_of_the_search_and_its_picture_is_of_these_runs(
 def test_readme_says_how_much_faster_than_other_lars_and_its_picture_is_of_this_run(tmp_path: Path) -> None:
     render.picture(CPU, tmp_path / "speed.svg")
     (source,) = re.findall("<dc:source>.*</dc:source>", (tmp_path / "speed.svg").read_text("utf-8"))
-    assert source in (DOCS / "speed.svg").read_text("utf-8"), "run python -m benchmarks.render"
+    assert source in (render.DOCS / "speed.svg").read_text("utf-8"), "run python -m benchmarks.render"
     assert all(CPU.ratio(case, peer, render.DEFAULT) > 1 for case in CPU.cases for peer in PEERS)
 
     def span(names: list[str], to: str) -> str:
