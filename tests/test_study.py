@@ -15,6 +15,7 @@ from benchmarks.demo.search import Grid
 from benchmarks.demo.training import Protocol, Result, Run
 
 ROWS = {"main": study.MAIN, "one lr": study.ONE_LR, "family": study.FAMILY, "batch-norm": study.BATCH_NORM}
+pytestmark = pytest.mark.skipif(torch.__version__ < (2, 6), reason="torch's optimizers take named groups from 2.6 on")
 METHODS = [(which, name, method) for which, rows in ROWS.items() for name, method in rows.items()]
 
 

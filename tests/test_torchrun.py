@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ distributed.main()
 
 
 @pytest.fixture
-def device() -> Iterator[torch.device]:
+def device() -> Any:
     """This process is a job of its own."""
     joined = distributed.start()
     yield joined
@@ -97,9 +96,8 @@ def test_a_killed_job_ends_where_one_process_ends(mode: str, device: torch.devic
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage:UserWarning")  # from torch 2.4 itself
-@pytest.mark.parametrize(
+@pytest.mark.parametrize(  # while it is written, before it gets its name, and before the previous one is removed
     ("owner", "name", "whole"),
-    # while it is written, before it gets its name, and before the previous one is removed
     [(FileSystemWriter, "write_data", 3), (distributed, "steps_saved", 3), (shutil, "rmtree", 6)],
 )
 def test_a_checkpoint_is_there_as_a_whole_or_not_at_all(
