@@ -97,16 +97,17 @@ def test_a_killed_job_ends_where_one_process_ends(mode: str, device: torch.devic
 
 @pytest.mark.filterwarnings("ignore:TypedStorage:UserWarning")  # from torch 2.4 itself
 @pytest.mark.parametrize(  # while it is written, before it gets its name, and before the previous one is removed
-    ("owner", "name", "whole"),
-    [(FileSystemWriter, "write_data", 3), (distributed, "steps_saved", 3), (shutil, "rmtree", 6)],
+    ("owner", "name", "call", "whole"),
+    [(FileSystemWriter, "write_data", 2, 3), (distributed, "steps_saved", 3, 3), (shutil, "rmtree", 3, 6)],
 )
 def test_a_checkpoint_is_there_as_a_whole_or_not_at_all(
-    owner: Any, name: str, whole: int, device: torch.device, tmp_path: Path, monkeypatch: Any, capsys: Any
+    owner: Any, name: str, call: int, whole: int, device: torch.device, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
-    original = getattr(owner, name)
+    original, calls = getattr(owner, name), []
 
     def die(*args: Any, **options: Any) -> Any:
-        if (tmp_path / f"step-{whole}").exists():
+        calls.append(args)
+        if len(calls) == call:
             raise KeyboardInterrupt  # which leaves the files that SIGKILL leaves
         return original(*args, **options)
 
