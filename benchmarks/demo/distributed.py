@@ -129,11 +129,6 @@ def train(dataset: Dataset, options: argparse.Namespace, device: torch.device) -
     scheduler = fastlars.schedules.warmup_polynomial(optimizer, warmup_steps, len(batches))
     training = Training(model, optimizer, scheduler)
 
-    if not options.shard:
-        # DDP orders its buckets anew after the first backward pass, and from three ranks on sums round differently then.
-        # One pass for nothing, so that a job that goes on has the order of one that was not disturbed, and its bits.
-        parallel(images[:1]).sum().backward()
-        optimizer.zero_grad()
     done = resume(options.checkpoint, training)
     if done and rank == 0:
         print(f"resuming after step {done} of {len(batches)}", flush=True)
