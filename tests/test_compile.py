@@ -332,10 +332,11 @@ def test_the_fused_functional_is_in_no_graph() -> None:
     [
         ("torch SGD(foreach=True)", "float32", 2, 20),
         ("foreach", "float32", 4, 28),
-        ("foreach", "bfloat16", 4, 18),
-        ("joint", "float32", 6, 40),
-        ("skip_nonfinite", "float32", 7, 28),
-        ("mixed groups", "bfloat16", 6, 18),
+        ("foreach", "bfloat16", 4, 14),
+        ("joint", "float32", 4, 28),
+        ("skip_nonfinite", "float32", 4, 28),
+        ("mixed groups", "bfloat16", 6, 14),
+        ("kahan_sum", "bfloat16", 5, 18),
     ],
 )
 def test_launches_on_a_gpu(case: str, dtype: str, launches: int, moved: float, tmp_path: Path) -> None:
@@ -348,7 +349,7 @@ def test_launches_on_a_gpu(case: str, dtype: str, launches: int, moved: float, t
     found = json.loads(path.read_text())["cells"]["ResNet-50, 40 tensors"][case][dtype]
     assert 0 < found["launches"] <= launches
     assert found["on_one_element"] == 0
-    assert found["operators"] == (0 if "SGD" in case else 2)
+    assert found["operators"] == {"torch SGD(foreach=True)": 0, "joint": 1}.get(case, 2)
     assert 0 < found["bytes"] <= moved
 
 
@@ -375,7 +376,7 @@ def test_norms_and_coefficients_are_a_few_nodes_however_many_tensors(foreach: bo
     torch.compile(optimizer.step, backend=keep)()
     nodes = Counter(str(node.target) for graph in graphs for node in graph.graph.nodes)
     ours = {name: n for name, n in nodes.items() if name.startswith("fastlars.")}
-    norms = {"separate": {"norms": 2}, "joint": {"norms": 1, "joint_norms": 1}}[denominator]
+    norms = {"separate": {"norms": 2}, "joint": {"joint_norms": 1}}[denominator]
     assert ours == {f"fastlars.{name}.default": n for name, n in {**norms, "realized": 2}.items()}  # for b and c
     assert not any("norm" in name for name in nodes.keys() - ours.keys())
 
@@ -564,6 +565,46 @@ def test_one_graph_under_a_schedule(foreach: bool) -> None:
     groups[1]["lr"] = 0.0
     run.step()
     assert torch.equal(groups[1]["params"][0], before), "the value that was written counts"
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_compiled_step_keeps_float64_and_writes_conjugate_views(gated: bool) -> None:
+    def step(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], found_inf: Tensor | None) -> None:
+        fastlars.lars(params, grads, buffers, 0.5, momentum=0.9, weight_decay=0.1, foreach=False, found_inf=found_inf)
+
+    starts = [torch.rand(3, 4, dtype=dtype) for dtype in (torch.float64, torch.complex128)]
+    stepped = []
+    for function in (step, torch.compile(step, backend="aot_eager")):
+        params = [starts[0].clone(), starts[1].clone().conj()]
+        buffers = [torch.zeros_like(start) for start in starts]
+        with torch.no_grad():
+            for _ in range(3):
+                function(params, starts, buffers, torch.zeros(()) if gated else None)
+        stepped.append([param.resolve_conj() for param in params])
+    for eager, compiled, start in zip(*stepped, (starts[0], starts[1].conj()), strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-13, atol=0)
+        assert not torch.allclose(eager, start)
+
+
+def test_an_import_does_not_compile_the_step_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo guards the number of modules in sys.modules if a step looks there."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    def functional(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], lr: Tensor) -> None:
+        fastlars.lars(params, grads, buffers, lr, momentum=0.9, weight_decay=0.1, foreach=True)
+
+    run, lists = Scheduled(True, torch.tensor(0.5)), [[torch.ones(3)] for _ in range(3)]
+    compiled = torch.compile(functional, backend=keep)
+    for i in range(4):
+        monkeypatch.setitem(sys.modules, f"imported_{i}", sys)
+        run.step()
+        with torch.no_grad():
+            compiled(*lists, torch.tensor(0.5))
+    assert (run.graphs, len(graphs)) == (1, 1)
 
 
 @slow

@@ -19,6 +19,7 @@ from fastlars import LARS, backends
 from fastlars.backends import triton
 from fastlars.backends.eager import SINGLE
 from fastlars.buckets import Bucket, Group, Norms
+from fastlars.compiled import joint_operator
 from fastlars.options import Options
 from fastlars.step import step as take_step
 from harness import buffers_of, ignore_nothing_adapted, mixed_grads, set_grads
@@ -90,6 +91,26 @@ def test_equals_reference_in_a_few_steps() -> None:
     for name, dtype in (("nesterov-joint", torch.float32), ("clip-paper", torch.bfloat16)):
         params = make_params(dtype, layouts=["vector_1025", "scalar", "channels_last"])
         harness.run([{"params": params}], OPTIONS[name], lambda ps, step: make_grads("late", ps, step), {}, steps=3)
+
+
+def test_the_joint_norms_of_graphs_take_one_read_where_the_kernels_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[int] = []
+
+    class Counting(Interpreted):
+        def measure(self, bucket: Bucket, now: bool) -> Norms:
+            measured.append(len(bucket.params))
+            return super().measure(bucket, now)
+
+    monkeypatch.setattr(triton, "TRITON", Counting("cpu"))
+    for dtype in (*triton.DTYPES, torch.float64):
+        params = [param.detach() for param in make_params(dtype, layouts=["vector_1025", "scalar", "channels_last"])]
+        grads = [torch.full_like(param, 0.3) for param in params]
+        for sign in (1.0, -1.0):
+            found = triton.joint_norms(params, grads, sign, 0.1)
+            torch.testing.assert_close(found, joint_operator(params, grads, sign, 0.1))
+            again = triton.joint_norms(params, grads, sign, 0.2)
+            assert not torch.equal(found, again), "the table of the first call is not what it returned"
+    assert measured == [3] * 12, "float64 is not served"
 
 
 anything = st.lists(kinds(triton.DTYPES), min_size=1, max_size=4)

@@ -8,43 +8,52 @@ The operators are registered with a plain ``Library``. Each call of a ``torch.li
 results share no memory with its inputs, which takes 0.3 ms for a model's list of tensors.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import norms as exact
+from .buckets import Bucket
 from .compat import COMPILES_BITS
-from .dtypes import norm_dtype
+from .dtypes import norm_dtype, real
+from .formula import Number
 
 # Devices for which Inductor generates code. Other backends (openxla) do not know our operators, which would split a graph.
 _DEVICES = ("cpu", "cuda", "xpu")
 
-_LIBRARY: Any = torch.library.Library("fastlars", "DEF")  # type: ignore[no-untyped-call]  # torch's
-_LIBRARY.define("norms(Tensor[] tensors) -> Tensor")
-_LIBRARY.define("joint_norms(Tensor[] params, Tensor[] grads, float sign, float weight_decay) -> Tensor")
-_LIBRARY.define("realized(Tensor vector) -> Tensor")
+LIBRARY: Any = torch.library.Library("fastlars", "DEF")  # type: ignore[no-untyped-call]  # torch's
+LIBRARY.define("norms(Tensor[] tensors) -> Tensor")
+LIBRARY.define("joint_norms(Tensor[] params, Tensor[] grads, float sign, float weight_decay) -> Tensor")
+LIBRARY.define("realized(Tensor vector) -> Tensor")
 
 
 def _norms(tensors: list[Tensor]) -> Tensor:
     return exact.norms(tensors, foreach=True)
 
 
-def _joint_norms(params: list[Tensor], grads: list[Tensor], sign: float, weight_decay: float) -> Tensor:
-    return exact.joint_norms(params, grads, sign, weight_decay, foreach=True)
+def joint_operator(params: list[Tensor], grads: list[Tensor], sign: float, weight_decay: float) -> Tensor:
+    """Rows of |w| and |sign * g + weight_decay * w|. `backends/triton.py` has a kernel that reads both lists once."""
+    return torch.stack([_norms(params), exact.joint_norms(params, grads, sign, weight_decay, foreach=True)])
 
 
-def _one_for_each(tensors: list[Tensor], *_: object) -> Tensor:
+def _one_for_each(tensors: list[Tensor]) -> Tensor:
     return tensors[0].new_empty(len(tensors), dtype=norm_dtype(tensors[0].dtype))
+
+
+def _two_for_each(params: list[Tensor], *_: object) -> Tensor:
+    return params[0].new_empty(2, len(params), dtype=norm_dtype(params[0].dtype))
 
 
 for _name, _kernel, _fake in (
     ("norms", _norms, _one_for_each),
-    ("joint_norms", _joint_norms, _one_for_each),
+    ("joint_norms", joint_operator, _two_for_each),
     ("realized", torch.clone, torch.empty_like),
 ):
-    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastlars::{_name}", _fake, lib=_LIBRARY)
+    LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastlars::{_name}", _fake, lib=LIBRARY)
 
 
 def is_traced(tensor: Tensor) -> bool:
@@ -63,12 +72,14 @@ def norms(tensors: list[Tensor], foreach: bool) -> Tensor:
     return exact.norms(tensors, foreach)
 
 
-def joint_norms(params: list[Tensor], grads: list[Tensor], sign: float, weight_decay: float, foreach: bool) -> Tensor:
-    """Like `norms.joint_norms`."""
+def joint_norms(
+    params: list[Tensor], grads: list[Tensor], sign: float, weight_decay: float, foreach: bool
+) -> tuple[Tensor, Tensor]:
+    """`norms.norms` of the parameters, and `norms.joint_norms`."""
     if is_traced(params[0]):
-        in_graph: Tensor = torch.ops.fastlars.joint_norms.default(params, grads, sign, weight_decay)
-        return in_graph
-    return exact.joint_norms(params, grads, sign, weight_decay, foreach)
+        param_norm, direction_norm = torch.ops.fastlars.joint_norms.default(params, grads, sign, weight_decay).unbind()
+        return param_norm, direction_norm
+    return exact.norms(params, foreach), exact.joint_norms(params, grads, sign, weight_decay, foreach)
 
 
 def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -92,3 +103,42 @@ def unbind(vector: Tensor) -> list[Tensor]:
             torch.ops.fastlars.realized.default(vector) if on_cpu else vector.as_strided(vector.shape, vector.stride())
         )
     return list(vector.unbind())
+
+
+def update_in_graph(bucket: Bucket, b: list[Tensor], c: list[Tensor], step_size: Number, skip: Tensor | None) -> None:
+    """The update of `backends/eager.py` for Inductor, which puts a foreach operation and its operands into one list kernel.
+
+    A list kernel takes 250 reads and writes at most, so each result is written once. A skipped step adds -0.0, which
+    changes no number. To choose between old and new values at the end would take two more writes per tensor.
+    """
+
+    def unless_skipped(new: Tensor, instead: float | Tensor = -0.0) -> Tensor:
+        return new if skip is None else torch.where(skip, instead, new)
+
+    options, dtype = bucket.options, b[0].dtype
+    params, grads, buffers, compensations = bucket.at(list(range(len(bucket.params))))
+    params, grads, buffers = [real(w) for w in params], [real(g) for g in grads], [real(v) for v in buffers]
+    weights = [param.to(dtype) for param in params]
+    if compensations:
+        weights = [weight + compensation for weight, compensation in zip(weights, compensations)]
+    moves = [grad.to(dtype) * factor for grad, factor in zip(grads, b)]
+    if options.weight_decay != 0:
+        moves = [move + weight * factor for move, weight, factor in zip(moves, weights, c)]
+    if options.momentum != 0:
+        old = [buffer.to(dtype) for buffer in buffers]
+        kept = [unless_skipped(v * options.momentum, v) for v in old]
+        velocities = list(torch._foreach_add(kept, [unless_skipped(move) for move in moves]))
+        for buffer, velocity in zip(buffers, velocities):
+            buffer.copy_(velocity)
+        if options.nesterov:
+            moves = [move + velocity * options.momentum for move, velocity in zip(moves, velocities)]
+        else:
+            moves = velocities
+    moves = [unless_skipped(move * -step_size) for move in moves]
+    if not compensations:
+        torch._foreach_add_(params, moves)
+        return
+    for param, new, compensation in zip(params, torch._foreach_add(weights, moves), compensations):
+        error = (new - rounded(new, param.dtype)).to(param.dtype)
+        compensation.copy_(unless_skipped(error, compensation))
+        param.copy_(unless_skipped(new.to(param.dtype), param))

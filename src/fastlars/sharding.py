@@ -46,7 +46,7 @@ def any_sharded(params: Iterable[Any]) -> bool:
     torch_xla's XLAShardedTensor does not count. It inherits from DTensor, but represents the whole tensor. XLA splits the
     computation and adds the collectives itself, so LARS's norms of it are already global.
     """
-    return dtensor() is not None and any(map(_is_dtensor, set(map(type, params))))
+    return any(map(_is_dtensor, set(map(type, params))))
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -55,6 +55,8 @@ def is_sharded(tensor: Any) -> bool:
 
 
 def _is_dtensor(cls: type) -> bool:
+    if cls is Tensor or cls is torch.nn.Parameter:
+        return False  # not by asking for modules: Dynamo guards their number, so each import would recompile the step
     kind, by_class_only = dtensor(), getattr(sys.modules.get(_XLA), "XLAShardedTensor", ())
     return kind is not None and issubclass(cls, kind) and not issubclass(cls, by_class_only)
 

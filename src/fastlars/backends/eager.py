@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastlars.buckets import Bucket, Norms
 from fastlars.compat import default_foreach
-from fastlars.compiled import joint_norms, norms, rounded, unbind
+from fastlars.compiled import is_traced, joint_norms, norms, rounded, unbind, update_in_graph
 from fastlars.dtypes import is_conjugate, is_half, norm_dtype, real
 from fastlars.formula import Number, coefficients, is_adapted, on_device, scalar_lr, sign
 from fastlars.options import Options
@@ -37,12 +37,12 @@ def measure(bucket: Bucket, foreach: bool) -> Norms:
     grad_norm = None if joint and not options.skip_nonfinite else norms(grads, foreach)
     if not adapted:
         return Norms(grad=grad_norm)
-    direction_norm = grad_norm
-    if joint and foreach and bucket.plan is not None and is_half(params[0].dtype) and not params[0].is_cpu:
-        direction_norm = bucket.plan.joint_norms(bucket)
-    elif joint:
-        direction_norm = joint_norms(params, grads, sign(options), options.weight_decay, foreach)
-    return Norms(norms(params, foreach), direction_norm, grad_norm)
+    if not joint:
+        return Norms(norms(params, foreach), grad_norm, grad_norm)
+    if foreach and bucket.plan is not None and is_half(params[0].dtype) and not params[0].is_cpu:
+        return Norms(norms(params, foreach), bucket.plan.joint_norms(bucket), grad_norm)
+    param_norm, direction_norm = joint_norms(params, grads, sign(options), options.weight_decay, foreach)
+    return Norms(param_norm, direction_norm, grad_norm)
 
 
 def make_state(bucket: Bucket) -> tuple[list[Tensor], list[Tensor]]:
@@ -91,6 +91,12 @@ class Single:
         factor_b, factor_c = coefficients(pair, lr, bucket.is_first_step, options)
         b, c = _unbind(factor_b, len(params), like), _unbind(factor_c, len(params), like)
         step_size = 1.0 if options.lr_in_momentum else lr
+        skip = None if gate is None else on_device(gate, params[0]) != 0
+        # the real view of a conjugate view is a copy, so writing to it would be lost
+        in_place = not is_conjugate(params[0])
+        if in_place and is_traced(like):
+            update_in_graph(bucket, b, c, step_size, skip)
+            return
         tensor_update = _multi_tensor_update if self.foreach else single_tensor_update
 
         def step(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], places: list[int]) -> None:
@@ -98,12 +104,9 @@ class Single:
             tensor_update(w, g, v, [b[i] for i in places], [c[i] for i in places], step_size, options)
 
         every = list(range(len(params)))
-        # the real view of a conjugate view is a copy, so writing to it would be lost
-        if gate is None and not is_half(params[0].dtype) and not is_conjugate(params[0]):
+        if in_place and skip is None and not is_half(params[0].dtype):
             step(params, bucket.grads, buffers, every)
-            return
-        skip = None if gate is None else on_device(gate, params[0]) != 0
-        if bucket.plan is not None:
+        elif bucket.plan is not None:
             bucket.plan.step(bucket, skip, step)
         else:
             for places in [every] if self.foreach else [[i] for i in every]:

@@ -9,6 +9,7 @@ allocates nothing there while addresses stay the same. Triton is imported only i
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import threading
 from array import array
@@ -23,6 +24,7 @@ from torch import Tensor
 from fastlars.buckets import Bucket, Norms
 from fastlars.checks import is_capturing
 from fastlars.compat import bump_versions
+from fastlars.compiled import LIBRARY, joint_operator
 from fastlars.formula import is_adapted
 from fastlars.options import Options
 
@@ -311,6 +313,23 @@ class Triton:
 
 
 TRITON = Triton()
+
+
+def joint_norms(params: list[Tensor], grads: list[Tensor], sign: float, weight_decay: float) -> Tensor:
+    """The operator that `compiled.py` puts into graphs. Where the kernels serve the tensors, it reads each once."""
+    if not TRITON.serves(params, grads, []) or not _runs_on(params[0].device):
+        return joint_operator(params, grads, sign, weight_decay)
+    options = Options(0.0, weight_decay=weight_decay, adapt=True, trust_denominator="joint", maximize=sign < 0)
+    bucket = Bucket(TRITON, list(range(len(params))), params, grads, [], [], options)
+    return TRITON.measure(bucket, now=True).kept.norms[:2].clone()  # type: ignore[no-any-return]  # the table's own
+
+
+@functools.cache
+def _runs_on(device: torch.device) -> bool:
+    return device.type == "cpu" or _refusal(device) is None  # CPU: in Triton's interpreter
+
+
+LIBRARY.impl("joint_norms", joint_norms, "CUDA")
 
 
 def _kernels() -> Any:
