@@ -94,7 +94,7 @@ class Single:
         skip = None if gate is None else on_device(gate, params[0]) != 0
         # the real view of a conjugate view is a copy, so writing to it would be lost
         in_place = not is_conjugate(params[0])
-        if in_place and is_traced(like):
+        if in_place and (skip is not None or is_half(params[0].dtype)) and is_traced(like):
             update_in_graph(bucket, b, c, step_size, skip)
             return
         tensor_update = _multi_tensor_update if self.foreach else single_tensor_update
