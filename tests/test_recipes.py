@@ -10,6 +10,7 @@ from torch import nn
 
 import recipes_table
 from fastlars import LARS, recipes
+from fastlars.options import NAMES
 from recipes_table import RUNS, build
 
 
@@ -106,7 +107,9 @@ def test_every_value_can_be_given(name: str) -> None:
     given: dict[str, Any] = {
         "lr": 2.0, "bias_lr": 0.25, "weight_decay": 0.125, "momentum": 0.5, "eps": 1e-3, "trust_coefficient": 0.02,
         "trust_clip": True, "lr_in_momentum": True, "trust_denominator": "separate", "skip_nonfinite": True,
+        "kahan_sum": True,
     }  # fmt: skip
+    assert {*NAMES, *given} <= {*recipes.Values.__annotations__, "adapt"}
     optimizer, scheduler = build(name, **given, warmup_epochs=0.5, end_factor=0.25, epochs=20, steps_per_epoch=10)
     adapted, rest = optimizer.param_groups
     assert (adapted["initial_lr"], rest["initial_lr"]) == (2.0, 0.25)

@@ -613,7 +613,7 @@ class LARS(Optimizer):
 
         Returns:
             A context manager that gives a dict and fills it on exit. The dict maps each name, as in :meth:`trust_ratios`,
-            to the norm of the change divided by the norm before. After a skipped step all values are 0. For a tensor that
+            to the norm of the change divided by the norm before. Tensors that the step skipped have 0. For a tensor that
             was zero, the value is inf, or 0 if it did not move.
 
         Raises:

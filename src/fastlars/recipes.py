@@ -55,6 +55,7 @@ class Values(TypedDict, total=False):
     foreach: bool | None
     differentiable: bool
     fused: bool | None
+    kahan_sum: bool | None
 
 
 class MLPerf(NamedTuple):
