@@ -303,7 +303,9 @@ def test_a_broken_name_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
         what_broke("torch._fused_sgd_") or "",
     )
     monkeypatch.setattr(torch, "_foreach_add", lambda params, others, alpha: params)
-    assert "gives something else. Needed in compiled.py, norms.py, script.py" in (what_broke("torch._foreach_add") or "")
+    assert "gives something else. Needed in compiled.py, norms.py, script.py" in (
+        what_broke("torch._foreach_add") or ""
+    )
 
 
 def test_the_page_has_the_list() -> None:
