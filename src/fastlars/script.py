@@ -55,17 +55,13 @@ def scripted_step(
             old_buffers.append(made)
     new_params = [_writable(tensor, skip is not None) for tensor in params]
     new_buffers = [_writable(tensor, skip is not None) for tensor in old_buffers]
-    foreach = options.foreach
-    if foreach is not None and foreach:
-        _multi_tensor_update(new_params, grads, new_buffers, b, c, options)
-    else:
-        for i, param in enumerate(new_params):
-            w = real(param)
-            step_size = scalar_lr(options.lr, w)
-            if options.lr_in_momentum:
-                step_size = scalar_lr(1.0, w)
-            v = [real(tensor) for tensor in new_buffers[i : i + 1]]
-            single_tensor_update([w], [real(grads[i])], v, [b[i]], [c[i]], step_size, options)
+    for i, param in enumerate(new_params):
+        w = real(param)
+        step_size = scalar_lr(options.lr, w)
+        if options.lr_in_momentum:
+            step_size = scalar_lr(1.0, w)
+        v = [real(tensor) for tensor in new_buffers[i : i + 1]]
+        single_tensor_update([w], [real(grads[i])], v, [b[i]], [c[i]], step_size, options)
     for target, source in zip(params + old_buffers, new_params + new_buffers):
         if skip is not None or is_half(target.dtype) or is_conjugate(target):
             value = source.to(target.dtype)
@@ -78,39 +74,6 @@ def _writable(tensor: Tensor, gated: bool) -> Tensor:
     if not (gated or half or is_conjugate(tensor)):
         return tensor
     return tensor.resolve_conj().to(torch.float32 if half else tensor.dtype, copy=True)
-
-
-def _multi_tensor_update(
-    params: List[Tensor],
-    grads: List[Tensor],
-    momentum_buffers: List[Tensor],
-    b: List[Tensor],
-    c: List[Tensor],
-    options: Options,
-) -> None:
-    """Compute out of place, then write tensor by tensor.
-
-    TorchScript treats an in-place foreach op as a write to its list, not to the tensors in it, and removes the op if the
-    list was made in the script and is not used again.
-    """
-    weights = [real(param) for param in params]
-    directions = torch._foreach_mul([real(grad).to(w.dtype) for grad, w in zip(grads, weights)], b)
-    if options.weight_decay != 0:
-        directions = torch._foreach_addcmul(directions, weights, c)
-    if options.momentum != 0:
-        buffers = [real(buffer) for buffer in momentum_buffers]
-        velocities = torch._foreach_add(torch._foreach_mul(buffers, options.momentum), directions)
-        for buffer, velocity in zip(buffers, velocities):
-            buffer.copy_(velocity)
-        if options.nesterov:
-            directions = torch._foreach_add(directions, velocities, alpha=options.momentum)
-        else:
-            directions = velocities
-    for w, direction in zip(weights, directions):
-        step_size = scalar_lr(options.lr, w)
-        if options.lr_in_momentum:
-            step_size = scalar_lr(1.0, w)
-        w.addcmul_(direction, torch.as_tensor(-step_size))
 
 
 def _coefficients(param: Tensor, grad: Tensor, first_step: bool, options: Options) -> List[Tensor]:
