@@ -170,8 +170,6 @@ def is_capturing() -> bool:
 
 def check_captured(group: Group) -> None:
     """Raise if a captured step would create state, which every replay of the CUDA graph would reset to zeros."""
-    if torch.compiler.is_compiling() or not is_capturing():
-        return
     buffers = group.momentum_buffers if group.options.momentum != 0 else group.params
     for i, (param, buffer) in enumerate(zip(group.params, buffers)):
         kept = is_compensated(param.dtype, group.options) and bool(group.compensations)
