@@ -18,21 +18,28 @@ from .backends.layouts import own_every_element
 from .buckets import Group
 from .dtypes import is_half
 from .formula import is_adapted, is_compensated
-from .options import NAMES, Options, check_options, check_params, check_tensor_lr
+from .options import NAMES, Options, check_options, check_tensor_lr
 
 
 def check_group(options: Mapping[str, Any], params: Iterable[Any], where: str) -> None:
     """Raise for options that break a rule or do not fit these tensors or named tensors."""
     check_options(options, where)
-    items = [item[1] if isinstance(item, tuple) else item for item in params]
-    check_params(items, where)
-    tensors = [item for item in items if isinstance(item, Tensor)]  # torch raises for anything else
-    for i, tensor in enumerate(tensors):
-        if not is_lazy(tensor) and (reason := _unwritable(tensor, f"the parameter at position {i}")):
+    tensors: list[Tensor] = []
+    for i, item in enumerate(params):
+        param = item[1] if isinstance(item, tuple) else item
+        if not isinstance(param, Tensor):
+            continue  # torch raises
+        if not (param.is_floating_point() or param.is_complex()):
+            raise TypeError(
+                f"{where}: parameters must be floating or complex tensors, got {param.dtype} at position {i}; "
+                "leave it out of the optimizer or convert it"
+            )
+        if not is_lazy(param) and (reason := _unwritable(param, f"the parameter at position {i}")):
             raise ValueError(f"{where}: {reason}")
-    if tensors:
-        check_numbers(options, narrowest_dtype(tensors), where)
-        check_lr(options["lr"], tensors[0], math.inf, where)
+        tensors.append(param)
+    lr, on_meta = options["lr"], all(param.is_meta for param in tensors[:1])
+    limit = check_numbers(options, narrowest_dtype({param.dtype for param in tensors}), where)
+    check_lr(lr, math.inf if isinstance(lr, Tensor) else limit, on_meta, where)
 
 
 def check_no_leaves(params: list[Tensor]) -> None:
@@ -45,30 +52,29 @@ def check_no_leaves(params: list[Tensor]) -> None:
             )
 
 
-def check_numbers(options: Mapping[str, Any], narrowest: torch.dtype, where: str) -> None:
-    """Raise for options that overflow the dtype in which the update is computed."""
-    limit = _largest_factor(options, narrowest)
-    lr = options["lr"]
-    for name in ("lr", "momentum", "dampening", "weight_decay"):
+def narrowest_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The dtype with the smallest range. float64 if there are none."""
+    return min(dtypes, key=lambda dtype: torch.finfo(dtype).max, default=torch.float64)
+
+
+def check_numbers(options: Mapping[str, Any], narrowest: torch.dtype, where: str) -> float:
+    """Raise for options that overflow in the update. Returns the largest number that it can compute with."""
+    adapted = is_adapted(Options(**{name: options[name] for name in NAMES}))
+    # half types are computed in float32 in adapted groups
+    limit = torch.finfo(torch.float32 if adapted and is_half(narrowest) else narrowest).max
+    for name in ("lr", "dampening", "weight_decay"):
         if not isinstance(options[name], Tensor) and abs(options[name]) > limit:
             raise ValueError(
                 f"{where}: {name} must be at most {limit:g} for parameters of {narrowest}, got {options[name]:g}"
             )
-    if not isinstance(lr, Tensor):
-        check_lr(float(lr), None, largest_lr(options, narrowest), where)
+    return limit
 
 
-def largest_lr(options: Mapping[str, Any], narrowest: torch.dtype) -> float:
-    """The largest lr that the dtype can hold. With Nesterov momentum, lr * momentum must fit too."""
-    limit = _largest_factor(options, narrowest)
-    return float(limit / max(1.0, options["momentum"]) if options["nesterov"] else limit)
-
-
-def check_lr(lr: Any, param: Tensor | None, limit: float, where: str) -> None:
+def check_lr(lr: Any, limit: float, on_meta: bool, where: str) -> None:
     """Check lr again, because schedules overwrite it and tensors can be resized in place."""
     if isinstance(lr, Tensor):
         check_tensor_lr(lr, where)
-        if lr.is_meta and param is not None and not param.is_meta:
+        if lr.is_meta and not on_meta:
             raise ValueError(
                 f"{where}: Tensor lr must hold a number, got one on the meta device; create it on a real one"
             )
@@ -77,19 +83,8 @@ def check_lr(lr: Any, param: Tensor | None, limit: float, where: str) -> None:
             return
         lr = lr.item()
     # torch accepts infinities and NaN, and they show in the weights
-    if isinstance(lr, float) and limit < abs(lr) < math.inf:
+    if limit < abs(float(lr)) < math.inf:
         raise ValueError(f"{where}: lr must be at most {limit:g} for these parameters, got {lr:g}")
-
-
-def narrowest_dtype(params: Iterable[Tensor]) -> torch.dtype:
-    """The dtype of these parameters that has the smallest range."""
-    return min({param.dtype for param in params}, key=lambda dtype: torch.finfo(dtype).max)
-
-
-def _largest_factor(options: Mapping[str, Any], narrowest: torch.dtype) -> float:
-    """The largest number that the update can compute with: that of float32 for adapted half types, else of the dtype."""
-    adapted = is_adapted(Options(**{name: options[name] for name in NAMES}))
-    return torch.finfo(torch.float32 if adapted and is_half(narrowest) else narrowest).max
 
 
 def check_grad(grad: Tensor) -> None:

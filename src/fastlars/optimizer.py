@@ -19,7 +19,7 @@ from .advice import advise
 from .backends import leaves_graph, split
 from .backends.triton import check_fused
 from .buckets import Group, Memory
-from .checks import check_grad, check_group, check_lr, check_no_leaves, check_numbers, largest_lr, narrowest_dtype
+from .checks import check_grad, check_group, check_lr, check_no_leaves, check_numbers, narrowest_dtype
 from .compat import NAMED_PARAMETERS, outside_graphs, required, use_grad_for_differentiable
 from .convert import groups_and_states
 from .description import describe
@@ -494,10 +494,10 @@ class LARS(Optimizer):
 
     def _check_before_step(self, i: int, group: dict[str, Any]) -> None:
         """Check the options of a group, which users may edit, before any group moves. `split` checks its tensors."""
-        where, lr = f"param group {i}", group["lr"]
+        where, lr, params = f"param group {i}", group["lr"], group["params"]
         if group["differentiable"] and torch.is_grad_enabled():
-            check_no_leaves([p for p in group["params"] if p.grad is not None])
-        narrowest = narrowest_dtype(group["params"]) if group["params"] else None
+            check_no_leaves([p for p in params if p.grad is not None])
+        narrowest = narrowest_dtype(set(map(_dtype, params)))
         values = [group[name] for name in NAMES]
         values[0] = 0.0 if isinstance(lr, (float, Tensor)) else lr  # a schedule's rounding may take it below 0
         values += [narrowest]
@@ -506,11 +506,8 @@ class LARS(Optimizer):
             options = dict(zip(NAMES, values))
             check_options(options, where)
             self._check_whole(options, where)
-            if narrowest is not None:
-                check_numbers(options, narrowest, where)
-            limit = math.inf if narrowest is None else largest_lr(options, narrowest)
-            checked = self._checked[i] = values, limit
-        check_lr(lr, next(iter(group["params"]), None), checked[1], where)
+            checked = self._checked[i] = values, check_numbers(options, narrowest, where)
+        check_lr(lr, checked[1], all(p.is_meta for p in params[:1]), where)
 
     # Leave the graph like torch's own fused step, but once for all groups, because skip_nonfinite decides for all.
     _step_groups_outside_graphs = outside_graphs(_step_groups)
@@ -665,11 +662,9 @@ def _is_missing(lr: object) -> bool:
 
 def _as_list(params: Any) -> dict[str, Any]:
     """The params of a group as a list. Before torch 2.6 also their names, which later versions keep themselves."""
-    if isinstance(params, (Tensor, set)):
-        return {
-            "params": [params] if isinstance(params, Tensor) else params
-        }  # torch raises for sets, because they have no order
-    params = list(params)
+    if isinstance(params, set):
+        return {"params": params}  # torch raises, because a set has no order
+    params = [params] if isinstance(params, Tensor) else list(params)
     if not NAMED_PARAMETERS and params and all(isinstance(p, tuple) for p in params):
         return {"params": [p[1] for p in params], "param_names": [p[0] for p in params]}
     return {"params": params}

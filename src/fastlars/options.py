@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from typing import Any, Iterable, Mapping, NamedTuple, Optional, Union  # noqa: UP035  TorchScript reads only these spellings
+from typing import Any, Mapping, NamedTuple, Optional, Union  # noqa: UP035  TorchScript reads only these spellings
 
 import torch
 from torch import Tensor
@@ -131,14 +131,3 @@ def check_no_module(params: Any, where: str) -> None:
             f"{where}: LARS takes parameters, got a {type(params).__name__}; pass model.parameters(), or "
             "fastlars.param_groups(model, weight_decay), which does not adapt biases and normalisation tensors"
         )
-
-
-def check_params(params: Iterable[Any], where: str) -> None:
-    """Raise for the first tensor, or named tensor, that LARS cannot update."""
-    for i, item in enumerate(params):
-        param = item[1] if isinstance(item, tuple) else item
-        if isinstance(param, Tensor) and not (param.is_floating_point() or param.is_complex()):
-            raise TypeError(
-                f"{where}: parameters must be floating or complex tensors, got {param.dtype} at position {i}; "
-                "leave it out of the optimizer or convert it"
-            )
