@@ -18,7 +18,7 @@ from .backends.layouts import own_every_element
 from .buckets import Group
 from .dtypes import is_half
 from .formula import is_adapted, is_compensated
-from .options import NAMES, Options, check_options, check_tensor_lr
+from .options import check_options, check_tensor_lr, read
 
 
 def check_group(options: Mapping[str, Any], params: Iterable[Any], where: str) -> None:
@@ -59,9 +59,9 @@ def narrowest_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
 
 def check_numbers(options: Mapping[str, Any], narrowest: torch.dtype, where: str) -> float:
     """Raise for options that overflow in the update. Returns the largest number that it can compute with."""
-    adapted = is_adapted(Options(**{name: options[name] for name in NAMES}))
     # half types are computed in float32 in adapted groups
-    limit = torch.finfo(torch.float32 if adapted and is_half(narrowest) else narrowest).max
+    wide = is_half(narrowest) and is_adapted(read(options))
+    limit = torch.finfo(torch.float32 if wide else narrowest).max
     for name in ("lr", "dampening", "weight_decay"):
         if not isinstance(options[name], Tensor) and abs(options[name]) > limit:
             raise ValueError(

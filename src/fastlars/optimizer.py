@@ -28,7 +28,7 @@ from .dtypes import is_half, real
 from .formula import is_adapted, is_compensated, is_nonzero, rounds_away, scalar_lr, trust_ratio
 from .loading import check_saved_state
 from .names import check_call, check_keys
-from .options import NAMES, Options, check_can_be_skipped, check_no_module, check_options
+from .options import NAMES, Options, check_can_be_skipped, check_no_module, check_options, read
 from .step import step
 
 if TYPE_CHECKING:
@@ -327,7 +327,7 @@ class LARS(Optimizer):
             # The compiler guards the state entries that exist after the first call. Entries made later cause torch 2.4 to
             # fail when state is dropped or loaded in part, so make all now.
             for each in self.param_groups:
-                options = _options(each)
+                options = read(each)
                 for p in each["params"]:
                     if p.grad is not None and (options.momentum != 0 or is_compensated(p.dtype, options)):
                         self.state[p]
@@ -337,7 +337,7 @@ class LARS(Optimizer):
         if group["momentum"] != 0:
             momentum_buffers += self._state_of(with_grad, "momentum_buffer", [True] * len(with_grad), in_graph)
         if not _HALF.isdisjoint(map(_dtype, with_grad)):
-            options = _options(group)
+            options = read(group)
             needed = [is_compensated(p.dtype, options) for p in with_grad]
             compensations += self._state_of(with_grad, "compensation", needed, in_graph)
 
@@ -365,7 +365,7 @@ class LARS(Optimizer):
 
     def _warn_if_nothing_is_adapted(self) -> None:
         self._looked_for_adapted = True
-        groups = [_options(group) for group in self.param_groups]
+        groups = [read(group) for group in self.param_groups]
         if any(is_adapted(options) or options.adapt is not None for options in groups):
             return
         advise(
@@ -377,7 +377,7 @@ class LARS(Optimizer):
     def _warn_if_steps_round_away(self) -> None:
         """Warn about groups with kahan_sum=False, like `check`. To avoid a sync, an lr on an accelerator is not read."""
         for i, group in enumerate(self.param_groups):
-            options, lr = _options(group), group.get("initial_lr", group["lr"])
+            options, lr = read(group), group.get("initial_lr", group["lr"])
             known = not isinstance(lr, Tensor) or lr.device.type == "cpu"
             dtypes = set(map(_dtype, group["params"]))
             if options.kahan_sum is None or options.kahan_sum or not is_adapted(options) or not known:
@@ -513,7 +513,7 @@ class LARS(Optimizer):
     _step_groups_outside_graphs = outside_graphs(_step_groups)
 
     def _params_and_options(self) -> list[tuple[list[Tensor], Options]]:
-        return [(group["params"], _options(group)) for group in self.param_groups]
+        return [(group["params"], read(group)) for group in self.param_groups]
 
     @torch.no_grad()
     def trust_ratios(self) -> dict[str, float]:
@@ -558,9 +558,7 @@ class LARS(Optimizer):
             measured = [([j], *norms.unsqueeze(1)) for j, norms in exchanged.items()]
             here, its_grads = [sharding.local(params[j]) for j in present], [sharding.local(grad) for grad in grads]
             options = of_step._replace(momentum=0.0, skip_nonfinite=False)
-            for bucket in (
-                split(Group(here, its_grads, [], [], options, f"param group {group_index}")) if present else []
-            ):
+            for bucket in split(Group(here, its_grads, [], [], options, f"param group {group_index}")):
                 known = bucket.backend.measure(bucket, True)
                 assert known.param is not None  # the group is adapted
                 assert known.direction is not None
@@ -648,11 +646,7 @@ class LARS(Optimizer):
     def __repr__(self) -> str:
         """The backend of each group, whether it is adapted, and its options that are not defaults."""
         groups = self.param_groups
-        return "\n".join([f"{type(self).__name__} (", describe(groups, [_options(group) for group in groups]), ")"])
-
-
-def _options(group: dict[str, Any]) -> Options:
-    return Options(*[group[name] for name in NAMES])
+        return "\n".join([f"{type(self).__name__} (", describe(groups, [read(group) for group in groups]), ")"])
 
 
 def _is_missing(lr: object) -> bool:

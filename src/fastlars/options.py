@@ -31,6 +31,13 @@ class Options(NamedTuple):
 
 
 NAMES = Options._fields
+
+
+def read(group: Mapping[str, Any]) -> Options:
+    """The options of a param group."""
+    return Options(*[group[name] for name in NAMES])
+
+
 TRUST_DENOMINATORS = ("separate", "joint")
 _NON_NEGATIVE = ("momentum", "weight_decay", "trust_coefficient", "eps")
 _BOOLEAN = ("nesterov", "trust_clip", "lr_in_momentum", "skip_nonfinite", "maximize", "differentiable")

@@ -58,12 +58,11 @@ class FusedCPU:
 
     def serves(self, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]) -> bool:
         """Whether the kernel, which ignores strides, computes these correctly."""
-        others = [grads, momentum_buffers] if momentum_buffers else [grads]
         tensors = [*params, *grads, *momentum_buffers]
         return (
             all(map(_is_cpu, tensors))
             and {torch.float32}.issuperset(map(_dtype, tensors))
-            and can_be_walked(params, *others)
+            and can_be_walked(params, grads, momentum_buffers)
         )
 
     def plan(self, params: list[Tensor]) -> Plan:
@@ -82,20 +81,18 @@ class FusedCPU:
         """Step the stacks, then the other tensors one by one."""
         if gate is not None and gate.any():  # on the CPU, where reading it does not synchronise
             return
-        first_step = bucket.is_first_step
-        params, grads, buffers = bucket.params, bucket.grads, make_state(bucket)[0]
-        known = None if norms.param is None or norms.direction is None else torch.stack([norms.param, norms.direction])
-        plan: Plan = bucket.plan
-        fused = _Fused(bucket.options, first_step, plan.grads)
+        params, grads, plan = bucket.params, bucket.grads, cast(Plan, bucket.plan)
+        buffers = cast(list[Tensor], bucket.momentum_buffers)  # `measure` made the missing ones
+        fused = _Fused(bucket.options, bucket.is_first_step, plan.grads)
+        both = [norm for norm in norms[:2] if norm is not None]
+        known = torch.stack(both, dim=1) if both else None
         for stacks in plan.stacks:
             places = [i for stack in stacks for i in stack.places]
-            pair = None if known is None else (known[0, places], known[1, places])
+            pair = None if known is None else (known[places, 0], known[places, 1])
             fused.stacked(stacks, params, grads, [buffers[i] for i in places] if buffers else [], pair)
-        numbers = None if known is None else known.tolist()
+        pairs = [None] * len(params) if known is None else known.tolist()
         for i in plan.alone:
-            fused.alone(
-                params[i], grads[i], buffers[i : i + 1], None if numbers is None else (numbers[0][i], numbers[1][i])
-            )
+            fused.alone(params[i], grads[i], buffers[i : i + 1], pairs[i])
         bump_versions(params + buffers)
 
 
@@ -177,7 +174,7 @@ class _Fused:
         weights, directions = [stack.weight_rows for stack in stacks], [stack.grad_rows for stack in stacks]
         updates = [direction for stack in stacks for direction in stack.directions]
         if norms is None and self.adapted:
-            norms = (self._row_norms(weights), self._row_direction_norms(weights, directions))
+            norms = (_row_norms(weights), self._row_direction_norms(weights, directions))
         counts = [len(w) for w in weights]
         b, c = (
             torch.split(torch.as_tensor(number, **_WORK).reshape(-1, 1).expand(len(updates), 1), counts)
@@ -238,14 +235,11 @@ class _Fused:
     def _coefficients(self, norms: tuple[Number, Number] | None) -> tuple[Number, Number]:
         return coefficients(norms, self.lr, self.first_step, self.options)
 
-    def _row_norms(self, matrices: list[Tensor]) -> Tensor:
-        return torch.cat([_norms_of_rows(matrix) for matrix in matrices])
-
     def _row_direction_norms(self, weights: list[Tensor], grads: list[Tensor]) -> Tensor:
         if self.options.trust_denominator == "separate":
-            return self._row_norms(grads)
+            return _row_norms(grads)
         decay = self.options.weight_decay
-        return self._row_norms([(g * sign(self.options)).add_(w, alpha=decay) for w, g in zip(weights, grads)])
+        return _row_norms([(g * sign(self.options)).add_(w, alpha=decay) for w, g in zip(weights, grads)])
 
     def _direction_norm(self, param: Tensor, grad: Tensor) -> float:
         if self.options.trust_denominator == "separate":
@@ -281,13 +275,14 @@ def _matrix(numel: int) -> tuple[tuple[int, int], tuple[int, int]] | None:
     return None if row == 0 or numel > row * ROWS else ((numel // row, row), (row, 1))
 
 
-def _norms_of_rows(matrix: Tensor) -> Tensor:
-    count, numel = matrix.shape
-    if numel <= AT_ONCE:
-        norms: Tensor = vector_norm(matrix, dim=1)
-    else:
-        norms = vector_norm(vector_norm(matrix.view(count, -1, _row(numel)), dim=2), dim=1)
-    return norms
+def _row_norms(matrices: list[Tensor]) -> Tensor:
+    """The norms of the rows of all these matrices."""
+    norms: list[Tensor] = []
+    for matrix in matrices:
+        count, numel = matrix.shape
+        short = matrix if numel <= AT_ONCE else vector_norm(matrix.view(count, -1, _row(numel)), dim=2)
+        norms.append(vector_norm(short, dim=1))
+    return torch.cat(norms)
 
 
 @cache

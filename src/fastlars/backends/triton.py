@@ -14,6 +14,7 @@ import threading
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate, chain, repeat
 from typing import Any
 
@@ -50,7 +51,7 @@ CAPTURES = 4  # captures of a step before another eager step is needed
 
 def check_fused(params: Iterable[Any], where: str) -> None:
     """Raise if ``fused=True`` cannot be honoured for these tensors. Anything that is not a tensor is ignored."""
-    devices: dict[torch.device, str | None] = {}
+    refusal = cache(_refusal)
     for i, param in enumerate(params):
         if not isinstance(param, Tensor) or param.is_cpu:
             continue
@@ -61,9 +62,7 @@ def check_fused(params: Iterable[Any], where: str) -> None:
         elif param.dtype not in DTYPES:
             reason = f"on CUDA needs float32, bfloat16 or float16 tensors, got {param.dtype} at position {i}"
         else:
-            if param.device not in devices:
-                devices[param.device] = _refusal(param.device)
-            reason = devices[param.device]
+            reason = refusal(param.device)
         if reason is not None:
             raise RuntimeError(f"{where}: fused=True {reason}; leave fused=None or use foreach=True")
 
@@ -217,12 +216,11 @@ class Triton:
 
         Addresses need not be aligned. If they are not, the kernels work element by element.
         """
-        others = [grads, momentum_buffers] if momentum_buffers else [grads]
         return (
             all(p.device.type == self._device for p in params)
             and all(p.dtype in DTYPES and g.dtype in DTYPES and g.device == p.device for p, g in zip(params, grads))
             and all(v.dtype == p.dtype and v.device == p.device for p, v in zip(params, momentum_buffers))
-            and can_be_walked(params, *others)
+            and can_be_walked(params, grads, momentum_buffers)
         )
 
     def plan(self, params: list[Tensor]) -> None:
