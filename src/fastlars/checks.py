@@ -112,10 +112,8 @@ def check_fit(
 
 def _misfit(param: Tensor, grad: Tensor, buffer: Tensor | None, compensation: Tensor | None) -> str | None:
     """The reason why the gradient or state does not fit the parameter, or None if both fit."""
-    if reason := _sparse(grad):
-        return reason
     what = f"a parameter of shape {tuple(param.shape)}"
-    if reason := _unwritable(param, what):
+    if reason := _sparse(grad) or _unwritable(param, what):
         return reason
     if param.dtype == torch.complex128 and param.device.type == "xla":
         return f"{what} and dtype {param.dtype} cannot be written on XLA through view_as_real; use complex64"

@@ -232,8 +232,7 @@ def _buffer(saved: _Saved, param: Tensor, target: Mapping[str, Any], keep_lr: bo
     """The momentum buffer of one parameter in the unit of its target group, or None if no momentum was saved."""
     state, group = _flat(saved.state), saved.group
     # next to a state2, state1 is the first moment of an Adam-like optimizer
-    keys = [key for key in MOMENTUM if state.get(key) is not None and "state2" not in state]
-    key = keys[0] if keys else None
+    key = next((key for key in MOMENTUM if state.get(key) is not None and "state2" not in state), None)
     if key is None:
         if others := [key for key, value in state.items() if key != "compensation" and _is_like(value, param)]:
             raise ValueError(

@@ -8,7 +8,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,23 +34,21 @@ from .step import step
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
 
-_P = ParamSpec("_P")
+_Init = TypeVar("_Init", bound=Callable[..., None])
 _NONE = {type(None)}
 _NO_STATE: dict[str, Any] = {}
 _HALF = {torch.float16, torch.bfloat16}
 _dtype = attrgetter("dtype")
 
 
-def _reading_names(
-    init: Callable[Concatenate[LARS, _P], None],
-) -> Callable[Concatenate[LARS, _P], None]:
+def _reading_names(init: _Init) -> _Init:
     """Wrap ``init`` to check option names and to replace ``dialect`` by its options.
 
     ``init`` itself cannot tell whether an option was passed or has its default.
     """
 
     @functools.wraps(init)
-    def checked_init(self: LARS, *args: _P.args, **kwargs: _P.kwargs) -> None:
+    def checked_init(self: LARS, *args: Any, **kwargs: Any) -> None:
         check_call(key for key in kwargs if key != "params")
         row = options_of(kwargs.pop("dialect", None), "LARS")
         for key in ("params", *NAMES)[: len(args)]:  # positional arguments also override the dialect
@@ -457,17 +455,14 @@ class LARS(Optimizer):
 
         groups: list[Group] = []
         in_graph = torch.compiler.is_compiling()
-        if not in_graph:
-            self._memory.steps += 1
+        memory = None if in_graph else self._memory
+        if memory is not None:
+            memory.steps += 1
         for i, (group, (_, options)) in enumerate(zip(self.param_groups, params_and_options)):
-            params: list[Tensor] = []
-            grads: list[Tensor] = []
-            momentum_buffers: list[Tensor | None] = []
-            compensations: list[Tensor | None] = []
-            self._init_group(group, params, grads, momentum_buffers, compensations, in_graph)
-            if params:
-                where, memory = f"param group {i}", None if in_graph else self._memory
-                groups.append(Group(params, grads, momentum_buffers, compensations, options, where, memory))
+            stepped = Group([], [], [], [], options, f"param group {i}", memory)
+            self._init_group(group, *stepped[:4], in_graph)
+            if stepped.params:
+                groups.append(stepped)
 
         state = [(group, group.momentum_buffers, "momentum_buffer") for group in groups]
         state += [(group, group.compensations, "compensation") for group in groups]

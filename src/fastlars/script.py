@@ -33,11 +33,18 @@ def scripted_step(
     grads = [g.to(p.dtype) if p.is_complex() and not g.is_complex() else g for p, g in zip(params, grads)]
     if grad_scale is not None:
         grads = [unscaled(grad, grad_scale) for grad in grads]
+    buffers: List[Tensor] = []
     b: List[Tensor] = []
     c: List[Tensor] = []
     skip: Optional[Tensor] = None if found_inf is None else found_inf.reshape(()) != 0
     for i, param in enumerate(params):
-        first_step = options.momentum != 0 and momentum_buffers[i] is None
+        first_step = False
+        if options.momentum != 0:
+            buffer = momentum_buffers[i]
+            first_step = buffer is None
+            made = torch.zeros_like(param) if buffer is None else buffer
+            momentum_buffers[i] = made
+            buffers.append(made)
         # the update would overwrite the norm's input, which autograd saves
         b_i, c_i = _coefficients(param.clone() if options.differentiable else param, grads[i], first_step, options)
         b.append(b_i)
@@ -46,26 +53,18 @@ def scripted_step(
             flag = ~norms([real(grads[i])], foreach=False).isfinite().all()
             skip = flag if skip is None else skip | on_device(flag, skip)
 
-    old_buffers: List[Tensor] = []
     for i, param in enumerate(params):
-        if options.momentum != 0:
-            buffer = momentum_buffers[i]
-            made = torch.zeros_like(param) if buffer is None else buffer
-            momentum_buffers[i] = made
-            old_buffers.append(made)
-    new_params = [_writable(tensor, skip is not None) for tensor in params]
-    new_buffers = [_writable(tensor, skip is not None) for tensor in old_buffers]
-    for i, param in enumerate(new_params):
-        w = real(param)
+        old = [param] + buffers[i : i + 1]  # noqa: RUF005  TorchScript does not unpack into lists
+        new = [_writable(tensor, skip is not None) for tensor in old]
+        w, v = real(new[0]), [real(tensor) for tensor in new[1:]]
         step_size = scalar_lr(options.lr, w)
         if options.lr_in_momentum:
             step_size = scalar_lr(1.0, w)
-        v = [real(tensor) for tensor in new_buffers[i : i + 1]]
         single_tensor_update([w], [real(grads[i])], v, [b[i]], [c[i]], step_size, options)
-    for target, source in zip(params + old_buffers, new_params + new_buffers):
-        if skip is not None or is_half(target.dtype) or is_conjugate(target):
-            value = source.to(target.dtype)
-            target.copy_(value if skip is None else torch.where(on_device(skip, target), target, value))
+        for target, source in zip(old, new):
+            if skip is not None or is_half(target.dtype) or is_conjugate(target):
+                value = source.to(target.dtype)
+                target.copy_(value if skip is None else torch.where(on_device(skip, target), target, value))
 
 
 def _writable(tensor: Tensor, gated: bool) -> Tensor:

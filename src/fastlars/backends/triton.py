@@ -125,7 +125,7 @@ class Tables:
         if table is None:
             self._drop_old()
             # torch reuses pinned memory only after copies from it have finished
-            table = self._tables[key] = _new_table(_host_table(device, addresses, sizes), len(sizes), device)
+            table = self._tables[key] = _new_table(device, addresses, sizes)
         if not self._spares.get((device, sizes)):
             length = table.rows.numel() + (table.chunk_tensor.numel() + 1) // 2
             self._spares[device, sizes] = list(_pinned(device, CAPTURES, length).unbind())
@@ -143,17 +143,17 @@ class Tables:
         if spares := self._spares.get((device, sizes)):
             spare = spares.pop()
             self._captured.append(spare)
-            return _new_table(_host_table(device, addresses, sizes, spare), len(sizes), device)
+            return _new_table(device, addresses, sizes, spare)
         raise RuntimeError(
             "capturing a fused LARS step needs an eager step of the same tensors and options before it, which compiles the "
             f"kernels and creates the state, and another one after every {CAPTURES} captures. Nothing has changed"
         )
 
 
-def _host_table(
+def _new_table(
     device: torch.device, addresses: tuple[int, ...], sizes: tuple[int, ...], host: Tensor | None = None
-) -> Tensor:
-    """The rows, followed by chunk_tensor, in pinned memory."""
+) -> _Table:
+    """A table on the device, copied from pinned memory that holds the rows, followed by chunk_tensor."""
     n = len(sizes)
     chunks = [max(1, -(-size // CHUNK)) for size in sizes]  # an empty tensor has an empty chunk
     ends = list(accumulate(chunks))
@@ -161,7 +161,7 @@ def _host_table(
     columns = [addresses[i * n : (i + 1) * n] for i in range(4)]
     rows = list(chain.from_iterable(zip(*columns, sizes, firsts, ends, repeat(0))))
     if host is None:
-        host = _pinned(device, COLUMNS * n + (ends[-1] + 1) // 2)
+        host = _pinned(device, len(rows) + (ends[-1] + 1) // 2)
     chunk_tensor = array("i")
     for i, count in enumerate(chunks):
         chunk_tensor.extend(array("i", [i]) * count)
@@ -171,22 +171,17 @@ def _host_table(
     for start, values in ((host.data_ptr(), array("q", rows)), (host.data_ptr() + after_rows, chunk_tensor)):
         address, length = values.buffer_info()
         ctypes.memmove(start, address, length * values.itemsize)
-    return host
+    table = torch.empty(host.shape, dtype=host.dtype, device=device).copy_(host, non_blocking=True)
+    return _Table(
+        rows=table[: len(rows)],
+        chunk_tensor=table[len(rows) :].view(torch.int32)[: ends[-1]],
+        sums=torch.empty(ends[-1], 3, dtype=torch.float32, device=device),
+        norms=torch.empty(3, n, dtype=torch.float32, device=device),
+    )
 
 
 def _pinned(device: torch.device, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
-
-
-def _new_table(host: Tensor, n: int, device: torch.device) -> _Table:
-    chunks = int(host[COLUMNS * n - 2])  # the end of the last tensor
-    table = torch.empty(host.shape, dtype=host.dtype, device=device).copy_(host, non_blocking=True)
-    return _Table(
-        rows=table[: COLUMNS * n],
-        chunk_tensor=table[COLUMNS * n :].view(torch.int32)[:chunks],
-        sums=torch.empty(chunks, 3, dtype=torch.float32, device=device),
-        norms=torch.empty(3, n, dtype=torch.float32, device=device),
-    )
 
 
 class Triton:
