@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .backends.layouts import own_every_element
-from .buckets import Group
+from .buckets import Bucket
 from .dtypes import is_half
-from .formula import is_adapted, is_compensated
+from .formula import is_adapted
 from .options import check_options, check_tensor_lr, read
 
 
@@ -161,13 +161,12 @@ def is_capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]  # torch's
 
 
-def check_captured(group: Group) -> None:
+def check_captured(bucket: Bucket, where: str) -> None:
     """Raise if a captured step would create state, which every replay of the CUDA graph would reset to zeros."""
-    buffers = group.momentum_buffers if group.options.momentum != 0 else group.params
-    for i, (param, buffer) in enumerate(zip(group.params, buffers)):
-        kept = is_compensated(param.dtype, group.options) and bool(group.compensations)
-        if param.is_cuda and (buffer is None or (kept and group.compensations[i] is None)):
-            raise RuntimeError(
-                f"{group.where}: capturing a LARS step needs an eager step of the same tensors before it, which creates "
-                f"their momentum buffers and compensations; tensor {i} of those with a gradient has none. Nothing has changed"
-            )
+    for state in (bucket.momentum_buffers, bucket.compensations):
+        for i, tensor in zip(bucket.indices, state):
+            if tensor is None and bucket.params[0].is_cuda:
+                raise RuntimeError(
+                    f"{where}: capturing a LARS step needs an eager step of the same tensors before it, which creates their "
+                    f"momentum buffers and compensations; tensor {i} of those with a gradient has none. Nothing has changed"
+                )

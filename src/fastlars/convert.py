@@ -186,11 +186,10 @@ def _check_states(keys: list[int | str], states: Mapping[Any, Any]) -> None:
     """Raise for states that are not dicts, and for states that belong to no parameter."""
     known = set(keys)
     for key, state in states.items():
-        if key in known and not isinstance(state, Mapping):
-            raise TypeError(f"the state under {key!r} must be a dict, got {type(state).__name__}")
-        if key in known or not isinstance(state, Mapping):
-            continue  # hooks may keep their own entries
-        if any(isinstance(_flat(state).get(name), Tensor) for name in (*MOMENTUM, *OTHERS)):
+        if not isinstance(state, Mapping):
+            if key in known:  # hooks may keep their own entries
+                raise TypeError(f"the state under {key!r} must be a dict, got {type(state).__name__}")
+        elif key not in known and any(isinstance(_flat(state).get(name), Tensor) for name in (*MOMENTUM, *OTHERS)):
             raise ValueError(
                 f"the state dict has optimizer state under {key!r}, which is not among the keys of its parameters "
                 f"({keys[:3]} and so on), so it would be lost; restore or remove the key (JSON turns numbers into strings)"

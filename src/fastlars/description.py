@@ -68,8 +68,7 @@ def _kind(group: dict[str, Any], options: Options) -> str:
 
 
 def _options(group: dict[str, Any]) -> str:
-    defaults = Options(0.0)._asdict()
-    shown = ["lr", *(name for name in NAMES[1:] if group[name] != defaults[name])]
+    shown = ["lr", *(name for name, default in Options._field_defaults.items() if group[name] != default)]
     shown += [key for key in group if key not in NAMES]
     return ", ".join(f"{key}={_value(group[key])}" for key in shown if key not in _HIDDEN)
 

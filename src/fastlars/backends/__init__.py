@@ -65,8 +65,6 @@ def split(group: Group, grad_scale: Tensor | None = None, found_inf: Tensor | No
     buffers = group.momentum_buffers if options.momentum != 0 else []
     gated = bool(options.skip_nonfinite) or found_inf is not None or grad_scale is not None
     capturing = not torch.compiler.is_compiling() and is_capturing()
-    if capturing:
-        check_captured(group)
     # A mode may create fake tensors, and treats existing memory as a constant. A CUDA graph rewrites its memory in each
     # replay, even after a later step has replaced this cache, so that memory must come from the graph's own pool.
     if group.memory is None or capturing or operations_are_seen():
@@ -94,6 +92,8 @@ def split(group: Group, grad_scale: Tensor | None = None, found_inf: Tensor | No
                 memory=group.memory,
             )
         )
+        if capturing:
+            check_captured(buckets[-1], group.where)
     return buckets
 
 

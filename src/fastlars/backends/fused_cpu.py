@@ -174,7 +174,7 @@ class _Fused:
         weights, directions = [stack.weight_rows for stack in stacks], [stack.grad_rows for stack in stacks]
         updates = [direction for stack in stacks for direction in stack.directions]
         if norms is None and self.adapted:
-            norms = (_row_norms(weights), self._row_direction_norms(weights, directions))
+            norms = (_row_norms(weights), _row_norms(list(map(self._direction, weights, directions))))
         counts = [len(w) for w in weights]
         b, c = (
             torch.split(torch.as_tensor(number, **_WORK).reshape(-1, 1).expand(len(updates), 1), counts)
@@ -235,18 +235,17 @@ class _Fused:
     def _coefficients(self, norms: tuple[Number, Number] | None) -> tuple[Number, Number]:
         return coefficients(norms, self.lr, self.first_step, self.options)
 
-    def _row_direction_norms(self, weights: list[Tensor], grads: list[Tensor]) -> Tensor:
-        if self.options.trust_denominator == "separate":
-            return _row_norms(grads)
-        decay = self.options.weight_decay
-        return _row_norms([(g * sign(self.options)).add_(w, alpha=decay) for w, g in zip(weights, grads)])
-
     def _direction_norm(self, param: Tensor, grad: Tensor) -> float:
         if self.options.trust_denominator == "separate":
             return _norm(grad)
         blocks = zip(torch.split(_flat(param), STACK), torch.split(_flat(grad), STACK))
-        decay = self.options.weight_decay
-        return math.hypot(*(_norm((g * sign(self.options)).add_(w, alpha=decay)) for w, g in blocks))
+        return math.hypot(*(_norm(self._direction(w, g)) for w, g in blocks))
+
+    def _direction(self, param: Tensor, grad: Tensor) -> Tensor:
+        """The tensor whose norm is in the ratio's denominator."""
+        if self.options.trust_denominator == "separate":
+            return grad
+        return (grad * sign(self.options)).add_(param, alpha=self.options.weight_decay)
 
 
 def _is_shifted(grad: Tensor, written: Tensor) -> bool:
