@@ -78,13 +78,8 @@ def _check_together(options: Mapping[str, Any], where: str) -> None:
         )
     if options["skip_nonfinite"]:
         check_can_be_skipped(momentum, dampening, f"{where}: skip_nonfinite=True")
-    pairs = (
-        ("foreach", "differentiable"),
-        ("fused", "differentiable"),
-        ("kahan_sum", "differentiable"),
-        ("fused", "foreach"),
-    )
-    for first, second in pairs:
+    pairs = [(name, "differentiable") for name in ("foreach", "fused", "kahan_sum")]
+    for first, second in [*pairs, ("fused", "foreach")]:
         if options[first] and options[second]:
             raise ValueError(f"{where}: {first}=True and {second}=True exclude each other; set only one of them")
 

@@ -181,11 +181,9 @@ def _sort(backends: list[Backend], group: Group, buffers: list[Tensor | None]) -
 def _is_written(grad: Tensor, *of_step: Tensor | None) -> bool:
     """Whether updating the parameter or its state would overwrite the gradient before all of it has been read."""
     written = [tensor for tensor in of_step if tensor is not None]
-    if torch.compiler.is_compiling() or not PLAIN.issuperset(map(type, [grad, *written])) or operations_are_seen():
-        return False  # without addresses
-    storage = storage_of(grad)
-    near = [tensor for tensor in written if storage_of(tensor) == storage]
-    return bool(near) and find_shared_memory([grad, *near], 1) is not None
+    if torch.compiler.is_compiling() or operations_are_seen() or not _share_storage([grad], written):
+        return False
+    return find_shared_memory([grad, *written], 1) is not None
 
 
 def _share_storage(grads: list[Tensor], written: list[Tensor]) -> bool:

@@ -81,19 +81,17 @@ class FusedCPU:
         """Step the stacks, then the other tensors one by one."""
         if gate is not None and gate.any():  # on the CPU, where reading it does not synchronise
             return
-        params, grads, plan = bucket.params, bucket.grads, cast(Plan, bucket.plan)
-        buffers = cast(list[Tensor], bucket.momentum_buffers)  # `measure` made the missing ones
-        fused = _Fused(bucket.options, bucket.is_first_step, plan.grads)
+        plan: Plan = bucket.plan
+        fused = _Fused(bucket, plan.grads)
         both = [norm for norm in norms[:2] if norm is not None]
         known = torch.stack(both, dim=1) if both else None
         for stacks in plan.stacks:
             places = [i for stack in stacks for i in stack.places]
-            pair = None if known is None else (known[places, 0], known[places, 1])
-            fused.stacked(stacks, params, grads, [buffers[i] for i in places] if buffers else [], pair)
-        pairs = [None] * len(params) if known is None else known.tolist()
+            fused.stacked(stacks, places, None if known is None else (known[places, 0], known[places, 1]))
+        pairs = [None] * len(bucket.params) if known is None else known.tolist()
         for i in plan.alone:
-            fused.alone(params[i], grads[i], buffers[i : i + 1], pairs[i])
-        bump_versions(params + buffers)
+            fused.alone(i, pairs[i])
+        bump_versions(fused.params + fused.buffers)
 
 
 class _Stack(NamedTuple):
@@ -148,29 +146,23 @@ class Plan:
 
 
 class _Fused:
-    """The step of tensors that `serves` accepted and that share options."""
+    """The step of a bucket's tensors, in parts."""
 
-    def __init__(self, options: Options, first_step: bool, workspace: Tensor) -> None:
-        self.options = options
-        self.adapted = is_adapted(options)
-        self.first_step = first_step
-        self.lr = float(options.lr)
-        self.step_size = 1.0 if options.lr_in_momentum else self.lr
+    def __init__(self, bucket: Bucket, workspace: Tensor) -> None:
+        self.params, self.grads = bucket.params, bucket.grads
+        self.buffers = cast(list[Tensor], bucket.momentum_buffers)  # `measure` made the missing ones
+        self.options, self.first_step = bucket.options, bucket.is_first_step
+        self.adapted = is_adapted(bucket.options)
+        self.lr = float(bucket.options.lr)
+        self.step_size = 1.0 if bucket.options.lr_in_momentum else self.lr
         self.workspace = workspace
         self.has_addresses = not operations_are_seen()
 
-    def stacked(
-        self,
-        stacks: list[_Stack],
-        params: list[Tensor],
-        grads: list[Tensor],
-        buffers: list[Tensor],
-        norms: tuple[Tensor, Tensor] | None,
-    ) -> None:
+    def stacked(self, stacks: list[_Stack], places: list[int], norms: tuple[Tensor, Tensor] | None) -> None:
         """Step small tensors: copy them to a workspace, as rows of one matrix per shape, and call the kernel once."""
         for stack in stacks:
-            torch.stack([params[i] for i in stack.places], out=stack.weights)
-            torch.stack([grads[i] for i in stack.places], out=stack.grads)
+            torch.stack([self.params[i] for i in stack.places], out=stack.weights)
+            torch.stack([self.grads[i] for i in stack.places], out=stack.grads)
         weights, directions = [stack.weight_rows for stack in stacks], [stack.grad_rows for stack in stacks]
         updates = [direction for stack in stacks for direction in stack.directions]
         if norms is None and self.adapted:
@@ -184,10 +176,12 @@ class _Fused:
             direction.mul_(b[i])
             if self.options.weight_decay != 0:
                 direction.addcmul_(weights[i], c[i])
-        self._sgd([params[i] for stack in stacks for i in stack.places], updates, buffers)
+        buffers = [self.buffers[i] for i in places] if self.buffers else []
+        self._sgd([self.params[i] for i in places], updates, buffers)
 
-    def alone(self, param: Tensor, grad: Tensor, buffer: list[Tensor], norms: tuple[float, float] | None) -> None:
+    def alone(self, i: int, norms: tuple[float, float] | None) -> None:
         """Step one tensor: take its norms, then call the kernel while the tensor is still in cache."""
+        param, grad, buffer = self.params[i], self.grads[i], self.buffers[i : i + 1]
         if self.has_addresses and any(_is_shifted(grad, written) for written in (param, *buffer)):
             grad = grad.clone()
         if norms is None and self.adapted:
