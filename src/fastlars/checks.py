@@ -102,9 +102,7 @@ def _sparse(grad: Tensor) -> str | None:
     )
 
 
-def check_fit(
-    param: Tensor, grad: Tensor, buffer: Tensor | None, where: str, compensation: Tensor | None = None
-) -> None:
+def check_fit(param: Tensor, grad: Tensor, buffer: Tensor | None, compensation: Tensor | None, where: str) -> None:
     """Raise if the gradient or state does not fit the parameter."""
     if reason := _misfit(param, grad, buffer, compensation):
         raise RuntimeError(f"{where}: {reason}. Nothing has changed")

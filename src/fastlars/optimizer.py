@@ -363,8 +363,7 @@ class LARS(Optimizer):
 
     def _warn_if_nothing_is_adapted(self) -> None:
         self._looked_for_adapted = True
-        groups = [read(group) for group in self.param_groups]
-        if any(is_adapted(options) or options.adapt is not None for options in groups):
+        if any(is_adapted(options) or options.adapt is not None for _, options in self._params_and_options()):
             return
         advise(
             "LARS adapts no parameter, because weight_decay is 0 in every group. Every step is a plain SGD step. Set "
@@ -640,8 +639,7 @@ class LARS(Optimizer):
 
     def __repr__(self) -> str:
         """The backend of each group, whether it is adapted, and its options that are not defaults."""
-        groups = self.param_groups
-        return "\n".join([f"{type(self).__name__} (", describe(groups, [read(group) for group in groups]), ")"])
+        return "\n".join([f"{type(self).__name__} (", describe(self.param_groups), ")"])
 
 
 def _is_missing(lr: object) -> bool:

@@ -2,7 +2,6 @@
 
 import math
 import numbers
-import sys
 from typing import Any, Mapping, NamedTuple, Optional, Union  # noqa: UP035  TorchScript reads only these spellings
 
 import torch
@@ -113,7 +112,7 @@ def check_tensor_lr(lr: Tensor, where: str, name: str = "lr") -> None:
         )
 
 
-def _check_number(name: str, value: Any, where: str, minimum: float = -sys.float_info.max) -> None:
+def _check_number(name: str, value: Any, where: str, minimum: float = -math.inf) -> None:
     rule = "must be a finite number" + (" >= 0" if minimum == 0 else "")
     # Python numbers and numpy scalars pass. float() also takes Fractions, Decimals and 0-dim arrays, but torch's
     # operators would raise for them in the middle of a step.
@@ -122,7 +121,7 @@ def _check_number(name: str, value: Any, where: str, minimum: float = -sys.float
         raise TypeError(f"{where}: {name} {rule}, got {value!r}")
     if isinstance(value, numbers.Integral) and abs(int(value)) >= 2**63:
         raise ValueError(f"{where}: {name} {rule}, got {value}, an integer beyond 64 bits; give a float")
-    if not minimum <= float(value) < math.inf:
+    if not (math.isfinite(value) and float(value) >= minimum):
         raise ValueError(f"{where}: {name} {rule}, got {value}")
 
 

@@ -68,7 +68,7 @@ def split(group: Group, grad_scale: Tensor | None = None, found_inf: Tensor | No
     # A mode may create fake tensors, and treats existing memory as a constant. A CUDA graph rewrites its memory in each
     # replay, even after a later step has replaced this cache, so that memory must come from the graph's own pool.
     if group.memory is None or capturing or operations_are_seen():
-        places, grads = _sort(wanted(group.params, options, gated), group, buffers)
+        places, grads = _sort(group, buffers, gated)
     else:
         assignment = group.memory.assignments.setdefault(group.where, _Assignment())
         places, grads = assignment.places(group, buffers, gated)
@@ -127,7 +127,7 @@ class _Assignment:
             if reads_first or not _share_storage(group.grads, [*group.params, *made, *kept]):
                 return self._places, group.grads
         failed, self._guard = self._guard is not None, None
-        self._places, grads = _sort(wanted(group.params, group.options, gated), group, buffers)
+        self._places, grads = _sort(group, buffers, gated)
         # Build the guard the second time a list is seen, but not right after one failed, because building it costs two sorts.
         # It detects neither missing buffers nor gradients that share memory with other tensors.
         if self._seen and not failed and len(made) in (0, len(buffers)) and grads is group.grads:
@@ -143,9 +143,9 @@ def _kind(options: Options) -> list[Any]:
     return [*kinds, (lr.device, lr.requires_grad) if isinstance(lr, Tensor) else None]
 
 
-def _sort(backends: list[Backend], group: Group, buffers: list[Tensor | None]) -> tuple[list[_Place], list[Tensor]]:
+def _sort(group: Group, buffers: list[Tensor | None], gated: bool) -> tuple[list[_Place], list[Tensor]]:
     """The places, and the gradients. A gradient that the step would overwrite is copied."""
-    params, grads = group.params, group.grads
+    params, grads, backends = group.params, group.grads, wanted(group.params, group.options, gated)
     made = [buffer for buffer in buffers if buffer is not None]
     kept = [compensation for compensation in group.compensations if compensation is not None]
     if not torch.compiler.is_compiling() and len(set(map(id, params))) < len(params):
@@ -161,7 +161,7 @@ def _sort(backends: list[Backend], group: Group, buffers: list[Tensor | None]) -
         grad, buffer = grads[i], buffers[i] if len(buffers) > 0 else None
         compensation = group.compensations[i] if len(group.compensations) > 0 else None
         if not torch.compiler.is_compiling():
-            check_fit(param, grad, buffer, group.where, compensation)
+            check_fit(param, grad, buffer, compensation, group.where)
         if param.is_complex() and not grad.is_complex():
             grad = grad.to(param.dtype)  # else its last dimension could be mistaken for real and imaginary parts
         if _is_written(grad, param, buffer, compensation):
@@ -170,7 +170,7 @@ def _sort(backends: list[Backend], group: Group, buffers: list[Tensor | None]) -
         backend = preferred(backends, param, grad, buffer, compensation)
         first_step = buffer is None and not backend.mixes_first_steps
         key = (backend.name, first_step, is_conjugate(param), param.device, param.dtype, grad.dtype)
-        if key not in found:
+        if key not in found:  # old compilers cannot trace setdefault
             found[key] = backend, []
         found[key][1].append(i)
     places = [_Place(backend, indices, backend.plan(_at(indices, params))) for backend, indices in found.values()]

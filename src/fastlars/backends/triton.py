@@ -140,14 +140,14 @@ class Tables:
     def _captured_table(self, device: torch.device, addresses: tuple[int, ...], sizes: tuple[int, ...]) -> _Table:
         # Device memory comes from the graph's pool, and each replay copies the table there again. The source must not
         # change while the graph exists, so the optimizer keeps it, like the graph's momentum buffers.
-        if spares := self._spares.get((device, sizes)):
-            spare = spares.pop()
-            self._captured.append(spare)
-            return _new_table(device, addresses, sizes, spare)
-        raise RuntimeError(
-            "capturing a fused LARS step needs an eager step of the same tensors and options before it, which compiles the "
-            f"kernels and creates the state, and another one after every {CAPTURES} captures. Nothing has changed"
-        )
+        spares = self._spares.get((device, sizes))
+        if not spares:
+            raise RuntimeError(
+                "capturing a fused LARS step needs an eager step of the same tensors and options before it, which compiles "
+                f"the kernels and creates the state, and another one after every {CAPTURES} captures. Nothing has changed"
+            )
+        self._captured.append(spares.pop())
+        return _new_table(device, addresses, sizes, self._captured[-1])
 
 
 def _new_table(
@@ -315,11 +315,9 @@ def _kernels() -> Any:
 
 def _lr(lr: float | Tensor, device: torch.device) -> tuple[Tensor | None, float]:
     """The two lr arguments of a kernel: a tensor to read, and a number, which the kernel gets as float32. Only one is used."""
-    if not isinstance(lr, Tensor):
-        return None, float(lr)
-    if lr.device.type == "cpu" and device.type != "cpu":
-        return None, float(lr)  # does not synchronise
-    return _scalar(lr, device), 0.0
+    if isinstance(lr, Tensor) and (lr.device.type != "cpu" or device.type == "cpu"):
+        return _scalar(lr, device), 0.0
+    return None, float(lr)  # reading a CPU tensor does not synchronise
 
 
 def _scalar(value: Tensor | None, device: torch.device) -> Tensor | None:
