@@ -18,7 +18,7 @@ from .backends.layouts import own_every_element
 from .buckets import Bucket
 from .dtypes import is_half
 from .formula import is_adapted
-from .options import check_options, check_tensor_lr, read
+from .options import Options, check_options, check_tensor_lr, values_of
 
 
 def check_group(options: Mapping[str, Any], params: Iterable[Any], where: str) -> None:
@@ -60,7 +60,7 @@ def narrowest_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
 def check_numbers(options: Mapping[str, Any], narrowest: torch.dtype, where: str) -> float:
     """Raise for options that overflow in the update. Returns the largest number that it can compute with."""
     # half types are computed in float32 in adapted groups
-    wide = is_half(narrowest) and is_adapted(read(options))
+    wide = is_half(narrowest) and is_adapted(Options(*values_of(options)))
     limit = torch.finfo(torch.float32 if wide else narrowest).max
     for name in ("lr", "dampening", "weight_decay"):
         if not isinstance(options[name], Tensor) and abs(options[name]) > limit:

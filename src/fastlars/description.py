@@ -16,7 +16,7 @@ from .backends import preferred, wanted
 from .backends.torch_sgd import is_torch_sgd
 from .dialects import dialect_of
 from .formula import is_adapted, is_compensated
-from .options import NAMES, Options, read
+from .options import NAMES, Options, values_of
 from .sharding import local
 
 WIDTH = 100
@@ -26,7 +26,7 @@ _HIDDEN = {"params", "param_names", "foreach", "fused"}  # the backend's name sh
 
 def describe(groups: list[dict[str, Any]]) -> str:
     """The lines between the parentheses. Neighbouring groups that differ only in their tensors share an entry."""
-    described = [(_kind(group, read(group)), _options(group), group) for group in groups]
+    described = [(_kind(group, Options(*values_of(group))), _options(group), group) for group in groups]
     entries: list[str] = []
     end = 0
     for (kind, shown), alike in itertools.groupby(described, key=lambda entry: entry[:2]):
@@ -68,7 +68,8 @@ def _kind(group: dict[str, Any], options: Options) -> str:
 
 
 def _options(group: dict[str, Any]) -> str:
-    shown = ["lr", *(name for name, default in Options._field_defaults.items() if group[name] != default)]
+    defaults = Options(0.0)._asdict()
+    shown = ["lr", *(name for name in NAMES[1:] if group[name] != defaults[name])]
     shown += [key for key in group if key not in NAMES]
     return ", ".join(f"{key}={_value(group[key])}" for key in shown if key not in _HIDDEN)
 

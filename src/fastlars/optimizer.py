@@ -28,7 +28,7 @@ from .dtypes import is_half, real
 from .formula import is_adapted, is_compensated, is_nonzero, rounds_away, scalar_lr, trust_ratio
 from .loading import check_saved_state
 from .names import check_call, check_keys
-from .options import NAMES, Options, check_can_be_skipped, check_no_module, check_options, read
+from .options import NAMES, Options, check_can_be_skipped, check_no_module, check_options, values_of
 from .step import step
 
 if TYPE_CHECKING:
@@ -325,7 +325,7 @@ class LARS(Optimizer):
             # The compiler guards the state entries that exist after the first call. Entries made later cause torch 2.4 to
             # fail when state is dropped or loaded in part, so make all now.
             for each in self.param_groups:
-                options = read(each)
+                options = Options(*values_of(each))
                 for p in each["params"]:
                     if p.grad is not None and (options.momentum != 0 or is_compensated(p.dtype, options)):
                         self.state[p]
@@ -335,7 +335,7 @@ class LARS(Optimizer):
         if group["momentum"] != 0:
             momentum_buffers += self._state_of(with_grad, "momentum_buffer", [True] * len(with_grad), in_graph)
         if not _HALF.isdisjoint(map(_dtype, with_grad)):
-            options = read(group)
+            options = Options(*values_of(group))
             needed = [is_compensated(p.dtype, options) for p in with_grad]
             compensations += self._state_of(with_grad, "compensation", needed, in_graph)
 
@@ -374,7 +374,7 @@ class LARS(Optimizer):
     def _warn_if_steps_round_away(self) -> None:
         """Warn about groups with kahan_sum=False, like `check`. To avoid a sync, an lr on an accelerator is not read."""
         for i, group in enumerate(self.param_groups):
-            options, lr = read(group), group.get("initial_lr", group["lr"])
+            options, lr = Options(*values_of(group)), group.get("initial_lr", group["lr"])
             known = not isinstance(lr, Tensor) or lr.device.type == "cpu"
             dtypes = set(map(_dtype, group["params"]))
             if options.kahan_sum is None or options.kahan_sum or not is_adapted(options) or not known:
@@ -507,7 +507,7 @@ class LARS(Optimizer):
     _step_groups_outside_graphs = outside_graphs(_step_groups)
 
     def _params_and_options(self) -> list[tuple[list[Tensor], Options]]:
-        return [(group["params"], read(group)) for group in self.param_groups]
+        return [(group["params"], Options(*values_of(group))) for group in self.param_groups]
 
     @torch.no_grad()
     def trust_ratios(self) -> dict[str, float]:

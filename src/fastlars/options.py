@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from operator import itemgetter
 from typing import Any, Mapping, NamedTuple, Optional, Union  # noqa: UP035  TorchScript reads only these spellings
 
 import torch
@@ -31,13 +32,7 @@ class Options(NamedTuple):
 
 
 NAMES = Options._fields
-
-
-def read(group: Mapping[str, Any]) -> Options:
-    """The options of a param group."""
-    return Options(*[group[name] for name in NAMES])
-
-
+values_of = itemgetter(*NAMES)  # the values of a param group, in the order of `Options`
 TRUST_DENOMINATORS = ("separate", "joint")
 _NON_NEGATIVE = ("momentum", "weight_decay", "trust_coefficient", "eps")
 _BOOLEAN = ("nesterov", "trust_clip", "lr_in_momentum", "skip_nonfinite", "maximize", "differentiable")
