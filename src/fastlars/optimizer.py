@@ -492,9 +492,8 @@ class LARS(Optimizer):
         if group["differentiable"] and torch.is_grad_enabled():
             check_no_leaves([p for p in params if p.grad is not None])
         narrowest = narrowest_dtype(set(map(_dtype, params)))
-        values = [group[name] for name in NAMES]
+        values = [*values_of(group), narrowest]
         values[0] = 0.0 if isinstance(lr, (float, Tensor)) else lr  # a schedule's rounding may take it below 0
-        values += [narrowest]
         checked = self._checked.get(i)
         if checked is None or any(new is not old for new, old in zip(values, checked[0])):
             options = dict(zip(NAMES, values))
