@@ -506,7 +506,8 @@ class LARS(Optimizer):
     _step_groups_outside_graphs = outside_graphs(_step_groups)
 
     def _params_and_options(self) -> list[tuple[list[Tensor], Options]]:
-        return [(group["params"], Options(*values_of(group))) for group in self.param_groups]
+        # not `values_of`, after which the compiler makes a second graph when a state dict is loaded
+        return [(group["params"], Options(*[group[name] for name in NAMES])) for group in self.param_groups]
 
     @torch.no_grad()
     def trust_ratios(self) -> dict[str, float]:
