@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import fastlars
 from cases import OPTIONS
-from fastlars import LARS, checks, lars
+from fastlars import LARS, backends, lars
 from fastlars.backends import layouts, triton
 from fastlars.buckets import Bucket
 from harness import IMPLEMENTATIONS, ignore_nothing_adapted, set_grads
@@ -137,7 +137,7 @@ def test_a_captured_step_makes_no_state(name: str, implementation: str, monkeypa
     """The graph would create it, and every replay would reset it to zeros."""
     options = {**OPTIONS[name], **IMPLEMENTATIONS[implementation]}
     capturing = True
-    for module in (checks, triton):
+    for module in (backends, triton):
         monkeypatch.setattr(module, "is_capturing", lambda: capturing)
     with fake_cuda():
         params = [torch.nn.Parameter(torch.ones(5, 3, device=device)) for device in ("cpu", "cuda", "cuda")]

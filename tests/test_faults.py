@@ -349,9 +349,7 @@ HUGE = (1 << 31) + 4096 + 3
 def test_tables_of_huge_tensors() -> None:
     """Sizes and ends are 64-bit. The chunks of 2^43 elements would overflow 32 bits, and no machine can hold them."""
     sizes = (HUGE, 5, 3 * HUGE)
-    table = triton._new_table(
-        triton._host_table(torch.device("cpu"), (1 << 45, *range(2, 13)), sizes), 3, torch.device("cpu")
-    )
+    table = triton._new_table(torch.device("cpu"), (1 << 45, *range(2, 13)), sizes)
     rows = table.rows.view(3, 8).tolist()
     chunks = [-(-size // triton.CHUNK) for size in sizes]
     assert [row[4] for row in rows] == list(sizes)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from .formula import is_adapted, rounds_away
 from .groups import has_normalisation
-from .options import NAMES, Options
+from .options import NAMES, Options, values_of
 from .sharding import local
 
 # SGD rarely uses a larger lr, and tensors that are not adapted take SGD steps.
@@ -184,7 +184,7 @@ def _lr_of_sgd(seen: _Seen) -> Iterator[Finding]:
 
 def _half_precision(seen: _Seen) -> Iterator[Finding]:
     def is_stuck(group: dict[str, Any], param: Tensor) -> bool:
-        return rounds_away(param.dtype, _relative_step(group, _peak_lr(group)), _options(group))
+        return rounds_away(param.dtype, _relative_step(group, _peak_lr(group)), Options(*values_of(group)))
 
     stuck = seen.of(adapted=True, where=is_stuck)
     if stuck:
@@ -208,11 +208,7 @@ _CHECKS: tuple[Callable[[_Seen], Iterator[Finding]], ...] = (
 
 
 def _is_adapted(group: dict[str, Any]) -> bool:
-    return is_adapted(_options(group))
-
-
-def _options(group: dict[str, Any]) -> Options:
-    return Options(*[group[name] for name in NAMES])
+    return is_adapted(Options(*values_of(group)))
 
 
 def _peak_lr(group: dict[str, Any]) -> float:

@@ -15,24 +15,31 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .backends.layouts import own_every_element
-from .buckets import Group
+from .buckets import Bucket
 from .dtypes import is_half
-from .formula import is_adapted, is_compensated
-from .options import NAMES, Options, check_options, check_params, check_tensor_lr
+from .formula import is_adapted
+from .options import Options, check_options, check_tensor_lr, values_of
 
 
 def check_group(options: Mapping[str, Any], params: Iterable[Any], where: str) -> None:
     """Raise for options that break a rule or do not fit these tensors or named tensors."""
     check_options(options, where)
-    items = [item[1] if isinstance(item, tuple) else item for item in params]
-    check_params(items, where)
-    tensors = [item for item in items if isinstance(item, Tensor)]  # torch raises for anything else
-    for i, tensor in enumerate(tensors):
-        if not is_lazy(tensor) and (reason := _unwritable(tensor, f"the parameter at position {i}")):
+    tensors: list[Tensor] = []
+    for i, item in enumerate(params):
+        param = item[1] if isinstance(item, tuple) else item
+        if not isinstance(param, Tensor):
+            continue  # torch raises
+        if not (param.is_floating_point() or param.is_complex()):
+            raise TypeError(
+                f"{where}: parameters must be floating or complex tensors, got {param.dtype} at position {i}; "
+                "leave it out of the optimizer or convert it"
+            )
+        if not is_lazy(param) and (reason := _unwritable(param, f"the parameter at position {i}")):
             raise ValueError(f"{where}: {reason}")
-    if tensors:
-        check_numbers(options, narrowest_dtype(tensors), where)
-        check_lr(options["lr"], tensors[0], math.inf, where)
+        tensors.append(param)
+    lr, on_meta = options["lr"], all(param.is_meta for param in tensors[:1])
+    limit = check_numbers(options, narrowest_dtype({param.dtype for param in tensors}), where)
+    check_lr(lr, math.inf if isinstance(lr, Tensor) else limit, on_meta, where)
 
 
 def check_no_leaves(params: list[Tensor]) -> None:
@@ -45,30 +52,29 @@ def check_no_leaves(params: list[Tensor]) -> None:
             )
 
 
-def check_numbers(options: Mapping[str, Any], narrowest: torch.dtype, where: str) -> None:
-    """Raise for options that overflow the dtype in which the update is computed."""
-    limit = _largest_factor(options, narrowest)
-    lr = options["lr"]
-    for name in ("lr", "momentum", "dampening", "weight_decay"):
+def narrowest_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The dtype with the smallest range. float64 if there are none."""
+    return min(dtypes, key=lambda dtype: torch.finfo(dtype).max, default=torch.float64)
+
+
+def check_numbers(options: Mapping[str, Any], narrowest: torch.dtype, where: str) -> float:
+    """Raise for options that overflow in the update. Returns the largest number that it can compute with."""
+    # half types are computed in float32 in adapted groups
+    wide = is_half(narrowest) and is_adapted(Options(*values_of(options)))
+    limit = torch.finfo(torch.float32 if wide else narrowest).max
+    for name in ("lr", "dampening", "weight_decay"):
         if not isinstance(options[name], Tensor) and abs(options[name]) > limit:
             raise ValueError(
                 f"{where}: {name} must be at most {limit:g} for parameters of {narrowest}, got {options[name]:g}"
             )
-    if not isinstance(lr, Tensor):
-        check_lr(float(lr), None, largest_lr(options, narrowest), where)
+    return limit
 
 
-def largest_lr(options: Mapping[str, Any], narrowest: torch.dtype) -> float:
-    """The largest lr that the dtype can hold. With Nesterov momentum, lr * momentum must fit too."""
-    limit = _largest_factor(options, narrowest)
-    return float(limit / max(1.0, options["momentum"]) if options["nesterov"] else limit)
-
-
-def check_lr(lr: Any, param: Tensor | None, limit: float, where: str) -> None:
+def check_lr(lr: Any, limit: float, on_meta: bool, where: str) -> None:
     """Check lr again, because schedules overwrite it and tensors can be resized in place."""
     if isinstance(lr, Tensor):
         check_tensor_lr(lr, where)
-        if lr.is_meta and param is not None and not param.is_meta:
+        if lr.is_meta and not on_meta:
             raise ValueError(
                 f"{where}: Tensor lr must hold a number, got one on the meta device; create it on a real one"
             )
@@ -77,19 +83,8 @@ def check_lr(lr: Any, param: Tensor | None, limit: float, where: str) -> None:
             return
         lr = lr.item()
     # torch accepts infinities and NaN, and they show in the weights
-    if isinstance(lr, float) and limit < abs(lr) < math.inf:
+    if limit < abs(float(lr)) < math.inf:
         raise ValueError(f"{where}: lr must be at most {limit:g} for these parameters, got {lr:g}")
-
-
-def narrowest_dtype(params: Iterable[Tensor]) -> torch.dtype:
-    """The dtype of these parameters that has the smallest range."""
-    return min({param.dtype for param in params}, key=lambda dtype: torch.finfo(dtype).max)
-
-
-def _largest_factor(options: Mapping[str, Any], narrowest: torch.dtype) -> float:
-    """The largest number that the update can compute with: that of float32 for adapted half types, else of the dtype."""
-    adapted = is_adapted(Options(**{name: options[name] for name in NAMES}))
-    return torch.finfo(torch.float32 if adapted and is_half(narrowest) else narrowest).max
 
 
 def check_grad(grad: Tensor) -> None:
@@ -107,9 +102,7 @@ def _sparse(grad: Tensor) -> str | None:
     )
 
 
-def check_fit(
-    param: Tensor, grad: Tensor, buffer: Tensor | None, where: str, compensation: Tensor | None = None
-) -> None:
+def check_fit(param: Tensor, grad: Tensor, buffer: Tensor | None, compensation: Tensor | None, where: str) -> None:
     """Raise if the gradient or state does not fit the parameter."""
     if reason := _misfit(param, grad, buffer, compensation):
         raise RuntimeError(f"{where}: {reason}. Nothing has changed")
@@ -117,10 +110,8 @@ def check_fit(
 
 def _misfit(param: Tensor, grad: Tensor, buffer: Tensor | None, compensation: Tensor | None) -> str | None:
     """The reason why the gradient or state does not fit the parameter, or None if both fit."""
-    if reason := _sparse(grad):
-        return reason
     what = f"a parameter of shape {tuple(param.shape)}"
-    if reason := _unwritable(param, what):
+    if reason := _sparse(grad) or _unwritable(param, what):
         return reason
     if param.dtype == torch.complex128 and param.device.type == "xla":
         return f"{what} and dtype {param.dtype} cannot be written on XLA through view_as_real; use complex64"
@@ -168,15 +159,12 @@ def is_capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]  # torch's
 
 
-def check_captured(group: Group) -> None:
+def check_captured(bucket: Bucket, where: str) -> None:
     """Raise if a captured step would create state, which every replay of the CUDA graph would reset to zeros."""
-    if torch.compiler.is_compiling() or not is_capturing():
-        return
-    buffers = group.momentum_buffers if group.options.momentum != 0 else group.params
-    for i, (param, buffer) in enumerate(zip(group.params, buffers)):
-        kept = is_compensated(param.dtype, group.options) and bool(group.compensations)
-        if param.is_cuda and (buffer is None or (kept and group.compensations[i] is None)):
-            raise RuntimeError(
-                f"{group.where}: capturing a LARS step needs an eager step of the same tensors before it, which creates "
-                f"their momentum buffers and compensations; tensor {i} of those with a gradient has none. Nothing has changed"
-            )
+    for state in (bucket.momentum_buffers, bucket.compensations):
+        for i, tensor in zip(bucket.indices, state):
+            if tensor is None and bucket.params[0].is_cuda:
+                raise RuntimeError(
+                    f"{where}: capturing a LARS step needs an eager step of the same tensors before it, which creates their "
+                    f"momentum buffers and compensations; tensor {i} of those with a gradient has none. Nothing has changed"
+                )

@@ -7,30 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._jit_internal import is_scripting  # the function behind torch.jit.is_scripting, which has no type
+from torch._jit_internal import is_scripting as is_scripting  # noqa: PLC0414  behind torch.jit.is_scripting, which has no type
 from torch.autograd.graph import increment_version
-from torch.optim.optimizer import (
-    _default_to_fused_or_foreach,  # since 2.0
-    _use_grad_for_differentiable,  # since 1.13
-    required,  # in every version; torch's optimizers no longer use it, but users know its message
-)
-
-__all__ = [
-    "COMPILES_BITS",
-    "NAMED_PARAMETERS",
-    "bump_versions",
-    "default_foreach",
-    "is_scripting",
-    "metadata_guard",
-    "operations_are_seen",
-    "outside_graphs",
-    "required",
-    "use_grad_for_differentiable",
-]
+from torch.optim import optimizer as _optimizer
 
 # Since 2.1; torch's fused optimizers use it. Unlike torch.compiler.disable, it does not import torch._dynamo immediately.
 outside_graphs = torch._disable_dynamo  # type: ignore[attr-defined]
-use_grad_for_differentiable = _use_grad_for_differentiable
+use_grad_for_differentiable = _optimizer._use_grad_for_differentiable  # since 1.13
+required = _optimizer.required  # in every version; torch's optimizers no longer use it, but users know its message
 
 _TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
@@ -78,4 +62,4 @@ def operations_are_seen() -> bool:
 
 def default_foreach(params: list[Tensor]) -> bool:
     """Whether torch's own optimizers default to foreach for these tensors."""
-    return _default_to_fused_or_foreach(params, differentiable=False, use_fused=False)[1]
+    return _optimizer._default_to_fused_or_foreach(params, differentiable=False, use_fused=False)[1]

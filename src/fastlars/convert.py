@@ -186,11 +186,10 @@ def _check_states(keys: list[int | str], states: Mapping[Any, Any]) -> None:
     """Raise for states that are not dicts, and for states that belong to no parameter."""
     known = set(keys)
     for key, state in states.items():
-        if key in known and not isinstance(state, Mapping):
-            raise TypeError(f"the state under {key!r} must be a dict, got {type(state).__name__}")
-        if key in known or not isinstance(state, Mapping):
-            continue  # hooks may keep their own entries
-        if any(isinstance(_flat(state).get(name), Tensor) for name in (*MOMENTUM, *OTHERS)):
+        if not isinstance(state, Mapping):
+            if key in known:  # hooks may keep their own entries
+                raise TypeError(f"the state under {key!r} must be a dict, got {type(state).__name__}")
+        elif key not in known and any(isinstance(_flat(state).get(name), Tensor) for name in (*MOMENTUM, *OTHERS)):
             raise ValueError(
                 f"the state dict has optimizer state under {key!r}, which is not among the keys of its parameters "
                 f"({keys[:3]} and so on), so it would be lost; restore or remove the key (JSON turns numbers into strings)"
@@ -232,8 +231,7 @@ def _buffer(saved: _Saved, param: Tensor, target: Mapping[str, Any], keep_lr: bo
     """The momentum buffer of one parameter in the unit of its target group, or None if no momentum was saved."""
     state, group = _flat(saved.state), saved.group
     # next to a state2, state1 is the first moment of an Adam-like optimizer
-    keys = [key for key in MOMENTUM if state.get(key) is not None and "state2" not in state]
-    key = keys[0] if keys else None
+    key = next((key for key in MOMENTUM if state.get(key) is not None and "state2" not in state), None)
     if key is None:
         if others := [key for key, value in state.items() if key != "compensation" and _is_like(value, param)]:
             raise ValueError(

@@ -16,7 +16,7 @@ from .backends import preferred, wanted
 from .backends.torch_sgd import is_torch_sgd
 from .dialects import dialect_of
 from .formula import is_adapted, is_compensated
-from .options import NAMES, Options
+from .options import NAMES, Options, values_of
 from .sharding import local
 
 WIDTH = 100
@@ -24,9 +24,9 @@ MOST = 8  # entries that fit on a screen
 _HIDDEN = {"params", "param_names", "foreach", "fused"}  # the backend's name shows the last two
 
 
-def describe(groups: list[dict[str, Any]], options: list[Options]) -> str:
+def describe(groups: list[dict[str, Any]]) -> str:
     """The lines between the parentheses. Neighbouring groups that differ only in their tensors share an entry."""
-    described = [(_kind(group, known), _options(group), group) for group, known in zip(groups, options)]
+    described = [(_kind(group, Options(*values_of(group))), _options(group), group) for group in groups]
     entries: list[str] = []
     end = 0
     for (kind, shown), alike in itertools.groupby(described, key=lambda entry: entry[:2]):

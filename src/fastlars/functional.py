@@ -98,19 +98,17 @@ def lars(
             raise RuntimeError("compensations cannot be scripted; leave them out, and kahan_sum=None")
         scripted_step(params, grads, momentum_buffers, options, grad_scale, found_inf)
     else:
-        _step(params, grads, momentum_buffers, compensations, options, grad_scale, found_inf)
+        _step(Group(params, grads, momentum_buffers, [], options), compensations, grad_scale, found_inf)
 
 
 def _step(
-    params: List[Tensor],
-    grads: List[Tensor],
-    momentum_buffers: List[Optional[Tensor]],
+    group: Group,
     compensations: Optional[List[Optional[Tensor]]],
-    options: Options,
     grad_scale: Optional[Tensor],
     found_inf: Optional[Tensor],
 ) -> None:
     """The step outside TorchScript."""
+    params, options = group.params, group.options
     # entries of parameters without compensation are not read
     keeps = [is_compensated(param.dtype, options) for param in params]
     if compensations is None and options.kahan_sum and any(keeps):
@@ -118,7 +116,7 @@ def _step(
     read: List[Optional[Tensor]] = []
     if compensations is not None and any(keeps):
         read = [compensations[i] if keep else None for i, keep in enumerate(keeps)]
-    group = Group(params, grads, momentum_buffers, read, options)
+        group = group._replace(compensations=read)
     recorded = options.differentiable and torch.is_grad_enabled()
     if recorded:
         check_no_leaves(params)

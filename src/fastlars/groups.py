@@ -109,13 +109,11 @@ def param_groups(
 
 
 def _lr_of_the_rest(bias_lr: BiasLR | None, unadapted: Mapping[str, Any] | None) -> dict[str, Any]:
-    if bias_lr is None:
-        return {}
-    if "lr" in (unadapted or {}):
+    if bias_lr is not None and "lr" in (unadapted or {}):
         raise ValueError(f"bias_lr={bias_lr!r} and unadapted={unadapted!r} both set an lr; leave one out")
-    if isinstance(bias_lr, str):
-        if bias_lr != "same":
-            raise ValueError(f'bias_lr must be a number, a tensor or "same", got {bias_lr!r}')
+    if isinstance(bias_lr, str) and bias_lr != "same":
+        raise ValueError(f'bias_lr must be a number, a tensor or "same", got {bias_lr!r}')
+    if bias_lr is None or isinstance(bias_lr, str):
         return {}
     check_lr(bias_lr, "param_groups", "bias_lr")
     return {"lr": bias_lr}
@@ -173,11 +171,9 @@ def _is_bias_or_vector(name: str, param: Tensor) -> bool:
 
 
 def _of_normalisation_layers(model: nn.Module | Iterable[tuple[str, Tensor]]) -> set[Tensor]:
-    found: set[Tensor] = set()
-    for module in model.modules() if isinstance(model, nn.Module) else ():
-        if isinstance(module, _NORMALISATION) or type(module).__name__.endswith("Norm"):
-            found.update(_own_parameters(module))
-    return found
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    layers = [each for each in modules if isinstance(each, _NORMALISATION) or type(each).__name__.endswith("Norm")]
+    return {param for layer in layers for param in _own_parameters(layer)}
 
 
 def _own_parameters(module: nn.Module) -> Iterator[Tensor]:

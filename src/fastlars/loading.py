@@ -43,8 +43,7 @@ def check_saved_state(optimizer: Optimizer, state_dict: Any) -> None:
             _check_state(states.get(key, {}), param, where)
     _check_own_memory(params, states)
     for key, state in states.items():  # hooks may keep entries under other keys
-        found = [name for name in STATE if name in state] if key not in params and isinstance(state, dict) else []
-        if found:
+        if key not in params and isinstance(state, dict) and (found := [name for name in STATE if name in state]):
             raise ValueError(
                 f"the state dict has a {found[0]} under {key!r}, which is not among the keys of its param groups "
                 f"({list(params)[:3]} and so on), so it would be lost; rename or remove it"
@@ -61,8 +60,7 @@ def _check_own_memory(params: dict[int | str, Tensor], states: Mapping[Any, Any]
     }
     owners = [*made, *(f"the parameter of key {key!r}" for key in params)]
     tensors = [*made.values(), *map(sharding.local, params.values())]
-    shared = find_shared_memory(tensors, len(made))
-    if shared is not None:
+    if shared := find_shared_memory(tensors, len(made)):
         raise ValueError(
             f"{owners[shared[0]]} of the state dict shares memory with {owners[shared[1]]}, so a step would write "
             "both; load a copy, as in copy.deepcopy(state_dict), or save a clone of each buffer"

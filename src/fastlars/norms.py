@@ -98,16 +98,14 @@ def _row_norms(tensor: Tensor, row: int = ROW) -> Tensor:
     if tensor.is_contiguous():
         if tensor.numel() <= row:
             return tensor
-        if tensor.dtype == norm_dtype(tensor.dtype):
-            return _norms_of_rows(tensor, row)
         ordered = tensor.view(-1)
     else:
         # in memory order, every dense tensor (channels_last, transposed) is one flat view
         order = sorted([(-stride, i) for i, stride in enumerate(tensor.stride())])
         ordered = tensor.permute([i for _, i in order])
-        if ordered.is_contiguous() and tensor.dtype == norm_dtype(tensor.dtype):
-            return _norms_of_rows(ordered, row)
     dtype = norm_dtype(tensor.dtype)
+    if ordered.is_contiguous() and tensor.dtype == dtype:
+        return _norms_of_rows(ordered, row)
     return torch.cat([_norms_of_rows(piece.contiguous().to(dtype), row) for piece in _pieces(ordered)])
 
 

@@ -8,7 +8,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from .advice import advise
 from .backends import leaves_graph, split
 from .backends.triton import check_fused
 from .buckets import Group, Memory
-from .checks import check_grad, check_group, check_lr, check_no_leaves, check_numbers, largest_lr, narrowest_dtype
+from .checks import check_grad, check_group, check_lr, check_no_leaves, check_numbers, narrowest_dtype
 from .compat import NAMED_PARAMETERS, outside_graphs, required, use_grad_for_differentiable
 from .convert import groups_and_states
 from .description import describe
@@ -28,29 +28,27 @@ from .dtypes import is_half, real
 from .formula import is_adapted, is_compensated, is_nonzero, rounds_away, scalar_lr, trust_ratio
 from .loading import check_saved_state
 from .names import check_call, check_keys
-from .options import NAMES, Options, check_can_be_skipped, check_no_module, check_options
+from .options import NAMES, Options, check_can_be_skipped, check_no_module, check_options, values_of
 from .step import step
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
 
-_P = ParamSpec("_P")
+_Init = TypeVar("_Init", bound=Callable[..., None])
 _NONE = {type(None)}
 _NO_STATE: dict[str, Any] = {}
 _HALF = {torch.float16, torch.bfloat16}
 _dtype = attrgetter("dtype")
 
 
-def _reading_names(
-    init: Callable[Concatenate[LARS, _P], None],
-) -> Callable[Concatenate[LARS, _P], None]:
+def _reading_names(init: _Init) -> _Init:
     """Wrap ``init`` to check option names and to replace ``dialect`` by its options.
 
     ``init`` itself cannot tell whether an option was passed or has its default.
     """
 
     @functools.wraps(init)
-    def checked_init(self: LARS, *args: _P.args, **kwargs: _P.kwargs) -> None:
+    def checked_init(self: LARS, *args: Any, **kwargs: Any) -> None:
         check_call(key for key in kwargs if key != "params")
         row = options_of(kwargs.pop("dialect", None), "LARS")
         for key in ("params", *NAMES)[: len(args)]:  # positional arguments also override the dialect
@@ -327,7 +325,7 @@ class LARS(Optimizer):
             # The compiler guards the state entries that exist after the first call. Entries made later cause torch 2.4 to
             # fail when state is dropped or loaded in part, so make all now.
             for each in self.param_groups:
-                options = _options(each)
+                options = Options(*values_of(each))
                 for p in each["params"]:
                     if p.grad is not None and (options.momentum != 0 or is_compensated(p.dtype, options)):
                         self.state[p]
@@ -337,7 +335,7 @@ class LARS(Optimizer):
         if group["momentum"] != 0:
             momentum_buffers += self._state_of(with_grad, "momentum_buffer", [True] * len(with_grad), in_graph)
         if not _HALF.isdisjoint(map(_dtype, with_grad)):
-            options = _options(group)
+            options = Options(*values_of(group))
             needed = [is_compensated(p.dtype, options) for p in with_grad]
             compensations += self._state_of(with_grad, "compensation", needed, in_graph)
 
@@ -365,8 +363,7 @@ class LARS(Optimizer):
 
     def _warn_if_nothing_is_adapted(self) -> None:
         self._looked_for_adapted = True
-        groups = [_options(group) for group in self.param_groups]
-        if any(is_adapted(options) or options.adapt is not None for options in groups):
+        if any(is_adapted(options) or options.adapt is not None for _, options in self._params_and_options()):
             return
         advise(
             "LARS adapts no parameter, because weight_decay is 0 in every group. Every step is a plain SGD step. Set "
@@ -377,7 +374,7 @@ class LARS(Optimizer):
     def _warn_if_steps_round_away(self) -> None:
         """Warn about groups with kahan_sum=False, like `check`. To avoid a sync, an lr on an accelerator is not read."""
         for i, group in enumerate(self.param_groups):
-            options, lr = _options(group), group.get("initial_lr", group["lr"])
+            options, lr = Options(*values_of(group)), group.get("initial_lr", group["lr"])
             known = not isinstance(lr, Tensor) or lr.device.type == "cpu"
             dtypes = set(map(_dtype, group["params"]))
             if options.kahan_sum is None or options.kahan_sum or not is_adapted(options) or not known:
@@ -457,17 +454,14 @@ class LARS(Optimizer):
 
         groups: list[Group] = []
         in_graph = torch.compiler.is_compiling()
-        if not in_graph:
-            self._memory.steps += 1
+        memory = None if in_graph else self._memory
+        if memory is not None:
+            memory.steps += 1
         for i, (group, (_, options)) in enumerate(zip(self.param_groups, params_and_options)):
-            params: list[Tensor] = []
-            grads: list[Tensor] = []
-            momentum_buffers: list[Tensor | None] = []
-            compensations: list[Tensor | None] = []
-            self._init_group(group, params, grads, momentum_buffers, compensations, in_graph)
-            if params:
-                where, memory = f"param group {i}", None if in_graph else self._memory
-                groups.append(Group(params, grads, momentum_buffers, compensations, options, where, memory))
+            stepped = Group([], [], [], [], options, f"param group {i}", memory)
+            self._init_group(group, *stepped[:4], in_graph)
+            if stepped.params:
+                groups.append(stepped)
 
         state = [(group, group.momentum_buffers, "momentum_buffer") for group in groups]
         state += [(group, group.compensations, "compensation") for group in groups]
@@ -494,29 +488,26 @@ class LARS(Optimizer):
 
     def _check_before_step(self, i: int, group: dict[str, Any]) -> None:
         """Check the options of a group, which users may edit, before any group moves. `split` checks its tensors."""
-        where, lr = f"param group {i}", group["lr"]
+        where, lr, params = f"param group {i}", group["lr"], group["params"]
         if group["differentiable"] and torch.is_grad_enabled():
-            check_no_leaves([p for p in group["params"] if p.grad is not None])
-        narrowest = narrowest_dtype(group["params"]) if group["params"] else None
-        values = [group[name] for name in NAMES]
+            check_no_leaves([p for p in params if p.grad is not None])
+        narrowest = narrowest_dtype(set(map(_dtype, params)))
+        values = [*values_of(group), narrowest]
         values[0] = 0.0 if isinstance(lr, (float, Tensor)) else lr  # a schedule's rounding may take it below 0
-        values += [narrowest]
         checked = self._checked.get(i)
         if checked is None or any(new is not old for new, old in zip(values, checked[0])):
             options = dict(zip(NAMES, values))
             check_options(options, where)
             self._check_whole(options, where)
-            if narrowest is not None:
-                check_numbers(options, narrowest, where)
-            limit = math.inf if narrowest is None else largest_lr(options, narrowest)
-            checked = self._checked[i] = values, limit
-        check_lr(lr, next(iter(group["params"]), None), checked[1], where)
+            checked = self._checked[i] = values, check_numbers(options, narrowest, where)
+        check_lr(lr, checked[1], all(p.is_meta for p in params[:1]), where)
 
     # Leave the graph like torch's own fused step, but once for all groups, because skip_nonfinite decides for all.
     _step_groups_outside_graphs = outside_graphs(_step_groups)
 
     def _params_and_options(self) -> list[tuple[list[Tensor], Options]]:
-        return [(group["params"], _options(group)) for group in self.param_groups]
+        # not `values_of`, after which the compiler makes a second graph when a state dict is loaded
+        return [(group["params"], Options(*[group[name] for name in NAMES])) for group in self.param_groups]
 
     @torch.no_grad()
     def trust_ratios(self) -> dict[str, float]:
@@ -561,9 +552,7 @@ class LARS(Optimizer):
             measured = [([j], *norms.unsqueeze(1)) for j, norms in exchanged.items()]
             here, its_grads = [sharding.local(params[j]) for j in present], [sharding.local(grad) for grad in grads]
             options = of_step._replace(momentum=0.0, skip_nonfinite=False)
-            for bucket in (
-                split(Group(here, its_grads, [], [], options, f"param group {group_index}")) if present else []
-            ):
+            for bucket in split(Group(here, its_grads, [], [], options, f"param group {group_index}")):
                 known = bucket.backend.measure(bucket, True)
                 assert known.param is not None  # the group is adapted
                 assert known.direction is not None
@@ -650,12 +639,7 @@ class LARS(Optimizer):
 
     def __repr__(self) -> str:
         """The backend of each group, whether it is adapted, and its options that are not defaults."""
-        groups = self.param_groups
-        return "\n".join([f"{type(self).__name__} (", describe(groups, [_options(group) for group in groups]), ")"])
-
-
-def _options(group: dict[str, Any]) -> Options:
-    return Options(*[group[name] for name in NAMES])
+        return "\n".join([f"{type(self).__name__} (", describe(self.param_groups), ")"])
 
 
 def _is_missing(lr: object) -> bool:
@@ -665,11 +649,9 @@ def _is_missing(lr: object) -> bool:
 
 def _as_list(params: Any) -> dict[str, Any]:
     """The params of a group as a list. Before torch 2.6 also their names, which later versions keep themselves."""
-    if isinstance(params, (Tensor, set)):
-        return {
-            "params": [params] if isinstance(params, Tensor) else params
-        }  # torch raises for sets, because they have no order
-    params = list(params)
+    if isinstance(params, set):
+        return {"params": params}  # torch raises, because a set has no order
+    params = [params] if isinstance(params, Tensor) else list(params)
     if not NAMED_PARAMETERS and params and all(isinstance(p, tuple) for p in params):
         return {"params": [p[1] for p in params], "param_names": [p[0] for p in params]}
     return {"params": params}

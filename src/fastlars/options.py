@@ -2,7 +2,8 @@
 
 import math
 import numbers
-from typing import Any, Iterable, Mapping, NamedTuple, Optional, Union  # noqa: UP035  TorchScript reads only these spellings
+from operator import itemgetter
+from typing import Any, Mapping, NamedTuple, Optional, Union  # noqa: UP035  TorchScript reads only these spellings
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ class Options(NamedTuple):
 
 
 NAMES = Options._fields
+values_of = itemgetter(*NAMES)  # the values of a param group, in the order of `Options`
 TRUST_DENOMINATORS = ("separate", "joint")
 _NON_NEGATIVE = ("momentum", "weight_decay", "trust_coefficient", "eps")
 _BOOLEAN = ("nesterov", "trust_clip", "lr_in_momentum", "skip_nonfinite", "maximize", "differentiable")
@@ -70,13 +72,8 @@ def _check_together(options: Mapping[str, Any], where: str) -> None:
         )
     if options["skip_nonfinite"]:
         check_can_be_skipped(momentum, dampening, f"{where}: skip_nonfinite=True")
-    pairs = (
-        ("foreach", "differentiable"),
-        ("fused", "differentiable"),
-        ("kahan_sum", "differentiable"),
-        ("fused", "foreach"),
-    )
-    for first, second in pairs:
+    pairs = [(name, "differentiable") for name in ("foreach", "fused", "kahan_sum")]
+    for first, second in [*pairs, ("fused", "foreach")]:
         if options[first] and options[second]:
             raise ValueError(f"{where}: {first}=True and {second}=True exclude each other; set only one of them")
 
@@ -119,8 +116,7 @@ def _check_number(name: str, value: Any, where: str, minimum: float = -math.inf)
         raise TypeError(f"{where}: {name} {rule}, got {value!r}")
     if isinstance(value, numbers.Integral) and abs(int(value)) >= 2**63:
         raise ValueError(f"{where}: {name} {rule}, got {value}, an integer beyond 64 bits; give a float")
-    number = float(value)
-    if not (minimum <= number < math.inf and number > -math.inf):
+    if not (math.isfinite(value) and float(value) >= minimum):
         raise ValueError(f"{where}: {name} {rule}, got {value}")
 
 
@@ -131,14 +127,3 @@ def check_no_module(params: Any, where: str) -> None:
             f"{where}: LARS takes parameters, got a {type(params).__name__}; pass model.parameters(), or "
             "fastlars.param_groups(model, weight_decay), which does not adapt biases and normalisation tensors"
         )
-
-
-def check_params(params: Iterable[Any], where: str) -> None:
-    """Raise for the first tensor, or named tensor, that LARS cannot update."""
-    for i, item in enumerate(params):
-        param = item[1] if isinstance(item, tuple) else item
-        if isinstance(param, Tensor) and not (param.is_floating_point() or param.is_complex()):
-            raise TypeError(
-                f"{where}: parameters must be floating or complex tensors, got {param.dtype} at position {i}; "
-                "leave it out of the optimizer or convert it"
-            )

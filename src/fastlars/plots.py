@@ -59,16 +59,16 @@ def trust_ratios(
         )
 
     try:
-        import matplotlib  # noqa: F401, PLC0415  an extra, and slow to import
+        # here, because matplotlib is an extra and slow to import
+        from matplotlib import colormaps, pyplot  # noqa: PLC0415
+        from matplotlib.colors import LogNorm  # noqa: PLC0415
+        from matplotlib.patches import Patch  # noqa: PLC0415
+        from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
     except ImportError as error:
         raise ImportError(
             f"fastlars.plots needs matplotlib, which cannot be imported ({error}); run pip install 'fastlars[plot]' or "
             "pip install matplotlib"
         ) from error
-    from matplotlib import colormaps, pyplot  # noqa: PLC0415
-    from matplotlib.colors import LogNorm  # noqa: PLC0415
-    from matplotlib.patches import Patch  # noqa: PLC0415
-    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
 
     if ax is None:
         width = 5 + 0.065 * max(map(len, rows)) + 0.03 * min(len(steps), 100)

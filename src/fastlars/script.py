@@ -33,11 +33,18 @@ def scripted_step(
     grads = [g.to(p.dtype) if p.is_complex() and not g.is_complex() else g for p, g in zip(params, grads)]
     if grad_scale is not None:
         grads = [unscaled(grad, grad_scale) for grad in grads]
+    buffers: List[Tensor] = []
     b: List[Tensor] = []
     c: List[Tensor] = []
     skip: Optional[Tensor] = None if found_inf is None else found_inf.reshape(()) != 0
     for i, param in enumerate(params):
-        first_step = options.momentum != 0 and momentum_buffers[i] is None
+        first_step = False
+        if options.momentum != 0:
+            buffer = momentum_buffers[i]
+            first_step = buffer is None
+            made = torch.zeros_like(param) if buffer is None else buffer
+            momentum_buffers[i] = made
+            buffers.append(made)
         # the update would overwrite the norm's input, which autograd saves
         b_i, c_i = _coefficients(param.clone() if options.differentiable else param, grads[i], first_step, options)
         b.append(b_i)
@@ -46,30 +53,18 @@ def scripted_step(
             flag = ~norms([real(grads[i])], foreach=False).isfinite().all()
             skip = flag if skip is None else skip | on_device(flag, skip)
 
-    old_buffers: List[Tensor] = []
     for i, param in enumerate(params):
-        if options.momentum != 0:
-            buffer = momentum_buffers[i]
-            made = torch.zeros_like(param) if buffer is None else buffer
-            momentum_buffers[i] = made
-            old_buffers.append(made)
-    new_params = [_writable(tensor, skip is not None) for tensor in params]
-    new_buffers = [_writable(tensor, skip is not None) for tensor in old_buffers]
-    foreach = options.foreach
-    if foreach is not None and foreach:
-        _multi_tensor_update(new_params, grads, new_buffers, b, c, options)
-    else:
-        for i, param in enumerate(new_params):
-            w = real(param)
-            step_size = scalar_lr(options.lr, w)
-            if options.lr_in_momentum:
-                step_size = scalar_lr(1.0, w)
-            v = [real(tensor) for tensor in new_buffers[i : i + 1]]
-            single_tensor_update([w], [real(grads[i])], v, [b[i]], [c[i]], step_size, options)
-    for target, source in zip(params + old_buffers, new_params + new_buffers):
-        if skip is not None or is_half(target.dtype) or is_conjugate(target):
-            value = source.to(target.dtype)
-            target.copy_(value if skip is None else torch.where(on_device(skip, target), target, value))
+        old = [param] + buffers[i : i + 1]  # noqa: RUF005  TorchScript does not unpack into lists
+        new = [_writable(tensor, skip is not None) for tensor in old]
+        w, v = real(new[0]), [real(tensor) for tensor in new[1:]]
+        step_size = scalar_lr(options.lr, w)
+        if options.lr_in_momentum:
+            step_size = scalar_lr(1.0, w)
+        single_tensor_update([w], [real(grads[i])], v, [b[i]], [c[i]], step_size, options)
+        for target, source in zip(old, new):
+            if skip is not None or is_half(target.dtype) or is_conjugate(target):
+                value = source.to(target.dtype)
+                target.copy_(value if skip is None else torch.where(on_device(skip, target), target, value))
 
 
 def _writable(tensor: Tensor, gated: bool) -> Tensor:
@@ -78,39 +73,6 @@ def _writable(tensor: Tensor, gated: bool) -> Tensor:
     if not (gated or half or is_conjugate(tensor)):
         return tensor
     return tensor.resolve_conj().to(torch.float32 if half else tensor.dtype, copy=True)
-
-
-def _multi_tensor_update(
-    params: List[Tensor],
-    grads: List[Tensor],
-    momentum_buffers: List[Tensor],
-    b: List[Tensor],
-    c: List[Tensor],
-    options: Options,
-) -> None:
-    """Compute out of place, then write tensor by tensor.
-
-    TorchScript treats an in-place foreach op as a write to its list, not to the tensors in it, and removes the op if the
-    list was made in the script and is not used again.
-    """
-    weights = [real(param) for param in params]
-    directions = torch._foreach_mul([real(grad).to(w.dtype) for grad, w in zip(grads, weights)], b)
-    if options.weight_decay != 0:
-        directions = torch._foreach_addcmul(directions, weights, c)
-    if options.momentum != 0:
-        buffers = [real(buffer) for buffer in momentum_buffers]
-        velocities = torch._foreach_add(torch._foreach_mul(buffers, options.momentum), directions)
-        for buffer, velocity in zip(buffers, velocities):
-            buffer.copy_(velocity)
-        if options.nesterov:
-            directions = torch._foreach_add(directions, velocities, alpha=options.momentum)
-        else:
-            directions = velocities
-    for w, direction in zip(weights, directions):
-        step_size = scalar_lr(options.lr, w)
-        if options.lr_in_momentum:
-            step_size = scalar_lr(1.0, w)
-        w.addcmul_(direction, torch.as_tensor(-step_size))
 
 
 def _coefficients(param: Tensor, grad: Tensor, first_step: bool, options: Options) -> List[Tensor]:

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from .backends import split
 from .buckets import Group, Norms
-from .checks import check_captured
 from .formula import on_device
 from .sharding import Sharded
 
@@ -23,8 +22,6 @@ def step(
     All buckets are measured before any is updated, because one gradient may skip every group with
     ``skip_nonfinite``, and because all sharded tensors exchange their norms together.
     """
-    for group in groups:
-        check_captured(group)
     local = groups if shards is None else [shards.local(group) for group in groups]
     buckets_of = [split(group, grad_scale, found_inf) for group in local]
     buckets = [bucket for each in buckets_of for bucket in each]

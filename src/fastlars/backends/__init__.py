@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastlars.buckets import Backend, Bucket, Group
-from fastlars.checks import check_fit, is_capturing
+from fastlars.checks import check_captured, check_fit, is_capturing
 from fastlars.compat import metadata_guard, operations_are_seen
 from fastlars.dtypes import is_conjugate
 from fastlars.formula import is_compensated, unscaled
@@ -33,6 +33,9 @@ BACKENDS: list[Backend] = [
     TorchSGD(SINGLE),
     SINGLE,
 ]
+
+
+_T = TypeVar("_T")
 
 
 class _Place(NamedTuple):
@@ -58,41 +61,45 @@ def leaves_graph(params: list[Tensor], options: Options) -> bool:
 
 def split(group: Group, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> list[Bucket]:
     """The buckets of a group. Replaces torch's own helper, which does not sort while compiling."""
-    params, grads, options = group.params, group.grads, group.options
+    options = group.options
     buffers = group.momentum_buffers if options.momentum != 0 else []
     gated = bool(options.skip_nonfinite) or found_inf is not None or grad_scale is not None
-    if group.memory is None:
-        places, grads = _sort(wanted(params, options, gated), group, buffers)
+    capturing = not torch.compiler.is_compiling() and is_capturing()
+    # A mode may create fake tensors, and treats existing memory as a constant. A CUDA graph rewrites its memory in each
+    # replay, even after a later step has replaced this cache, so that memory must come from the graph's own pool.
+    if group.memory is None or capturing or operations_are_seen():
+        places, grads = _sort(group, buffers, gated)
     else:
-        assignment = group.memory.assignments.get(group.where)
-        if assignment is None:
-            assignment = group.memory.assignments[group.where] = _Assignment()
+        assignment = group.memory.assignments.setdefault(group.where, _Assignment())
         places, grads = assignment.places(group, buffers, gated)
     buckets: list[Bucket] = []
     for backend, indices, plan in places:
-        whole = len(indices) == len(params)
-        of_bucket = grads if whole else [grads[i] for i in indices]
-        rest = grad_scale if backend.takes_scale else None
+        params, of_bucket, momentum_buffers = _at(indices, group.params), _at(indices, grads), _at(indices, buffers)
         if grad_scale is not None and not backend.takes_scale:
             of_bucket = [unscaled(grad, grad_scale) for grad in of_bucket]
-        momentum_buffers = buffers if whole or len(buffers) == 0 else [buffers[i] for i in indices]
-        kept = group.compensations if is_compensated(params[indices[0]].dtype, options) else []
         buckets.append(
             Bucket(
                 backend,
                 indices,
-                params if whole else [params[i] for i in indices],
+                params,
                 of_bucket,
                 momentum_buffers,
-                kept if whole or len(kept) == 0 else [kept[i] for i in indices],
+                _at(indices, group.compensations) if is_compensated(params[0].dtype, options) else [],
                 options,
-                len(momentum_buffers) > 0 and momentum_buffers[0] is None,
-                rest,
-                plan,
-                group.memory,
+                is_first_step=len(momentum_buffers) > 0 and momentum_buffers[0] is None,
+                grad_scale=grad_scale if backend.takes_scale else None,
+                plan=plan,
+                memory=group.memory,
             )
         )
+        if capturing:
+            check_captured(buckets[-1], group.where)
     return buckets
+
+
+def _at(indices: list[int], tensors: list[_T]) -> list[_T]:
+    """The tensors at these indices; the list itself if that is all of it, because the step stores new state there."""
+    return tensors if len(tensors) in (0, len(indices)) else [tensors[i] for i in indices]
 
 
 class _Assignment:
@@ -110,10 +117,6 @@ class _Assignment:
 
     def places(self, group: Group, buffers: list[Tensor | None], gated: bool) -> tuple[list[_Place], list[Tensor]]:
         """Like `_sort`, but cached."""
-        # A mode may create fake tensors, and treats existing memory as a constant. A CUDA graph rewrites its memory in each
-        # replay, even after a later step has replaced this cache, so that memory must come from the graph's own pool.
-        if operations_are_seen() or is_capturing():
-            return _sort(wanted(group.params, group.options, gated), group, buffers)
         made = [buffer for buffer in buffers if buffer is not None]
         kept = [compensation for compensation in group.compensations if compensation is not None]
         tensors = list(chain(group.params, group.grads, made, kept))
@@ -124,7 +127,7 @@ class _Assignment:
             if reads_first or not _share_storage(group.grads, [*group.params, *made, *kept]):
                 return self._places, group.grads
         failed, self._guard = self._guard is not None, None
-        self._places, grads = _sort(wanted(group.params, group.options, gated), group, buffers)
+        self._places, grads = _sort(group, buffers, gated)
         # Build the guard the second time a list is seen, but not right after one failed, because building it costs two sorts.
         # It detects neither missing buffers nor gradients that share memory with other tensors.
         if self._seen and not failed and len(made) in (0, len(buffers)) and grads is group.grads:
@@ -140,9 +143,9 @@ def _kind(options: Options) -> list[Any]:
     return [*kinds, (lr.device, lr.requires_grad) if isinstance(lr, Tensor) else None]
 
 
-def _sort(backends: list[Backend], group: Group, buffers: list[Tensor | None]) -> tuple[list[_Place], list[Tensor]]:
+def _sort(group: Group, buffers: list[Tensor | None], gated: bool) -> tuple[list[_Place], list[Tensor]]:
     """The places, and the gradients. A gradient that the step would overwrite is copied."""
-    params, grads = group.params, group.grads
+    params, grads, backends = group.params, group.grads, wanted(group.params, group.options, gated)
     made = [buffer for buffer in buffers if buffer is not None]
     kept = [compensation for compensation in group.compensations if compensation is not None]
     if not torch.compiler.is_compiling() and len(set(map(id, params))) < len(params):
@@ -153,13 +156,12 @@ def _sort(backends: list[Backend], group: Group, buffers: list[Tensor | None]) -
     if one_step and fused and _is_uniform(params, grads) and _serves(backends[0], params, grads, made + kept):
         return [_Place(backends[0], list(range(len(params))), backends[0].plan(params))], grads
     readable: list[Tensor] = []
-    indices_of: dict[Any, list[int]] = {}
-    backend_of: dict[Any, Backend] = {}
+    found: dict[Any, tuple[Backend, list[int]]] = {}
     for i, param in enumerate(params):
         grad, buffer = grads[i], buffers[i] if len(buffers) > 0 else None
         compensation = group.compensations[i] if len(group.compensations) > 0 else None
         if not torch.compiler.is_compiling():
-            check_fit(param, grad, buffer, group.where, compensation)
+            check_fit(param, grad, buffer, compensation, group.where)
         if param.is_complex() and not grad.is_complex():
             grad = grad.to(param.dtype)  # else its last dimension could be mistaken for real and imaginary parts
         if _is_written(grad, param, buffer, compensation):
@@ -168,14 +170,10 @@ def _sort(backends: list[Backend], group: Group, buffers: list[Tensor | None]) -
         backend = preferred(backends, param, grad, buffer, compensation)
         first_step = buffer is None and not backend.mixes_first_steps
         key = (backend.name, first_step, is_conjugate(param), param.device, param.dtype, grad.dtype)
-        if key not in indices_of:
-            indices_of[key] = []
-            backend_of[key] = backend
-        indices_of[key].append(i)
-    places = [
-        _Place(backend_of[key], indices, backend_of[key].plan([params[i] for i in indices]))
-        for key, indices in indices_of.items()
-    ]
+        if key not in found:  # old compilers cannot trace setdefault
+            found[key] = backend, []
+        found[key][1].append(i)
+    places = [_Place(backend, indices, backend.plan(_at(indices, params))) for backend, indices in found.values()]
     same = all([one is other for one, other in zip(readable, grads)])  # noqa: C419  old compilers cannot trace generators
     return places, grads if same else readable
 
@@ -183,11 +181,9 @@ def _sort(backends: list[Backend], group: Group, buffers: list[Tensor | None]) -
 def _is_written(grad: Tensor, *of_step: Tensor | None) -> bool:
     """Whether updating the parameter or its state would overwrite the gradient before all of it has been read."""
     written = [tensor for tensor in of_step if tensor is not None]
-    if torch.compiler.is_compiling() or not PLAIN.issuperset(map(type, [grad, *written])) or operations_are_seen():
-        return False  # without addresses
-    storage = storage_of(grad)
-    near = [tensor for tensor in written if storage_of(tensor) == storage]
-    return bool(near) and find_shared_memory([grad, *near], 1) is not None
+    if torch.compiler.is_compiling() or operations_are_seen() or not _share_storage([grad], written):
+        return False
+    return find_shared_memory([grad, *written], 1) is not None
 
 
 def _share_storage(grads: list[Tensor], written: list[Tensor]) -> bool:
@@ -214,10 +210,5 @@ def _serves(backend: Backend, params: list[Tensor], grads: list[Tensor], state: 
 
 def _is_uniform(params: list[Tensor], grads: list[Tensor]) -> bool:
     """Whether these tensors form one bucket if one backend serves them all."""
-    like, grad = params[0], grads[0]
-    for i, param in enumerate(params):
-        if param.dtype != like.dtype or grads[i].dtype != grad.dtype or param.device != like.device:
-            return False
-        if grads[i].shape != param.shape or is_conjugate(param) != is_conjugate(like):
-            return False
-    return True
+    kinds = {(param.dtype, param.device, is_conjugate(param), grad.dtype) for param, grad in zip(params, grads)}
+    return len(kinds) == 1 and all(map(Tensor.is_same_size, params, grads))

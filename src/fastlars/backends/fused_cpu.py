@@ -58,12 +58,11 @@ class FusedCPU:
 
     def serves(self, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]) -> bool:
         """Whether the kernel, which ignores strides, computes these correctly."""
-        others = [grads, momentum_buffers] if momentum_buffers else [grads]
         tensors = [*params, *grads, *momentum_buffers]
         return (
             all(map(_is_cpu, tensors))
             and {torch.float32}.issuperset(map(_dtype, tensors))
-            and can_be_walked(params, *others)
+            and can_be_walked(params, grads, momentum_buffers)
         )
 
     def plan(self, params: list[Tensor]) -> Plan:
@@ -82,21 +81,17 @@ class FusedCPU:
         """Step the stacks, then the other tensors one by one."""
         if gate is not None and gate.any():  # on the CPU, where reading it does not synchronise
             return
-        first_step = bucket.is_first_step
-        params, grads, buffers = bucket.params, bucket.grads, make_state(bucket)[0]
-        known = None if norms.param is None or norms.direction is None else torch.stack([norms.param, norms.direction])
         plan: Plan = bucket.plan
-        fused = _Fused(bucket.options, first_step, plan.grads)
+        fused = _Fused(bucket, plan.grads)
+        both = [norm for norm in norms[:2] if norm is not None]
+        known = torch.stack(both, dim=1) if both else None
         for stacks in plan.stacks:
             places = [i for stack in stacks for i in stack.places]
-            pair = None if known is None else (known[0, places], known[1, places])
-            fused.stacked(stacks, params, grads, [buffers[i] for i in places] if buffers else [], pair)
-        numbers = None if known is None else known.tolist()
+            fused.stacked(stacks, places, None if known is None else (known[places, 0], known[places, 1]))
+        pairs = [None] * len(bucket.params) if known is None else known.tolist()
         for i in plan.alone:
-            fused.alone(
-                params[i], grads[i], buffers[i : i + 1], None if numbers is None else (numbers[0][i], numbers[1][i])
-            )
-        bump_versions(params + buffers)
+            fused.alone(i, pairs[i])
+        bump_versions(fused.params + fused.buffers)
 
 
 class _Stack(NamedTuple):
@@ -151,33 +146,27 @@ class Plan:
 
 
 class _Fused:
-    """The step of tensors that `serves` accepted and that share options."""
+    """The step of a bucket's tensors, in parts."""
 
-    def __init__(self, options: Options, first_step: bool, workspace: Tensor) -> None:
-        self.options = options
-        self.adapted = is_adapted(options)
-        self.first_step = first_step
-        self.lr = float(options.lr)
-        self.step_size = 1.0 if options.lr_in_momentum else self.lr
+    def __init__(self, bucket: Bucket, workspace: Tensor) -> None:
+        self.params, self.grads = bucket.params, bucket.grads
+        self.buffers = cast(list[Tensor], bucket.momentum_buffers)  # `measure` made the missing ones
+        self.options, self.first_step = bucket.options, bucket.is_first_step
+        self.adapted = is_adapted(bucket.options)
+        self.lr = float(bucket.options.lr)
+        self.step_size = 1.0 if bucket.options.lr_in_momentum else self.lr
         self.workspace = workspace
         self.has_addresses = not operations_are_seen()
 
-    def stacked(
-        self,
-        stacks: list[_Stack],
-        params: list[Tensor],
-        grads: list[Tensor],
-        buffers: list[Tensor],
-        norms: tuple[Tensor, Tensor] | None,
-    ) -> None:
+    def stacked(self, stacks: list[_Stack], places: list[int], norms: tuple[Tensor, Tensor] | None) -> None:
         """Step small tensors: copy them to a workspace, as rows of one matrix per shape, and call the kernel once."""
         for stack in stacks:
-            torch.stack([params[i] for i in stack.places], out=stack.weights)
-            torch.stack([grads[i] for i in stack.places], out=stack.grads)
+            torch.stack([self.params[i] for i in stack.places], out=stack.weights)
+            torch.stack([self.grads[i] for i in stack.places], out=stack.grads)
         weights, directions = [stack.weight_rows for stack in stacks], [stack.grad_rows for stack in stacks]
         updates = [direction for stack in stacks for direction in stack.directions]
         if norms is None and self.adapted:
-            norms = (self._row_norms(weights), self._row_direction_norms(weights, directions))
+            norms = (_row_norms(weights), _row_norms(list(map(self._direction, weights, directions))))
         counts = [len(w) for w in weights]
         b, c = (
             torch.split(torch.as_tensor(number, **_WORK).reshape(-1, 1).expand(len(updates), 1), counts)
@@ -187,10 +176,12 @@ class _Fused:
             direction.mul_(b[i])
             if self.options.weight_decay != 0:
                 direction.addcmul_(weights[i], c[i])
-        self._sgd([params[i] for stack in stacks for i in stack.places], updates, buffers)
+        buffers = [self.buffers[i] for i in places] if self.buffers else []
+        self._sgd([self.params[i] for i in places], updates, buffers)
 
-    def alone(self, param: Tensor, grad: Tensor, buffer: list[Tensor], norms: tuple[float, float] | None) -> None:
+    def alone(self, i: int, norms: tuple[float, float] | None) -> None:
         """Step one tensor: take its norms, then call the kernel while the tensor is still in cache."""
+        param, grad, buffer = self.params[i], self.grads[i], self.buffers[i : i + 1]
         if self.has_addresses and any(_is_shifted(grad, written) for written in (param, *buffer)):
             grad = grad.clone()
         if norms is None and self.adapted:
@@ -238,21 +229,17 @@ class _Fused:
     def _coefficients(self, norms: tuple[Number, Number] | None) -> tuple[Number, Number]:
         return coefficients(norms, self.lr, self.first_step, self.options)
 
-    def _row_norms(self, matrices: list[Tensor]) -> Tensor:
-        return torch.cat([_norms_of_rows(matrix) for matrix in matrices])
-
-    def _row_direction_norms(self, weights: list[Tensor], grads: list[Tensor]) -> Tensor:
-        if self.options.trust_denominator == "separate":
-            return self._row_norms(grads)
-        decay = self.options.weight_decay
-        return self._row_norms([(g * sign(self.options)).add_(w, alpha=decay) for w, g in zip(weights, grads)])
-
     def _direction_norm(self, param: Tensor, grad: Tensor) -> float:
         if self.options.trust_denominator == "separate":
             return _norm(grad)
         blocks = zip(torch.split(_flat(param), STACK), torch.split(_flat(grad), STACK))
-        decay = self.options.weight_decay
-        return math.hypot(*(_norm((g * sign(self.options)).add_(w, alpha=decay)) for w, g in blocks))
+        return math.hypot(*(_norm(self._direction(w, g)) for w, g in blocks))
+
+    def _direction(self, param: Tensor, grad: Tensor) -> Tensor:
+        """The tensor whose norm is in the ratio's denominator."""
+        if self.options.trust_denominator == "separate":
+            return grad
+        return (grad * sign(self.options)).add_(param, alpha=self.options.weight_decay)
 
 
 def _is_shifted(grad: Tensor, written: Tensor) -> bool:
@@ -281,13 +268,14 @@ def _matrix(numel: int) -> tuple[tuple[int, int], tuple[int, int]] | None:
     return None if row == 0 or numel > row * ROWS else ((numel // row, row), (row, 1))
 
 
-def _norms_of_rows(matrix: Tensor) -> Tensor:
-    count, numel = matrix.shape
-    if numel <= AT_ONCE:
-        norms: Tensor = vector_norm(matrix, dim=1)
-    else:
-        norms = vector_norm(vector_norm(matrix.view(count, -1, _row(numel)), dim=2), dim=1)
-    return norms
+def _row_norms(matrices: list[Tensor]) -> Tensor:
+    """The norms of the rows of all these matrices."""
+    norms: list[Tensor] = []
+    for matrix in matrices:
+        count, numel = matrix.shape
+        short = matrix if numel <= AT_ONCE else vector_norm(matrix.view(count, -1, _row(numel)), dim=2)
+        norms.append(vector_norm(short, dim=1))
+    return torch.cat(norms)
 
 
 @cache

@@ -18,6 +18,7 @@ def on_cpu(params: list[Tensor]) -> list[bool]:
 
 def can_be_walked(params: list[Tensor], *others: list[Tensor]) -> bool:
     """Whether these are plain dense tensors whose gradients and buffers have the same order of elements."""
+    others = tuple(filter(None, others))  # without momentum there are no buffers
     tensors = [tensor for each in (params, *others) for tensor in each]
     # map, because a loop over a model's tensors takes twice as long
     return (

@@ -15,6 +15,7 @@ import threading
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate, chain, repeat
 from typing import Any
 
@@ -52,7 +53,7 @@ CAPTURES = 4  # captures of a step before another eager step is needed
 
 def check_fused(params: Iterable[Any], where: str) -> None:
     """Raise if ``fused=True`` cannot be honoured for these tensors. Anything that is not a tensor is ignored."""
-    devices: dict[torch.device, str | None] = {}
+    refusal = cache(_refusal)
     for i, param in enumerate(params):
         if not isinstance(param, Tensor) or param.is_cpu:
             continue
@@ -63,9 +64,7 @@ def check_fused(params: Iterable[Any], where: str) -> None:
         elif param.dtype not in DTYPES:
             reason = f"on CUDA needs float32, bfloat16 or float16 tensors, got {param.dtype} at position {i}"
         else:
-            if param.device not in devices:
-                devices[param.device] = _refusal(param.device)
-            reason = devices[param.device]
+            reason = refusal(param.device)
         if reason is not None:
             raise RuntimeError(f"{where}: fused=True {reason}; leave fused=None or use foreach=True")
 
@@ -128,7 +127,7 @@ class Tables:
         if table is None:
             self._drop_old()
             # torch reuses pinned memory only after copies from it have finished
-            table = self._tables[key] = _new_table(_host_table(device, addresses, sizes), len(sizes), device)
+            table = self._tables[key] = _new_table(device, addresses, sizes)
         if not self._spares.get((device, sizes)):
             length = table.rows.numel() + (table.chunk_tensor.numel() + 1) // 2
             self._spares[device, sizes] = list(_pinned(device, CAPTURES, length).unbind())
@@ -143,20 +142,20 @@ class Tables:
     def _captured_table(self, device: torch.device, addresses: tuple[int, ...], sizes: tuple[int, ...]) -> _Table:
         # Device memory comes from the graph's pool, and each replay copies the table there again. The source must not
         # change while the graph exists, so the optimizer keeps it, like the graph's momentum buffers.
-        if spares := self._spares.get((device, sizes)):
-            spare = spares.pop()
-            self._captured.append(spare)
-            return _new_table(_host_table(device, addresses, sizes, spare), len(sizes), device)
-        raise RuntimeError(
-            "capturing a fused LARS step needs an eager step of the same tensors and options before it, which compiles the "
-            f"kernels and creates the state, and another one after every {CAPTURES} captures. Nothing has changed"
-        )
+        spares = self._spares.get((device, sizes))
+        if not spares:
+            raise RuntimeError(
+                "capturing a fused LARS step needs an eager step of the same tensors and options before it, which compiles "
+                f"the kernels and creates the state, and another one after every {CAPTURES} captures. Nothing has changed"
+            )
+        self._captured.append(spares.pop())
+        return _new_table(device, addresses, sizes, self._captured[-1])
 
 
-def _host_table(
+def _new_table(
     device: torch.device, addresses: tuple[int, ...], sizes: tuple[int, ...], host: Tensor | None = None
-) -> Tensor:
-    """The rows, followed by chunk_tensor, in pinned memory."""
+) -> _Table:
+    """A table on the device, copied from pinned memory that holds the rows, followed by chunk_tensor."""
     n = len(sizes)
     chunks = [max(1, -(-size // CHUNK)) for size in sizes]  # an empty tensor has an empty chunk
     ends = list(accumulate(chunks))
@@ -164,7 +163,7 @@ def _host_table(
     columns = [addresses[i * n : (i + 1) * n] for i in range(4)]
     rows = list(chain.from_iterable(zip(*columns, sizes, firsts, ends, repeat(0))))
     if host is None:
-        host = _pinned(device, COLUMNS * n + (ends[-1] + 1) // 2)
+        host = _pinned(device, len(rows) + (ends[-1] + 1) // 2)
     chunk_tensor = array("i")
     for i, count in enumerate(chunks):
         chunk_tensor.extend(array("i", [i]) * count)
@@ -174,22 +173,17 @@ def _host_table(
     for start, values in ((host.data_ptr(), array("q", rows)), (host.data_ptr() + after_rows, chunk_tensor)):
         address, length = values.buffer_info()
         ctypes.memmove(start, address, length * values.itemsize)
-    return host
+    table = torch.empty(host.shape, dtype=host.dtype, device=device).copy_(host, non_blocking=True)
+    return _Table(
+        rows=table[: len(rows)],
+        chunk_tensor=table[len(rows) :].view(torch.int32)[: ends[-1]],
+        sums=torch.empty(ends[-1], 3, dtype=torch.float32, device=device),
+        norms=torch.empty(3, n, dtype=torch.float32, device=device),
+    )
 
 
 def _pinned(device: torch.device, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
-
-
-def _new_table(host: Tensor, n: int, device: torch.device) -> _Table:
-    chunks = int(host[COLUMNS * n - 2])  # the end of the last tensor
-    table = torch.empty(host.shape, dtype=host.dtype, device=device).copy_(host, non_blocking=True)
-    return _Table(
-        rows=table[: COLUMNS * n],
-        chunk_tensor=table[COLUMNS * n :].view(torch.int32)[:chunks],
-        sums=torch.empty(chunks, 3, dtype=torch.float32, device=device),
-        norms=torch.empty(3, n, dtype=torch.float32, device=device),
-    )
 
 
 class Triton:
@@ -219,12 +213,11 @@ class Triton:
 
         Addresses need not be aligned. If they are not, the kernels work element by element.
         """
-        others = [grads, momentum_buffers] if momentum_buffers else [grads]
         return (
             all(p.device.type == self._device for p in params)
             and all(p.dtype in DTYPES and g.dtype in DTYPES and g.device == p.device for p, g in zip(params, grads))
             and all(v.dtype == p.dtype and v.device == p.device for p, v in zip(params, momentum_buffers))
-            and can_be_walked(params, *others)
+            and can_be_walked(params, grads, momentum_buffers)
         )
 
     def plan(self, params: list[Tensor]) -> None:
@@ -341,11 +334,9 @@ def _kernels() -> Any:
 
 def _lr(lr: float | Tensor, device: torch.device) -> tuple[Tensor | None, float]:
     """The two lr arguments of a kernel: a tensor to read, and a number, which the kernel gets as float32. Only one is used."""
-    if not isinstance(lr, Tensor):
-        return None, float(lr)
-    if lr.device.type == "cpu" and device.type != "cpu":
-        return None, float(lr)  # does not synchronise
-    return _scalar(lr, device), 0.0
+    if isinstance(lr, Tensor) and (lr.device.type != "cpu" or device.type == "cpu"):
+        return _scalar(lr, device), 0.0
+    return None, float(lr)  # reading a CPU tensor does not synchronise
 
 
 def _scalar(value: Tensor | None, device: torch.device) -> Tensor | None:
