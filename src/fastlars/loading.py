@@ -13,7 +13,7 @@ from . import sharding
 from .backends.layouts import find_shared_memory, own_every_element
 from .convert import foreign_key, groups_and_states
 
-# keys of the state tensors that a step writes
+# the keys under which a step stores its state tensors
 STATE = ("momentum_buffer", "compensation")
 
 
