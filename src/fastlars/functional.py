@@ -113,7 +113,9 @@ def _step(
     # the entries of parameters that are not compensated are not read
     keeps = [is_compensated(param.dtype, options) for param in params]
     if compensations is None and options.kahan_sum and any(keeps):
-        raise ValueError("kahan_sum=True needs compensations, a list with one entry per parameter, None before the first step")
+        raise ValueError(
+            "kahan_sum=True needs compensations, a list with one entry per parameter, None before the first step"
+        )
     read: List[Optional[Tensor]] = []
     if compensations is not None and any(keeps):
         read = [compensations[i] if keep else None for i, keep in enumerate(keeps)]
