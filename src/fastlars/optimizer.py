@@ -121,7 +121,7 @@ class LARS(Optimizer):
             parameter is neither floating nor complex.
         RuntimeError: if ``fused=True`` is not possible, and in :meth:`step` for sparse gradients.
 
-        No parameter or state has changed when these are raised.
+    No parameter or state has changed when these are raised.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.LayerNorm(4))
@@ -409,7 +409,7 @@ class LARS(Optimizer):
             RuntimeError: for sparse gradients, and if a CUDA graph captures the step before the momentum buffers exist.
             ValueError, TypeError: if an option was set in a group and is out of range or has the wrong type.
 
-            No parameter or state has changed when these are raised.
+        No parameter or state has changed when these are raised.
 
         Example:
             >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
