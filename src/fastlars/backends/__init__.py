@@ -138,7 +138,7 @@ class _Assignment:
 
 
 def _kind(options: Options) -> list[Any]:
-    """What backends read of the options. Of numbers, it is whether they are 0. Of a tensor lr, device and requires_grad."""
+    """The options as backends see them. They read only whether a number is 0, and a tensor lr's device and requires_grad."""
     lr = options.lr
     kinds = [value != 0 if isinstance(value, float) else value for value in options[1:]]
     return [*kinds, (lr.device, lr.requires_grad) if isinstance(lr, Tensor) else None]

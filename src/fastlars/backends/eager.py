@@ -83,7 +83,7 @@ class Single:
     def update(self, bucket: Bucket, norms: Norms, gate: Tensor | None) -> None:
         """Update in place. Half types and gated steps update copies, which are rounded once and written back unless skipped.
 
-        Multiplying a skipped update by 0 would not do, because 0 * NaN is NaN.
+        Multiplying an update by 0 would not skip it, because 0 * NaN is NaN.
         """
         params, buffers, options = bucket.params, make_state(bucket)[0], bucket.options
         like = real(params[0])
@@ -117,14 +117,14 @@ class Single:
 class Foreach(Single):
     """The same step with foreach operations, which take few launches on CUDA since torch 2.11.
 
-    It needs temporaries of the parameters' size only for half types, and for steps that may be skipped.
+    The update needs temporaries of the parameters' size only for half types, and for steps that may be skipped.
     """
 
     name = "foreach"
     foreach = True
 
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:  # noqa: ARG002
-        """If requested, or where it is torch's default. With fused=True, for tensors off the CPU that kernels do not serve."""
+        """If requested, or by default if torch's optimizers would. With fused=True, as a fallback for tensors off the CPU."""
         if options.fused:
             return not all(on_cpu(params))
         if options.foreach is None and options.fused is None and not options.differentiable:

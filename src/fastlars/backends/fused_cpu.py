@@ -32,8 +32,8 @@ from .layouts import can_be_walked, on_cpu
 SMALL = 12 * 1024
 # Norms of up to this many elements are computed in one float32 call instead of row by row. The relative error is up to 3e-6.
 AT_ONCE = 4096
-# Up to this many elements are stacked at a time, in two workspaces of up to 1 MiB. They are kept, because stacking into
-# new memory would mostly wait for page faults.
+# Up to this many elements are stacked at a time, in two workspaces of up to 1 MiB. The workspaces are kept between steps,
+# because stacking into new memory would mostly wait for page faults.
 STACK = 1 << 18
 # One dot product adds the squares of up to this many row norms in float32. The relative error is up to 5e-7.
 ROWS = 4096
@@ -108,7 +108,7 @@ class _Stack(NamedTuple):
 
 
 class Plan:
-    """Which tensors are stacked by shape and which are updated alone, by index, and the workspace.
+    """The indices of the tensors that are stacked by shape, the indices of those that are updated alone, and the workspace.
 
     Views of the workspace are cached, because making a view takes as long as copying a small tensor.
     """

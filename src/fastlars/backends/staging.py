@@ -72,7 +72,7 @@ class Staging:
             self._room(bucket, i, gated=bool(bucket.options.skip_nonfinite))
 
     def _room(self, bucket: Bucket, chunk: int, *, gated: bool) -> tuple[Copies, Copies, Copies, list[Tensor]]:
-        """Copies for the update, for its rounded results and of the old values, and copies of half-precision gradients."""
+        """Copies that are updated, copies for the rounded results, copies of the old values, and of half-type gradients."""
         like, kinds = bucket.params[0], 1 + bool(bucket.compensations) + bool(bucket.momentum_buffers)
         half, dtype = is_half(like.dtype), torch.float32 if is_half(like.dtype) else like.dtype
         wide = self._copies("step", chunk, kinds, like, dtype)

@@ -32,7 +32,7 @@ from fastlars.options import Options
 from .eager import make_state
 from .layouts import PLAIN, can_be_walked
 
-COLUMNS = 8  # of a table; an even number, because the data after the rows must be aligned to 16 bytes
+COLUMNS = 8  # columns of a table; their number is even, because the data after the rows must be aligned to 16 bytes
 # Elements per program of `partial_sums` and `update`, 8 per thread. A thread then takes at most 48 registers on sm_80 and
 # sm_90, and five programs fit on a multiprocessor without spilling. On sm_100 it takes 56 registers, and four programs fit.
 # With compensations, a thread of `update` takes up to 64 registers, and four programs fit.
