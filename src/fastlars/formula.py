@@ -36,14 +36,14 @@ def is_adapted(options: Options) -> bool:
 
 
 def is_compensated(dtype: torch.dtype, options: Options) -> bool:
-    """Whether the step keeps rounding errors of parameters of this dtype, by default of half types in adapted groups."""
+    """Whether the step keeps the rounding errors of this dtype. By default it does for half types in adapted groups."""
     kahan_sum = options.kahan_sum
     wanted = is_adapted(options) if kahan_sum is None else bool(kahan_sum)
     return wanted and is_half(dtype) and not options.differentiable
 
 
 def rounds_away(dtype: torch.dtype, relative_step: float, options: Options) -> bool:
-    """Whether rounding in this dtype loses most of a step of this relative size, without a compensation that keeps it."""
+    """Whether most of a step of this relative size is lost, because this dtype rounds it and no compensation keeps it."""
     return is_half(dtype) and not is_compensated(dtype, options) and relative_step < torch.finfo(dtype).eps
 
 

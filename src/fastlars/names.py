@@ -36,7 +36,7 @@ FOREIGN = {
     "skip_list": _GROUPS,  # MLPerf
     "weight_decay_mask": _GROUPS,  # optax
     "trust_ratio_mask": _GROUPS,
-    "classic_momentum": 'for True, pass dialect="simclr"; False, the ratio of the momentum buffer, is not available',  # SimCLR
+    "classic_momentum": 'for True, pass dialect="simclr"; a ratio of the momentum buffer (False) is not available',  # SimCLR
     "max_unorm": "a cap on SGD's step is not available, and trust_clip=True comes nearest",  # bitsandbytes
 }
 

@@ -49,8 +49,8 @@ def norms(tensors: list[Tensor], foreach: bool) -> Tensor:
 def joint_norms(params: list[Tensor], grads: list[Tensor], sign: float, weight_decay: float, foreach: bool) -> Tensor:
     """|sign * g + weight_decay * w| of each tensor, as a tensor of shape (n,).
 
-    The sum is computed, in temporaries of 1 MiB on CPU and of one chunk elsewhere. A formula with |g|, |w| and their dot
-    product would suffer cancellation if sign * g is near -weight_decay * w.
+    The sum is computed, in temporaries of 1 MiB on CPU and of one chunk elsewhere. A formula with |g|, |w| and the
+    dot product of g and w would suffer cancellation if sign * g is near -weight_decay * w.
     """
     if params[0].device.type == "cpu":
         row_norms = [_joint_row_norms(w, g, sign * weight_decay) for w, g in zip(params, grads)]

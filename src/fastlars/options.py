@@ -49,7 +49,7 @@ def check_options(options: Mapping[str, Any], where: str) -> None:
         _check_number(name, options[name], where, minimum=0.0)
     if options["momentum"] >= 1:
         raise ValueError(
-            f"{where}: momentum must be < 1, got {options['momentum']}, with which the buffer would never forget a gradient; "
+            f"{where}: momentum must be < 1, got {options['momentum']}, because the buffer must forget old gradients; "
             "0.9 is usual"
         )
     _check_number("dampening", options["dampening"], where)

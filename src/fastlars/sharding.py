@@ -57,7 +57,7 @@ def is_sharded(tensor: Any) -> bool:
 
 def _is_dtensor(cls: type) -> bool:
     if cls is Tensor or cls is torch.nn.Parameter:
-        return False  # before sys.modules is read, whose size Dynamo guards, so each import would recompile the step
+        return False  # without reading sys.modules, whose size Dynamo guards, so each import would recompile the step
     kind, by_class_only = dtensor(), getattr(sys.modules.get(_XLA), "XLAShardedTensor", ())
     return kind is not None and issubclass(cls, kind) and not issubclass(cls, by_class_only)
 
@@ -270,7 +270,7 @@ class Sharded:
         Returns:
             The norms of whole tensors, and the two flags as 0-dim tensors.
         """
-        # decide for each dimension, because all of its ranks reach the same decision, but some may be outside other meshes
+        # decide for each dimension alone: all of its ranks reach the same decision, but some may not belong to other meshes
         asked = [ranks for ranks in self._joined if self._rows[ranks] or self._skips or found_inf is not None]
         if not asked:
             return measured, found_inf, nonfinite

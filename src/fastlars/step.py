@@ -1,6 +1,6 @@
 """One optimizer step.
 
-It sorts tensors into buckets, computes all norms, decides which groups are skipped, and updates the rest.
+It sorts tensors into buckets, computes norms, decides which groups are skipped, and updates the rest.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ def step(
 ) -> None:
     """Update the parameters of all groups, and store new momentum buffers and compensations in the groups' lists.
 
-    All norms are computed before any update, because one gradient that is not finite skips every group with
+    All buckets are measured before any is updated, because one gradient that is not finite skips every group with
     ``skip_nonfinite``, and because all sharded tensors exchange their norms together.
     """
     local = groups if shards is None else [shards.local(group) for group in groups]
     buckets_of = [split(group, grad_scale, found_inf) for group in local]
     buckets = [bucket for each in buckets_of for bucket in each]
 
-    # 1. Compute norms. No parameter changes here.
+    # 1. Measure all buckets. No parameter changes here.
     norms = [bucket.backend.measure(bucket, shards is not None) for bucket in buckets]
 
     # 2. Decide which groups are skipped. All ranks reach the same decision.

@@ -146,7 +146,8 @@ class Tables:
         if not spares:
             raise RuntimeError(
                 "capturing a fused LARS step needs an eager step of the same tensors and options before it, which compiles "
-                f"the kernels and creates the state, and another one after every {CAPTURES} captures. Nothing has changed"
+                f"the kernels and creates the state, and another eager step after every {CAPTURES} captures. Nothing has "
+                "changed"
             )
         self._captured.append(spares.pop())
         return _new_table(device, addresses, sizes, self._captured[-1])
