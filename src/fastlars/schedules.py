@@ -1,4 +1,4 @@
-"""Learning rates for large-batch training. Schedules with warm-up and decay, and rules that scale lr with the batch.
+"""Learning rates for large-batch training: schedules with warm-up and decay, and rules that scale lr with the batch.
 
 Each schedule is a torch LambdaLR. Call its ``step()`` once after every optimizer step. Every group keeps its own lr and
 gets the same factor. A tensor lr is written in place, so a compiled or captured step sees it without recompiling.
