@@ -24,7 +24,7 @@ NEWEST = "torch>=2.4"  # the newest that the resolver finds for this Python and 
 ON_CPU = "not cuda and not mps"
 EVERYWHERE = ("cpu", "cuda", "mps")
 
-# The oldest, the newest and one in between run on every device.
+# The oldest torch, the newest and one in between run on every device.
 VERSIONS = [
     ("3.11", "2.4.1", EVERYWHERE),
     ("3.12", "2.6.0", ("cpu",)),
@@ -34,9 +34,10 @@ VERSIONS = [
     ("3.13", "2.15.0", EVERYWHERE),
     ("3.14", "2.15.0", ("cpu",)),
 ]
-# The oldest and one in between. .ci/run tests on them what another torch may break, and everything on the newest.
+# The oldest torch and one in between. With these, .ci/run runs the tests that another torch may break. With the newest torch
+# it runs all tests.
 GATE = [nox.param(python, torch, id=f"torch{torch}") for python, torch, _ in VERSIONS if torch in ("2.4.1", "2.13.0")]
-# no torch can break these, or another session runs them
+# test files that depend on no torch version, or that another session runs
 NOT_OF_A_VERSION = ("benchmarks", "demo", "figures", "study", "typing")
 CELLS = [
     nox.param(
@@ -53,7 +54,7 @@ FRAMEWORKS = ("accelerate", "lightly", "lightning", "timm", "transformers")
 
 @nox.session
 def quick(session: nox.Session) -> None:
-    """The README's test command: the tests that are not slow, on this Python and the newest torch."""
+    """The README's test command, which runs the tests that are not slow on this Python and the newest torch."""
     install(session, NEWEST, "--group", "test", "--group", "demo", "--group", "pages")
     suite(session, f"not slow and {ON_CPU}")
 
@@ -81,7 +82,7 @@ def tests(session: nox.Session, torch: str, device: str) -> None:
 @nox.session
 @nox.parametrize("python,torch", GATE)
 def gate(session: nox.Session, torch: str) -> None:
-    """Tests that another torch may break: those that are not slow, and slow ones marked `version`."""
+    """Tests that another torch may break. These are the tests that are not slow, and slow ones marked `version`."""
     install_torch(session, torch)
     others = [f"--ignore=tests/test_{name}.py" for name in NOT_OF_A_VERSION]
     suite(session, f"(not slow or version) and {ON_CPU}", *others)
@@ -89,7 +90,7 @@ def gate(session: nox.Session, torch: str) -> None:
 
 @nox.session(python="3.11")
 def vulkan(session: nox.Session) -> None:
-    """The device tests on Vulkan: any GPU, or Debian's mesa-vulkan-drivers, which need no GPU."""
+    """The device tests on Vulkan, on any GPU or with Debian's mesa-vulkan-drivers, which need no GPU."""
     if not present("vulkan"):
         session.skip("no Vulkan driver; `apt-get install mesa-vulkan-drivers libvulkan1` brings one that needs no GPU")
     # torchvulkan is compiled against this torch
@@ -116,15 +117,15 @@ def nightly(session: nox.Session) -> None:
             "for its preview (nightly) builds"
         )
     session.install("--prerelease", "allow", "--index", index, "torch")
-    install(session, NEWEST, "--group", "test")  # which the torch that is there satisfies
+    install(session, NEWEST, "--group", "test")  # the installed nightly satisfies NEWEST
     session.run("python", "-c", "import torch; print('torch', torch.__version__)")
-    pytest(session, ON_CPU, "tests/test_private_names.py")  # what broke, before all that breaks because of it
+    pytest(session, ON_CPU, "tests/test_private_names.py")  # first, because a missing name breaks many tests
     suite(session, ON_CPU)
 
 
 @nox.session
 def torch_suite(session: nox.Session) -> None:
-    """The optimizer tests of torch itself, run on LARS: `-- PATH` of test/test_optim.py in a checkout of torch."""
+    """Run torch's own optimizer tests on LARS. `-- PATH` is test/test_optim.py in a checkout of torch."""
     if not session.posargs:
         session.error("which tests? `-- PATH`, of test/test_optim.py in a checkout of the newest released torch")
     install(session, NEWEST, "--group", "torch-suite")
@@ -135,7 +136,7 @@ def torch_suite(session: nox.Session) -> None:
 
 @nox.session
 def properties(session: nox.Session) -> None:
-    """Each property on new random examples for a minute, or ten with `-- 600`."""
+    """Test each property on new random examples for a minute, or for ten minutes with `-- 600`."""
     install(session, NEWEST, "--group", "test")
     env = {"FASTLARS_EXPECT_WHEEL": "1", "FASTLARS_PROPERTIES_SECONDS": (session.posargs or ["60"])[0]}
     session.run("python", "-m", "pytest", "tests/test_properties.py", "tests/test_fuzz_steps.py", env=env)
@@ -143,13 +144,13 @@ def properties(session: nox.Session) -> None:
 
 @nox.session
 def mutants(session: nox.Session) -> None:
-    """How many seeded faults the tests find. `-- --number 400 --seed 5` draws others. It resumes if stopped."""
+    """Count how many seeded faults the tests find. `-- --number 400 --seed 5` draws others. A stopped run resumes."""
     install(session, NEWEST, "--group", "test", "--group", "pages", "--group", "mutants")
     folder = Path("results", "mutants")
     program, lines = ("python", "tests/mutants.py"), str(folder / "lines")
     if not (folder / "lines").exists():
         cases = {"EXECUTED_LINES_CASES": "10"}
-        # which runs the kernels' tests in one process, recorded one by one below
+        # this test runs all tests of the kernels in one process, and they are recorded one by one below
         whole = ("--deselect", "tests/test_triton.py::test_kernels_under_the_interpreter")
         session.run(*program, "record", lines, "--", "-m", ON_CPU, "-n", "auto", *whole, env=cases)
         kernels = ("tests/triton_interpreted.py", "-W", "ignore:Conversion of an array:DeprecationWarning")
@@ -159,14 +160,14 @@ def mutants(session: nox.Session) -> None:
 
 @nox.session
 def parity(session: nox.Session) -> None:
-    """The dialects against the current releases of the packages they are named after, which it prints."""
+    """Compare the dialects with the current releases of the packages they are named after, and print the releases."""
     install(session, NEWEST, "--group", "parity")
     pytest(session, ON_CPU, "tests/parity")
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Lint, format, and the security of workflows. `-- --fix` fixes what ruff can."""
+    """Check lint, format and the security of workflows. `-- --fix` fixes what ruff can fix."""
     session.install("--group", "lint")
     session.run("zizmor", "--offline", "--quiet", ".github")
     session.run("ruff", "check", *session.posargs)
@@ -175,7 +176,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Strict mypy on src; mypy and pyright on a user's program."""
+    """Run strict mypy on src, and mypy and pyright on a user's program."""
     install(session, NEWEST, "--group", "types")
     session.run("mypy", *session.posargs)
     session.run("python", "-m", "pytest", "tests/test_typing.py", env={"FASTLARS_EXPECT_WHEEL": "1"})
@@ -183,14 +184,14 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """The demo, under a minute of training; `-- --search` searches the learning rates again."""
+    """Run the demo, which trains for less than a minute. `-- --search` searches the learning rates again."""
     install(session, NEWEST, "--group", "demo")
     session.run("python", "-m", "benchmarks.demo", *session.posargs)
 
 
 @nox.session
 def study(session: nox.Session) -> None:
-    """The large-batch study: `-- --data FOLDER --out FILE.csv` trains it again in 20 minutes on two cores."""
+    """Run the large-batch study. `-- --data FOLDER --out FILE.csv` trains it again in 20 minutes on two cores."""
     install(session, NEWEST, "--group", "demo")
     session.run("python", "-m", "benchmarks.study", *session.posargs)
 
@@ -207,14 +208,14 @@ def frameworks(session: nox.Session, framework: str) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Step times with pytest-benchmark, which gets the arguments after `--` (-k resnet50, --benchmark-compare)."""
+    """Measure step times with pytest-benchmark. Its arguments follow `--` (-k resnet50, --benchmark-compare)."""
     install(session, NEWEST, "--group", "bench")
     session.run("python", "-m", "pytest", "benchmarks", *session.posargs)
 
 
 @nox.session
 def performance(session: nox.Session) -> None:
-    """Contenders interleaved, then docs/performance.md; what follows `--` goes to the first (--device cuda, --seconds S)."""
+    """Time all optimizers interleaved, and update docs/performance.md. Options follow `--` (--device cuda, --seconds S)."""
     install(session, NEWEST, "--group", "bench")
     session.run("python", "-m", "benchmarks.performance", *session.posargs)
     session.run("python", "-m", "benchmarks.render")
@@ -222,7 +223,7 @@ def performance(session: nox.Session) -> None:
 
 @nox.session
 def compiled(session: nox.Session) -> None:
-    """Count without a GPU what compiled steps launch on one, then docs/performance.md. Needs g++ and an hour of one core."""
+    """Count what compiled steps launch on a GPU, without one, and update docs/performance.md. It needs g++ and an hour."""
     install(session, "torch==2.13.0", "triton", "--group", "bench")
     session.run("python", "-m", "benchmarks.compiled_launches", *session.posargs)
     session.run("python", "-m", "benchmarks.render")
@@ -230,7 +231,7 @@ def compiled(session: nox.Session) -> None:
 
 @nox.session
 def long_run(session: nox.Session) -> None:
-    """100,000 steps under each implementation: memory and drift; what follows `--` goes to it (--steps N, --out FILE)."""
+    """Measure memory and drift in 100,000 steps of each implementation. Options follow `--` (--steps N, --out FILE)."""
     install(session, NEWEST, "--group", "bench")
     session.run("python", "-m", "benchmarks.long_run", *session.posargs)
 
@@ -273,7 +274,7 @@ def build(session: nox.Session) -> None:
 
 def install_torch(session: nox.Session, torch: str) -> None:
     """Install the wheel of this checkout with one version of torch, and the tests' dependencies."""
-    # with NumPy 2 the interpreters of their Tritons fail or read wrong values
+    # with NumPy 2, the Triton interpreters of these versions fail or read wrong values
     numpy = ["numpy<2"] if torch in ("2.4.1", "2.6.0", "2.8.0", "2.10.0") else []
     install(session, f"torch=={torch}", *numpy, "--group", "test")
 
@@ -312,7 +313,7 @@ def on_device(session: nox.Session, device: str, **environment: str) -> None:
 
 
 def present(device: str) -> bool:
-    """Whether this machine has `device`, without torch, so before anything is installed."""
+    """Whether this machine has `device`. The answer does not need torch, because nothing is installed yet."""
     if device == "cuda":
         command = shutil.which("nvidia-smi")
         return command is not None and subprocess.run([command, "-L"], capture_output=True, check=False).returncode == 0

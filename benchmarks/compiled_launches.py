@@ -1,7 +1,7 @@
-"""What a compiled step would launch on a GPU: kernels and bytes of the code that Inductor writes, counted without one.
+"""Count the kernels and bytes of the code that Inductor generates for a compiled step on a GPU, without a GPU.
 
-Inductor is shown a GPU that is not there. It writes its code, which is counted and never loaded. Needs g++, triton and
-torch 2.13 or a later version whose internals are the same. Run from the repository root: `nox -s compiled`.
+Inductor gets the properties of a GPU that does not exist. Its code is counted and never loaded. This needs g++, triton and
+torch 2.13, or a later version with the same internals. Run `nox -s compiled` from the repository root.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ from .shapes import MODELS
 STORED = FOLDER / "compiled" / "launches.json"
 DTYPES = ("float32", "bfloat16", "float16")
 
-# of parameters, gradients, momentum buffers, compensations, and lr
+# a function of parameters, gradients, momentum buffers, compensations, and lr
 Step = Callable[[list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor], None]
 
 GUARD = """#include <c10/core/impl/DeviceGuardImplInterface.h>
 C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>);
 """
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8, "i1": 1}  # of Triton's types
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8, "i1": 1}  # by Triton's type
 COMMON: dict[str, Any] = {"momentum": 0.9, "weight_decay": 1e-4}
 
 
 def _lars(**options: Any) -> Step:
-    """Without compensations, unless ``kahan_sum`` is set."""
+    """A LARS step, without compensations unless ``kahan_sum`` is set."""
 
     def step(p: list[Tensor], g: list[Tensor], v: list[Tensor], kept: list[Tensor], lr: Tensor) -> None:
         compensations = kept if options.get("kahan_sum") else None
@@ -65,7 +65,7 @@ def _sgd(p: list[Tensor], g: list[Tensor], v: list[Tensor], _kept: list[Tensor],
 
 
 def _mixed(p: list[Tensor], g: list[Tensor], v: list[Tensor], _kept: list[Tensor], lr: Tensor) -> None:
-    """As `param_groups` makes them: vectors are not adapted."""
+    """A LARS step of two groups like those of `param_groups`, so vectors are not adapted."""
     for adapt in (True, False):
         chosen = [[t for t, w in zip(each, p, strict=True) if (w.ndim > 1) == adapt] for each in (p, g, v)]
         _lars(adapt=adapt, weight_decay=1e-4 if adapt else 0.0)(*chosen, [], lr)
@@ -90,7 +90,7 @@ CASES: dict[str, Step] = {
 def pretend_gpu() -> None:
     """Let Inductor compile for an NVIDIA H200 in this process, which can use no GPU afterwards."""
 
-    def always(value: object) -> Callable[..., Any]:  # a new function each: Dynamo wants them to differ
+    def always(value: object) -> Callable[..., Any]:  # a new function each, because Dynamo needs them to differ
         return lambda *_, **__: value
 
     properties = types.SimpleNamespace(
@@ -110,12 +110,12 @@ def pretend_gpu() -> None:
         setattr(torch.cuda, name, always(value))
     for name in ("current_device", "device_count", "get_device_properties", "synchronize", "is_bf16_supported"):
         setattr(CudaInterface, name, staticmethod(getattr(torch.cuda, name)))
-    # patterns of attention and matrix products are traced on real CUDA tensors, and the hash of Triton asks the driver
+    # replace what needs a GPU: tracing of attention and matrix product patterns, and Triton's hash, which asks the driver
     joint_graph.lazy_init = post_grad.lazy_init = always(None)
     torch.utils._triton.triton_hash_with_backend = always("none")
     config.compile_threads, config.force_disable_caches = 1, True
 
-    # Views of fake CUDA tensors ask for a device guard: CUDA builds of torch have one, CPU builds get one that does nothing.
+    # Views of fake CUDA tensors need a device guard. CUDA builds of torch have one, CPU builds get one that does nothing.
     getattr(torch._C, "_ensureCUDADeviceGuardSet", always(None))()
     if not torch.version.cuda:
         home = Path(torch.__file__).parent
@@ -125,7 +125,7 @@ def pretend_gpu() -> None:
             flags = ["-std=c++20", "-shared", "-fPIC", f"-I{home}/include", f"-L{home}/lib", "-lc10", "-o", str(built)]
             subprocess.run([os.environ.get("CXX", "g++"), str(source), *flags], check=True)
             torch.ops.load_library(str(built))
-    # Constant folding makes a few real scalars on the device: here on the CPU.
+    # Constant folding creates a few real scalars on the device. They are created on the CPU instead.
     for name, make in (("empty.memory_format", torch.empty), ("empty_strided", torch.empty_strided)):
         _LIBRARY.impl(name, lambda *sizes, make=make, dtype=None, **_: make(*sizes, dtype=dtype), "CUDA")
 
@@ -141,7 +141,7 @@ def generated(step: Step, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype)
 
     def instead(graph: Any) -> None:
         found.append(graph.codegen()[0].value)
-        raise InterruptedError  # all that is wanted
+        raise InterruptedError  # only the code is needed
 
     with FakeTensorMode(allow_non_fake_inputs=True), mock.patch.object(GraphLowering, "compile_to_module", instead):
         lists = [[torch.empty(shape, device="cuda", dtype=dtype) for shape in shapes] for _ in range(4)]
@@ -155,7 +155,7 @@ def generated(step: Step, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype)
 
 
 def count(code: str, elements: int, dtype: torch.dtype) -> dict[str, float]:
-    """What one compiled step launches, and the bytes that it moves for each parameter."""
+    """Count what one compiled step launches, and the bytes that it moves per parameter."""
     call = code[code.index("def call") :]
     kernels = re.findall(r"^\s+(triton_\w+)\.run\(", call, re.MULTILINE)
     found = re.finditer(r"^(triton_\w+) = async_compile.*?^''', device_str", code, re.MULTILINE | re.DOTALL)
@@ -193,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stored = json.loads(options.out.read_text(encoding="utf-8"))["cells"] if options.out.exists() else {}
     for model, dtype, case in itertools.product(options.models, options.dtypes, options.cases):
         if dtype == "float32" and "kahan_sum" in case:
-            continue  # compensations are those of half types
+            continue  # only half types have compensations
         shapes = MODELS[model].shapes()[: options.tensors]
         kind, title = getattr(torch, dtype), f"{MODELS[model].title}, {len(shapes)} tensors"
         found = count(generated(CASES[case], shapes, kind), sum(map(math.prod, shapes)), kind)

@@ -1,4 +1,4 @@
-"""What a step costs besides time: bytes that its operations read and write, launches and host reads."""
+"""Count what a step costs besides time: the bytes that its operations read and write, kernel launches and host reads."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from .rounds import Step
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's CUDA builds log every profiler start to stderr
 
-ONLY_WRITES = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}  # what they mutate
-ONLY_READS = {("_fused_sgd_", "grads")}  # written with a grad_scale only
-# operations that take a tensor for its shape only
+# operations that do not read the tensors that they write
+ONLY_WRITES = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}
+ONLY_READS = {("_fused_sgd_", "grads")}  # marked as written, but written only with a grad_scale
+# operations that read only the shape of a tensor
 NO_READS = {"empty_like", "zeros_like", "ones_like", "full_like", "new_empty", "new_zeros", "new_full", "is_same_size"}
-NO_WRITES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}  # memory, not values
+NO_WRITES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}  # these only allocate
 LAUNCH = re.compile(r"cu(da)?Launch(Cooperative)?Kernel(Ex|ExC)?")
 
 
 class _ByteCounter(TorchDispatchMode):
-    """Adds up what every operation, not kernel, must read and write, as if none of it were in a cache."""
+    """Adds up the bytes that every operation (not kernel) must read and write if nothing is in a cache."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +70,7 @@ def bytes_moved(step: Step) -> int:
 
 
 def launches_and_host_reads(step: Step, device: torch.device) -> tuple[int | None, int | None]:
-    """Kernel launches of a step, and copies to the host; None where there is no GPU."""
+    """Kernel launches of a step, and copies to the host. Both are None if the device is not a GPU."""
     if device.type != "cuda":
         return None, None
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
@@ -82,7 +83,7 @@ def launches_and_host_reads(step: Step, device: torch.device) -> tuple[int | Non
 
 
 def host_microseconds(step: Step, device: torch.device) -> float | None:
-    """Microseconds until a step returns on an idle GPU, median of 21. With host reads, that includes the device's time."""
+    """Microseconds until a step returns on an idle GPU, median of 21. Host reads in the step wait for the device."""
     if device.type != "cuda":
         return None
     samples = []

@@ -1,12 +1,12 @@
-"""One run that tells whether fastlars is right and fast on a GPU: the CUDA tests, then step times, launches and host time.
+"""Test fastlars on a GPU in one run, with the CUDA tests and with measurements of step time, launches and host time.
 
     python -m benchmarks.first_gpu_run
 
 Run it from the root of a checkout, whose `src` it uses, in an environment with torch 2.11 or later and the Triton that comes
-with it. pytest and numpy are needed for the tests alone: without them the measurements still run. It takes 8 minutes at most.
+with it. Only the tests need pytest and numpy. Without them the measurements still run. The run takes 8 minutes at most.
 
-Each part is a command with a time limit, so a crash or a hang ends that part only. What it had printed and stored until then
-is kept. Two files are written, `report.txt` to read and `report.json` with every sample.
+Each part is a command with a time limit, so a crash or a hang ends only that part. Its output and results up to then are kept.
+The run writes two files, `report.txt` to read and `report.json` with every sample.
 
 `--device cpu` and `--device vulkan` rehearse the same commands on tiny tensors, on a machine without a GPU. On a busy machine
 `--minutes 20` gives the parts more time.
@@ -38,7 +38,7 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclass(frozen=True)
 class Part:
-    """A command of Python, and its share of the seconds of a run of `MINUTES`."""
+    """A Python command, and its share of a run of `MINUTES`, in seconds."""
 
     name: str
     seconds: float
@@ -46,7 +46,7 @@ class Part:
 
 
 def parts(device: str) -> list[Part]:
-    """The quickest answers come first."""
+    """The parts of a run. Those that give the quickest answers come first."""
 
     def steps(kind: str, seconds: float, model: str, dtype: str, contenders: Sequence[str]) -> Part:
         measure = ["-m", "benchmarks.performance", "--device", device, "--models", model, "--dtype", dtype]
@@ -56,7 +56,7 @@ def parts(device: str) -> list[Part]:
 
     files = [file for file in sorted((ROOT / "tests").glob("test_*.py")) if f"mark.{device}" in file.read_text("utf-8")]
     chosen = [*dict.fromkeys([*map(str, files), "tests/test_devices.py"]), "-m", device]
-    if device == "cpu":  # one file, to rehearse
+    if device == "cpu":  # a rehearsal runs one file
         chosen = ["tests/test_reference.py"]
     options = ["-q", "-p", "no:cacheprovider", "--tb=short", "--maxfail=30", "--continue-on-collection-errors"]
     cases = [(model, dtype) for dtype in DTYPES for model in MODELS]
@@ -68,7 +68,7 @@ def parts(device: str) -> list[Part]:
 
 
 def run(part: Part, limit: float, folder: Path) -> dict[str, Any]:
-    """Run a part, and end it, with all that it started, after `limit` seconds."""
+    """Run a part. After `limit` seconds, end it and all processes that it started."""
     outcome: dict[str, Any] = {"name": part.name, "result": "passed", "limit": round(limit, 1)}
     missing = [name for name in ("pytest", "numpy") if importlib.util.find_spec(name) is None]
     if "pytest" in part.arguments and missing:
@@ -95,7 +95,7 @@ def run(part: Part, limit: float, folder: Path) -> dict[str, Any]:
 
 
 def report(device: str, outcomes: Sequence[dict[str, Any]]) -> str:
-    """What came of each part, then the end of what each printed."""
+    """The result of each part, then the end of each part's output."""
     lines = [f"fastlars, first run on {device}", ""]
     if device != "cuda":
         lines += ["A rehearsal on tiny tensors: the times mean nothing.", ""]
@@ -121,11 +121,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     outcomes: list[dict[str, Any]] = []
     end = time.monotonic()
     for part in parts(options.device):
-        end += part.seconds * options.minutes / MINUTES  # what a part leaves of its time is the next one's too
+        end += part.seconds * options.minutes / MINUTES  # the next part may use the time that is left
         with tempfile.TemporaryDirectory() as folder:
             outcomes.append(run(part, end - time.monotonic(), Path(folder)))
         print(f"{outcomes[-1]['result']}: {part.name}, {outcomes[-1]['seconds']:.0f} s", flush=True)
-        # after each part: the run itself may be stopped
+        # write the reports after each part, because the run itself may be stopped
         content = {"format": 2, "device": options.device, "parts": outcomes}
         (options.out / "report.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         (options.out / "report.txt").write_text(report(options.device, outcomes), encoding="utf-8")

@@ -1,8 +1,8 @@
-"""100,000 steps with each implementation: does memory grow, and how far does it drift from float64?
+"""Run 100,000 steps with each implementation, and measure whether memory grows and how far results drift from float64.
 
-The gradients are those of a quadratic function whose minimum moves from batch to batch. A float64 run goes beside the others. Every
-window each implementation starts from its values and is compared with it at the end. This exits with 1 if a bound breaks, and
-writes what docs/reliability.md shows.
+The gradients are those of a quadratic function whose minimum changes from batch to batch. A float64 run takes the same steps.
+At the start of every window, each implementation gets the values of the float64 run, and at the end it is compared with that
+run. The exit status is 1 if a bound is exceeded. The results are written to the file that docs/reliability.md shows.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ LR = 20.0
 IMPLEMENTATIONS = {"single": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 SHAPES, BATCHES = ((128, 100), (100,), (100,)), 16
 WINDOW = 100  # steps between two comparisons
-LARGEST_DRIFT = 1e-5  # of a tensor's norm, in a window
-LARGEST_GROWTH = 8.0  # MiB of the process, after the first tenth
+LARGEST_DRIFT = 1e-5  # in a window, relative to a tensor's norm
+LARGEST_GROWTH = 8.0  # MiB of the process after the first tenth of the steps
 
 
 class Run:
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=100_000, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, default=FOLDER / "long_run.md", metavar="FILE")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)  # small tensors: threads would wait for each other, for milliseconds on a busy machine
+    torch.set_num_threads(1)  # with small tensors, threads would wait for each other
     truth = Run(torch.float64, foreach=False)
     runs = {name: Run(torch.float32, **which) for name, which in IMPLEMENTATIONS.items()}
     drifts: dict[str, list[float]] = {name: [] for name in runs}
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 """
     options.out.write_text(text, encoding="utf-8")
     print(text)
-    steady = all(drift <= LARGEST_DRIFT for found in drifts.values() for drift in found)  # no NaN is
+    steady = all(drift <= LARGEST_DRIFT for found in drifts.values() for drift in found)  # False for NaN
     return int(not steady or memory[-1] - memory[0] > LARGEST_GROWTH)
 
 

@@ -1,4 +1,4 @@
-"""The contenders: torch's SGD, every implementation of ours, and the other LARS optimizers for PyTorch.
+"""The optimizers that are timed: torch's SGD, every implementation of fastlars, and the other LARS optimizers for PyTorch.
 
 All get the same hyper-parameters and groups. lr is so small that the tensors hardly change, however many steps are timed.
 """
@@ -24,10 +24,10 @@ OPTIONS: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}
 
 
 class HostReadLoop(Optimizer):
-    """A minimal LARS of Lightning Bolts' kind; stands for Bolts, quadra and lightly, who share their loop.
+    """A minimal LARS with the loop that Lightning Bolts, quadra and lightly share.
 
-    Tensor by tensor in torch operations, with norms that Python reads (``if norm != 0``): on a GPU the host waits
-    for the device at every tensor. The formula is that of fastlars' defaults.
+    It updates tensor by tensor, and Python reads each norm (``if norm != 0``). On a GPU the host therefore waits for the
+    device at every tensor. The formula is that of fastlars's defaults.
     """
 
     def __init__(self, params: list[Any], lr: float, momentum: float, weight_decay: float) -> None:
@@ -50,13 +50,13 @@ class HostReadLoop(Optimizer):
                 param.add_(velocity, alpha=-group["lr"])
 
 
-# What LARS adapts. "weights" is real use: param_groups, with biases and norms neither adapted nor decayed. "all" is one group,
-# in which every LARS adapts every tensor, except pytorch_optimizer's, which leaves vectors out.
+# What LARS adapts. "weights" is real use, with the groups of param_groups, in which biases and norms are neither adapted nor
+# decayed. "all" is one group, in which every LARS adapts every tensor, except pytorch_optimizer's, which leaves vectors out.
 ADAPTED = ("weights", "all")
 
 
 def groups_of(params: Sequence[Parameter], adapted: str) -> list[Any]:
-    """What an optimizer is built from, for one of ADAPTED."""
+    """The tensors or param groups from which an optimizer is built, for one of ADAPTED."""
     if adapted == "all":
         return list(params)
     return param_groups(((f"tensor{i}", param) for i, param in enumerate(params)), OPTIONS["weight_decay"])
@@ -69,8 +69,8 @@ class Contender:
     name: str  # on the command line and in the results
     title: str  # in tables and figures
     make: Callable[[list[Any]], Optimizer]
-    package: str = ""  # the distribution that a peer comes with; ours and torch's have none
-    fused_bytes: int | None = None  # a float32 parameter, where operations cannot be counted: in a Triton kernel
+    package: str = ""  # the distribution of another package's LARS; empty for fastlars and torch
+    fused_bytes: int | None = None  # bytes per float32 parameter of a Triton kernel, where operations cannot be counted
     compiled: bool = False
 
     def stepper(self, groups: list[Any]) -> Callable[[], object]:
@@ -95,7 +95,7 @@ def _ours(name: str, fused_bytes: int | None = None, compiled: bool = False, **i
 
 def _peer(module: str, name: str, package: str) -> Contender:
     def make(groups: list[Any]) -> Optimizer:
-        with warnings.catch_warnings():  # of their imports
+        with warnings.catch_warnings():  # their imports may warn
             warnings.simplefilter("ignore")
             optimizer: Optimizer = getattr(importlib.import_module(module), name)(groups, **OPTIONS)
         return optimizer

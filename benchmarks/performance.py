@@ -1,4 +1,4 @@
-"""Measure steps with all contenders interleaved, into benchmarks/results: `nox -s performance` makes the page from it."""
+"""Time the steps of all optimizers interleaved, and store the results. `nox -s performance` also updates the page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .results import FOLDER, Results, Row, case_table, save
 from .rounds import COPY_ELEMENTS, Clock, Step, interleave, synchronize, yardsticks
 from .shapes import MODELS, Shape
 
-REAL = ", weights adapted"  # how a case ends in which LARS leaves biases and norms alone, as users have it
+REAL = ", weights adapted"  # the end of a case's name if LARS does not adapt biases and norms, as in real use
 PACKAGES = ("torch", "fastlars", "numpy", "triton", *PEERS)
 
 
@@ -42,8 +42,8 @@ def parameters(shapes: Sequence[Shape], device: torch.device, dtype: torch.dtype
 def warm_up(
     contender: Contender, params: Sequence[Parameter], adapted: str, case: str, device: torch.device
 ) -> tuple[Row, Step]:
-    """The first steps, on which everything but time is counted."""
-    if contender.package:  # a peer may write to its gradients: its parameters share the memory, its gradients do not
+    """Take the first steps, and count everything but time."""
+    if contender.package:  # other packages may write to gradients, so they get copies; their parameters share memory
         own = [Parameter(param.detach()) for param in params]
         for mine, param in zip(own, params, strict=True):
             mine.grad = param.grad.clone()
@@ -56,7 +56,7 @@ def warm_up(
     row.writes_grad = versions != [param.grad._version for param in params]
     if device.type == "cuda" and contender.fused_bytes is not None:
         row.bytes_moved = contender.fused_bytes * row.elements * params[0].itemsize // 4
-    elif not contender.compiled:  # neither a Triton kernel nor compiled code is made of operations that can be counted
+    elif not contender.compiled:  # the operations of Triton kernels and of compiled code cannot be counted
         row.bytes_moved = bytes_moved(step)
     row.launches, row.host_reads = launches_and_host_reads(step, device)
     row.host_us = host_microseconds(step, device)
@@ -64,7 +64,7 @@ def warm_up(
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Machine, versions and date; `load` is how busy the machine was when the run began."""
+    """Machine, versions and date. `load` is the machine's load average when the run began."""
     installed = {package.name.lower().replace("-", "_"): package.version for package in distributions()}
     info = Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.*)", info.read_text(encoding="utf-8")) if info.exists() else None
@@ -86,7 +86,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def _git(*command: str) -> str:
-    """Its answer about the checkout, empty where there is none."""
+    """The output of a git command in this checkout, or empty if there is no git or no checkout."""
     if shutil.which("git") is None:
         return ""
     done = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
@@ -110,7 +110,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 1 if a contender failed; one that is not installed is left out."""
+    """Returns exit status 1 if an optimizer failed. Optimizers that are not installed are left out."""
     options = parse(arguments)
     if options.device == "vulkan":
         import torchvulkan  # noqa: PLC0415, F401  it registers the device

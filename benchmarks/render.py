@@ -1,8 +1,8 @@
 """Write measured figures into README and docs from stored results. No such figure is typed by hand.
 
-Parts of docs/performance.md and README.md, and docs/speed.svg, come from benchmarks/results, a part of docs/start.md from
-docs/demo/runs.csv, and a part of docs/study.md from benchmarks/results/study.csv. Files in benchmarks/results/elsewhere are runs on
-other hosts.
+Parts of docs/performance.md and README.md, and docs/speed.svg, come from benchmarks/results. A part of docs/start.md comes
+from docs/demo/runs.csv, and a part of docs/study.md from benchmarks/results/study.csv. Files in benchmarks/results/elsewhere
+are runs on other hosts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .shapes import MODELS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-DEFAULT = "fastlars-fused"  # what a CPU user gets, and with fused=True a GPU user
+DEFAULT = "fastlars-fused"  # the default on a CPU, and on a GPU with fused=True
 BEGIN, END = "<!-- measured: {}; written by `python -m benchmarks.render` -->", "<!-- end of what was measured: {} -->"
 
 
@@ -39,7 +39,7 @@ def sentence(machine: dict[str, Any]) -> str:
 
 
 def section(runs: list[Results], device: str) -> Iterator[str]:
-    """One device: this host, then what other hosts measured."""
+    """The part about one device, with this host's results first, then those of other hosts."""
     if not runs:
         yield f"Not measured. `python -m nox -s performance -- --device {device}` measures it.\n"
     for i, run in enumerate(runs):
@@ -54,7 +54,7 @@ def section(runs: list[Results], device: str) -> Iterator[str]:
 
 
 def launches(stored: Path) -> Iterator[str]:
-    """What compiled steps launch on a GPU, as `compiled_launches` has counted it: a table a model."""
+    """What compiled steps launch on a GPU, as `compiled_launches` counted it, with one table per model."""
     content = json.loads(stored.read_text(encoding="utf-8"))
     dtypes = ("float32", "bfloat16", "float16")
     yield f"torch {content['torch'].split('+')[0]}:\n"
@@ -69,7 +69,7 @@ def launches(stored: Path) -> Iterator[str]:
 
 
 def speed(results: Results, elsewhere: list[Results]) -> Iterator[str]:
-    """README's table: the default beside the other LARS optimizers."""
+    """README's table, which compares the default with the other LARS optimizers."""
     measured = {row.contender for row in results.rows}
     contenders = [DEFAULT, *(name for name in PEERS if name in measured)]
     yield f"Time of a step on a CPU, as a multiple of {title(YARDSTICK)} (median of the rounds):\n"
@@ -98,7 +98,7 @@ def real_cases(results: Results) -> list[str]:
 
 
 def picture(results: Results, path: Path) -> None:
-    """README's picture: bars of the default and of two other packages on real models, as multiples of fused SGD."""
+    """Draw README's picture, bars of the default and of two other packages on real models, as multiples of fused SGD."""
     cases = [case for case in real_cases(results) if MODELS["small"].title not in case]
     shown = {DEFAULT: ("fastlars", "#0072B2"), "lightly": ("lightly", "#E69F00"), "timm": ("timm", "#999999")}
     ratios = {name: [results.ratio(case, name, YARDSTICK) for case in cases] for name in shown}
@@ -124,7 +124,7 @@ def runs_on(device: str) -> list[Results]:
 
 
 def with_part(page: Path, text: str, name: str, lines: Iterator[str]) -> str:
-    """The page with these lines between its two comments; the rest is written by hand."""
+    """The page with these lines between its two comments. The rest of the page is written by hand."""
     head, begin, rest = text.partition(BEGIN.format(name))
     _, end, tail = rest.partition(END.format(name))
     if not begin or not end:

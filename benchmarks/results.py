@@ -1,4 +1,4 @@
-"""Stored results, raw samples and counts, and what is computed from them: medians, ratios, bandwidths, tables."""
+"""Stored results (raw samples and counts), and the medians, ratios, bandwidths and tables that are computed from them."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from .optimizers import YARDSTICK, title
 
 FOLDER = Path(__file__).parent / "results"
 COPY, READ = "copy", "read"  # the rows that measure the bandwidth of copying and of reading, one each in each case
-FLOOR = 20  # bytes a float32 parameter: read p, g, v; write p, v
-TWO_PASSES = 28  # and p and g once more, for the norms
+FLOOR = 20  # bytes per float32 parameter to read p, g and v and to write p and v
+TWO_PASSES = 28  # bytes if p and g are read once more, for the norms
 
 
 @dataclass
 class Row:
-    """One contender on one case. `ms` has one number per round; all rows of a case share their rounds."""
+    """One optimizer in one case. `ms` has one number per round, and all rows of a case share their rounds."""
 
     case: str
     contender: str
     tensors: int
     elements: int
     ms: list[float]
-    bytes_moved: int | None = None  # by one step; None for a whole training step
+    bytes_moved: int | None = None  # by one step; None if they cannot be counted
     launches: int | None = None  # on a GPU
-    host_reads: int | None = None  # on a GPU: copies to the host, each of which waits for the device
-    host_us: float | None = None  # on a GPU: microseconds until a step returns
+    host_reads: int | None = None  # copies from a GPU to the host, each of which waits for the device
+    host_us: float | None = None  # on a GPU, microseconds until a step returns
     writes_grad: bool = False
 
     @property
@@ -53,31 +53,31 @@ class Results:
     machine: dict[str, Any]
     settings: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)  # contender: why
+    skipped: dict[str, str] = field(default_factory=dict)  # optimizer -> reason
 
     @property
     def cases(self) -> list[str]:
         return list(dict.fromkeys(row.case for row in self.rows))
 
     def of_case(self, case: str) -> list[Row]:
-        """The contenders' rows; not those of the copy and the read."""
+        """The rows of the optimizers, without the rows of the copy and the read."""
         return [row for row in self.rows if row.case == case and row.contender not in (COPY, READ)]
 
     def find(self, case: str, contender: str) -> Row | None:
         return next((row for row in self.rows if (row.case, row.contender) == (case, contender)), None)
 
     def ratio(self, case: str, contender: str, to: str) -> float | None:
-        """The median, over the rounds, of a contender's time in units of another's in the same round."""
+        """The median over the rounds of an optimizer's time divided by another's in the same round."""
         row = self.find(case, contender)
         return None if row is None else self.relative(row, to)
 
     def relative(self, row: Row, to: str) -> float | None:
-        """`ratio` of a row."""
+        """Like `ratio`, for a row."""
         other = self.find(row.case, to)
         return None if other is None else statistics.median(a / b for a, b in zip(row.ms, other.ms, strict=True))
 
     def and_a_read(self, case: str, contender: str) -> Row | None:
-        """A contender whose step is followed by another read of parameters and gradients, at the bandwidth of the round."""
+        """An optimizer's row, plus the time to read parameters and gradients once more, at the bandwidth of each round."""
         row, read = self.find(case, contender), self.find(case, READ)
         if row is None or read is None or row.bytes_moved is None or read.bytes_moved is None:
             return None
@@ -91,7 +91,7 @@ def save(results: Results, path: Path) -> None:
     rows = content.pop("rows")
     for row in rows:
         row["ms"] = [float(f"{value:.5g}") for value in row["ms"]]
-    # a line a row: the file is read in diffs
+    # one line per row, because people read the file in diffs
     head = json.dumps(content, indent=1)
     body = ",\n".join("  " + json.dumps(row) for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +125,7 @@ COLUMNS: dict[str, Callable[[Results, Row], str]] = {
 
 
 def table(header: list[str], rows: list[list[str]]) -> Iterator[str]:
-    """Lines of a Markdown table; columns after the first hold numbers."""
+    """Lines of a Markdown table. The columns after the first hold numbers."""
     yield "| " + " | ".join(header) + " |"
     yield "| " + " | ".join(["---", *["---:"] * (len(header) - 1)]) + " |"
     yield from ("| " + " | ".join(row) + " |" for row in rows)

@@ -1,7 +1,7 @@
-"""Interleaved timing: in each round every contender takes one step, in a new order.
+"""Interleaved timing. In each round every optimizer takes one step, in a new order.
 
-pytest-benchmark times one contender after the other, so a slow minute counts against the contender that ran in it. Here a
-disturbance hits all contenders, and ratios are taken within a round. On a GPU, events on the device are timed.
+pytest-benchmark times one optimizer after the other, so a slow minute counts against the optimizer that ran in it. Here a
+disturbance affects all optimizers, and ratios are taken within a round. On a GPU, events on the device are timed.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ Step = Callable[[], object]
 
 COPY_ELEMENTS = 64 << 20  # float32: 256 MiB, more than any cache
 FEWEST_ROUNDS = 5
-HEAD_START = 5.0  # ms for which a GPU waits before each step, at least, so that the host gets ahead of it
-CYCLES = 2_000_000  # of a GPU in a ms, at most
+HEAD_START = 5.0  # ms that a GPU at least waits before each step, to let the host get ahead of it
+CYCLES = 2_000_000  # a GPU runs at most this many cycles per ms
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device is idle. On a CPU it is."""
+    """Wait until the device is idle. On a CPU this does nothing."""
     getattr(torch, device.type).synchronize()
 
 
 class Clock:
     """Times one call in milliseconds, with events on a GPU, else with the wall clock.
 
-    On a GPU, reading 256 MiB flushes the L2 cache before each call, and the device waits 1.5 times as long as the host's
-    first call took. In training, too, the host is ahead: it launches the step while the device is at the backward pass.
+    On a GPU, reading 256 MiB flushes the L2 cache before each call. The device then waits 1.5 times as long as the first call
+    took on the host. This puts the host ahead, as in training, where it launches the step during the backward pass.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -48,7 +48,7 @@ class Clock:
             synchronize(self.device)
             return (time.perf_counter() - begun) * 1e3
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._flush.sum()  # reads: written lines would go back to memory while the step runs
+        self._flush.sum()  # only reads, because written cache lines would go back to memory while the step runs
         if step in self._head_starts:
             torch.cuda._sleep(int(self._head_starts[step] * CYCLES))
         start.record()
@@ -61,7 +61,7 @@ class Clock:
 
 
 def yardsticks(device: torch.device, elements: int = COPY_ELEMENTS) -> dict[str, tuple[Step, int]]:
-    """What measures the bandwidth of copying and of reading, and the bytes that each moves."""
+    """The calls that measure the bandwidth of copying and of reading, and the bytes that each of them moves."""
     source, target = (make(elements, dtype=torch.float32, device=device) for make in (torch.ones, torch.zeros))
     return {COPY: (lambda: target.copy_(source), 2 * 4 * elements), READ: (source.sum, 4 * elements)}
 
@@ -69,7 +69,8 @@ def yardsticks(device: torch.device, elements: int = COPY_ELEMENTS) -> dict[str,
 def interleave(steps: Mapping[str, Step], clock: Clock, seconds: float, rounds: int = 31) -> dict[str, list[float]]:
     """Milliseconds of each step in each round.
 
-    A first round is not counted. There are `rounds` at most; after `seconds` it stops, once there are FEWEST_ROUNDS.
+    Every step first runs once without being counted. At most `rounds` rounds follow. They stop after `seconds`, but not
+    before there are FEWEST_ROUNDS.
     """
     for step in steps.values():
         clock.time(step)

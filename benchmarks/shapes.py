@@ -1,6 +1,6 @@
-"""Parameter shapes of real models, computed from their papers' architectures: no torchvision, timm or transformers needed.
+"""Parameter shapes of real models, computed from their papers, without torchvision, timm or transformers.
 
-Element and tensor counts are those that torchvision and transformers publish for their models; a test compares.
+A test checks that elements and tensors are as many as torchvision and transformers publish for their models.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Model:
 
 
 def resnet50() -> list[Shape]:
-    """He et al., arXiv 1512.03385, with the stride in the 3x3 convolution; batch norms have weight and bias."""
+    """He et al., arXiv 1512.03385, with the stride in the 3x3 convolution. Batch norms have weight and bias."""
     shapes = [*_conv_norm(3, 64, 7)]
     channels = 64
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
@@ -33,7 +33,7 @@ def resnet50() -> list[Shape]:
 
 
 def vit(width: int, depth: int, patch: int = 16, image: int = 224, classes: int = 1000) -> list[Shape]:
-    """Dosovitskiy et al., arXiv 2010.11929: query, key and value in one matrix, as in torch.nn.MultiheadAttention."""
+    """Dosovitskiy et al., arXiv 2010.11929. Query, key and value are one matrix, as in torch.nn.MultiheadAttention."""
     tokens = (image // patch) ** 2 + 1
     shapes: list[Shape] = [(1, 1, width), (1, tokens, width), (width, 3, patch, patch), (width,)]
     for _ in range(depth):

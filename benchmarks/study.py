@@ -1,6 +1,6 @@
-"""Accuracy against batch and lr, for SGD, SGD with Nesterov and with clipping, AdamW and LARS: `nox -s study`.
+"""Accuracy against batch and lr, for SGD, SGD with Nesterov and with clipping, AdamW and LARS. `nox -s study` runs it.
 
-docs/study.md says what is run, and what came out; benchmarks/results/study.csv has every run.
+docs/study.md describes the runs and their results. benchmarks/results/study.csv holds every run.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from .demo.search import Grid, search
 from .demo.training import Method, Protocol, Result, Run, train_all
 from .results import FOLDER, table
 
-# Of MNIST's 60000 training images: batches of 256, 1024, 4096 and 8192, and images halved to 14 x 14 pixels.
+# The training split is 32768 of MNIST's 60000 training images, in batches of 256, 1024, 4096 or 8192. Images are halved to
+# 14 x 14 pixels.
 CUT = Cut(train=32768, validation=10000, share=0.8, parts=(128, 32, 8, 4), pool=2)
 PROTOCOL = Protocol(
-    *(5, 1),  # epochs, of which warm-up
+    *(5, 1),  # epochs, and the warm-up epochs among them
     neighbours=2,
     search_seeds=(100, 101, 102),
     test_seeds=(0, 1, 2, 3, 4),
@@ -35,7 +36,7 @@ PROTOCOL = Protocol(
 )
 BATCHES = tuple(CUT.train // part for part in CUT.parts)
 LARGEST = BATCHES[-1]
-OWN_LR = {"SGD": 0.1, "LARS": 0.1, "AdamW": 0.001}  # of biases and norms: customary ones, not searched
+OWN_LR = {"SGD": 0.1, "LARS": 0.1, "AdamW": 0.001}  # the customary lr of biases and norms, not searched
 SETTINGS = (
     *("split", "images", "optimizer", "options", "clip", "bias_lr", "adapt_all", "batch_norm", "batch", "lr", "seed"),
     *("epochs", "warmup_epochs", "momentum", "weight_decay"),
@@ -44,11 +45,11 @@ OUTCOME = ("accuracy_percent", "loss", "seconds")
 
 
 def _dialect(name: str, first_lr: float) -> Method:
-    options = {option: value for option, value in DIALECTS[name].items() if option != "adapt"}  # the groups say that
+    options = {option: value for option, value in DIALECTS[name].items() if option != "adapt"}  # groups set it
     return replace(MAIN["LARS"], options=tuple(sorted(options.items())), first_lr=first_lr)
 
 
-# first_lr comes from a pilot of single runs; where a grid begins costs trials at most
+# first_lr comes from a pilot of single runs. A grid that begins elsewhere only needs more trials.
 BASE = {
     "SGD": Method("SGD", None, 0.2),
     "SGD with Nesterov": Method("SGD", None, 0.2, (("nesterov", True),)),
@@ -61,7 +62,8 @@ ONE_LR = {
     f"{name}, one lr for all": replace(method, first_lr={"AdamW": 0.064, "LARS": 16.0}.get(name, method.first_lr))
     for name, method in BASE.items()
 }
-# dialects whose options differ in eps alone, far below any norm here, share a row: paper and mlperf; bolts is LARS itself
+# The dialects paper and mlperf share a row, because they differ only in eps, which is far below any norm here. bolts is LARS
+# itself.
 FAMILY = {
     **{f"dialect {name}": _dialect(name, lr) for name, lr in (("larc", 16.0), ("timm_larc", 32.0), ("byol", 128.0))},
     "dialect simclr": _dialect("simclr", 128.0),
@@ -78,7 +80,7 @@ class Study:
     """Results by batch and method. Trials of the grids use the validation split, finals the test split."""
 
     grids: dict[tuple[int, Method], Grid]
-    finals: dict[tuple[int, Method], list[Result]]  # none where the best lr is on the edge of the largest grid
+    finals: dict[tuple[int, Method], list[Result]]  # none if the best lr is on the edge of the largest grid
 
 
 def study(train: Callable[[list[Run]], list[Result]]) -> Study:
@@ -101,7 +103,7 @@ def study(train: Callable[[list[Run]], list[Result]]) -> Study:
 
 
 def key(run: Run) -> dict[str, str]:
-    """The settings of a run, as a line of the CSV has them."""
+    """The settings of a run, as they are written to a line of the CSV."""
     method = run.method
     values = (
         *(("test", 10000) if run.final else ("validation", CUT.validation)),
@@ -125,7 +127,7 @@ def again(runs: Sequence[Run]) -> list[Result]:
 
 
 def train(data: Path, out: Path) -> Study:
-    """Train everything; each run is a line of the CSV, written when the run ends."""
+    """Train everything. Each run is a line of the CSV, which is written when the run ends."""
     dataset = idx_digits(data, CUT)
     with out.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*SETTINGS, *OUTCOME], lineterminator="\n")
@@ -139,12 +141,12 @@ def train(data: Path, out: Path) -> Study:
         return study(lambda runs: train_all(runs, PROTOCOL, dataset, add))
 
 
-# Student's t for a two-sided interval of 95 % and as many paired seeds
+# number of paired seeds -> Student's t for a two-sided interval of 95 %
 T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 
 
 def difference(ours: Sequence[Result], theirs: Sequence[Result]) -> str:
-    """Test accuracy minus theirs, in points: the mean of the paired seeds and half of its 95 % interval, and the verdict."""
+    """Our test accuracy minus theirs in points, as the mean over paired seeds ± half of its 95 % interval, and a verdict."""
     if not ours or not theirs:
         return "failed"
     gaps = [a.accuracy - b.accuracy for a, b in zip(ours, theirs, strict=True) if a.run.seed == b.run.seed]
@@ -153,7 +155,10 @@ def difference(ours: Sequence[Result], theirs: Sequence[Result]) -> str:
 
 
 def plateau(grid: Grid, within: float = 1.0) -> str:
-    """The factor between the ends of the tried lrs around the best, none left out, within some points of it."""
+    """The width of the lr plateau, as the factor between its ends.
+
+    The plateau is the unbroken range of tried lrs around the best one that reach its accuracy up to `within` points.
+    """
     ks, best = sorted(grid.trials), grid.score(grid.best)[0]
 
     def is_good(k: int) -> bool:
@@ -166,7 +171,7 @@ def plateau(grid: Grid, within: float = 1.0) -> str:
 
 
 def cells(found: Study, batch: int, method: Method) -> list[str]:
-    """Trials, lr, plateau, validation, test, its range."""
+    """The cells of a table row: number of trials, lr, plateau, validation accuracy, test accuracy and its range."""
     grid, finals = found.grids[batch, method], [result.accuracy for result in found.finals.get((batch, method), [])]
     searched = [str(len(grid.trials)), f"{grid.best_lr:.3g}", plateau(grid), f"{grid.score(grid.best)[0]:.1f}"]
     if not finals:
@@ -175,7 +180,7 @@ def cells(found: Study, batch: int, method: Method) -> list[str]:
 
 
 def rival(found: Study, batch: int, name: str) -> tuple[Method, str]:
-    """The variant of a method of table 1 that LARS meets: at the largest batch, whichever is better on validation."""
+    """The variant of a method with which LARS is compared. At the largest batch it is the better one on validation."""
     own, one = MAIN[name], ONE_LR[f"{name}, one lr for all"]
     both = [method for method in (own, one) if found.finals.get((batch, method))]
     best = max(both, default=own, key=lambda m: found.grids[batch, m].score(found.grids[batch, m].best))

@@ -1,8 +1,8 @@
-"""Times of optimizer steps under pytest-benchmark: `nox -s bench`, with its options after `--`.
+"""Times of optimizer steps with pytest-benchmark. `nox -s bench` runs it, with pytest's options after `--`.
 
-Choose with `-k`: `-k "resnet50 and weights"`. Between two versions of one machine, `--benchmark-autosave`, then
-`--benchmark-compare --benchmark-compare-fail=median:10%`. Ratios between contenders are `performance.py`'s: here they run
-one after the other.
+Choose cases with `-k "resnet50 and weights"`. To compare two versions on one machine, run the first with
+`--benchmark-autosave` and the second with `--benchmark-compare --benchmark-compare-fail=median:10%`. To compare optimizers,
+use `performance.py`, because here they run one after the other.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 @pytest.fixture(scope="module", params=[(device, model) for device in DEVICES for model in MODELS], ids="-".join)
 def params(request: pytest.FixtureRequest) -> list[nn.Parameter]:
-    """One model at a time: the largest take gigabytes."""
+    """The parameters of one model at a time, because the largest models take gigabytes."""
     device, model = request.param
     return parameters(MODELS[model].shapes(), torch.device(device))
 
@@ -32,7 +32,7 @@ def params(request: pytest.FixtureRequest) -> list[nn.Parameter]:
 def test_step(
     benchmark: BenchmarkFixture, request: pytest.FixtureRequest, params: list[nn.Parameter], adapted: str, name: str
 ) -> None:
-    """The optimizer alone; with "weights" biases and norms are not adapted, as in real use."""
+    """Time the optimizer alone. With "weights", biases and norms are not adapted, as in real use."""
     contender, device = CONTENDERS[name], params[0].device
     if contender.is_missing:
         pytest.skip(f"{name} is not installed")
@@ -43,6 +43,6 @@ def test_step(
         step()
         synchronize(device)
 
-    for _ in range(2):  # buffers, compilation
+    for _ in range(2):  # create buffers and compile
         whole()
     benchmark(whole)

@@ -84,7 +84,7 @@ WRONG: list[tuple[Options, type[Exception], str]] = [
         ({name: value}, ValueError if isinstance(value, float) else TypeError, f"{name} {NUMBER} {value!r}")
         for name in NON_NEGATIVE for value in (-0.1, NAN, INF, "0.1", None, True)
     ],
-    *[({"momentum": value}, ValueError, f"momentum must be < 1, got {value}, with which") for value in (1, 1.0, 9.0)],
+    *[({"momentum": value}, ValueError, f"momentum must be < 1, got {value}, because") for value in (1, 1.0, 9.0)],
     ({"dampening": NAN}, ValueError, "dampening must be a finite number, got nan"),
     ({"dampening": -INF}, ValueError, "dampening must be a finite number, got -inf"),
     ({"dampening": 1j}, TypeError, "dampening must be a finite number, got 1j"),

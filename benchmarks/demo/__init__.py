@@ -1,1 +1,1 @@
-"""SGD and LARS at growing batches on real handwritten digits: `nox -s demo`."""
+"""SGD and LARS at growing batches on real handwritten digits. `nox -s demo` runs it."""

@@ -1,9 +1,11 @@
-"""SGD and LARS at growing batches, on handwritten digits: `nox -s demo`.
+"""Train with SGD and LARS at growing batches, on handwritten digits. `nox -s demo` runs it.
 
-Three methods at four batches: LARS with an lr of its own for the biases, which is how it is meant to be used; SGD, with the
-better of that and one lr for all tensors; and LARS with one lr for all. Everything else is the same, and a seed sets the
-initial weights and the order of the images. Learning rates are the best of a stored search on a validation split, lrs.csv;
-`--search` repeats it. Other seeds than the search had are then trained, and only they see the test split, once.
+It compares three methods at four batches. The first is LARS with a separate lr for the biases, which is how LARS is meant to
+be used. The second is SGD, with a separate lr for the biases or with one lr for all tensors, whichever is better. The third is
+LARS with one lr for all tensors. Everything else is the same, and a seed sets the initial weights and the order of the images.
+
+The learning rates are the best of a search on a validation split, which is stored in lrs.csv. `--search` repeats the search.
+The final runs use other seeds than the search. Only these runs are measured on the test split.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ from torch.nn.functional import avg_pool2d
 
 Numbers = npt.NDArray[np.generic]
 
-# by split and kind; 8 in the third byte of an idx file means unsigned bytes, the fourth is the number of dimensions
+# File names of images and labels by split. In an idx file, 8 in the third byte means unsigned bytes, and the fourth byte is
+# the number of dimensions.
 FILES = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")}
 FILES["test"] = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 IMAGES_MAGIC, LABELS_MAGIC = 0x00000803, 0x00000801
@@ -27,13 +28,13 @@ class Cut:
 
     train: int  # images at most
     validation: int  # images at most
-    share: float  # of the train files, at most, is the training split
+    share: float  # the training split is at most this share of the train files
     parts: tuple[int, ...]  # the training split holds this many batches; each divides the first
-    pool: int  # images shrink by this factor, by averaging
+    pool: int  # images are shrunk by this factor, by averaging
 
 
 class DataError(Exception):
-    """A file that cannot be used. The message is one line: file, rule, what was found, what to do."""
+    """A file that cannot be used. The message is one line with the file, the rule, what was found and what to do."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Dataset:
 
 
 def scikit_learn_digits() -> Dataset:
-    """The 1797 images of 8 x 8 pixels that come with scikit-learn: 1152 train, 323 validate, 322 test."""
+    """The 1797 images of 8 x 8 pixels that come with scikit-learn, 1152 for training, 323 for validation, 322 for test."""
     from sklearn.datasets import load_digits  # noqa: PLC0415  slow to import, and data may come from elsewhere
 
     images, labels = (getattr(load_digits(), name) for name in ("images", "target"))
@@ -62,11 +63,11 @@ def scikit_learn_digits() -> Dataset:
 
 
 def idx_digits(directory: Path, cut: Cut) -> Dataset:
-    """MNIST-format files: training and validation split from the train files, test from the t10k files."""
+    """Read MNIST-format files. Training and validation split come from the train files, the test split from t10k files."""
     (images, labels), test = (_read_pair(directory, which) for which in FILES)
     size = min(cut.train, int(len(labels) * cut.share)) // cut.parts[0] * cut.parts[0]
     train, validation = _stratified(labels, np.arange(len(labels)), size)
-    if len(validation) - cut.validation >= 10:  # else too few would be left over for a stratified cut
+    if len(validation) - cut.validation >= 10:  # otherwise too few would be left over for a stratified cut
         validation, _ = _stratified(labels, validation, cut.validation)
     parts = [(images[train], labels[train]), (images[validation], labels[validation]), test]
     name = f"{directory.resolve().name} ({size} of {len(labels)} images)"
@@ -74,7 +75,7 @@ def idx_digits(directory: Path, cut: Cut) -> Dataset:
 
 
 def read_idx(path: Path, magic: int) -> Numbers:
-    """Read one idx file of unsigned bytes, gzipped or not; DataError if it is not what its header promises."""
+    """Read one idx file of unsigned bytes, gzipped or not. Raises DataError if the file does not fit its header."""
     path = path if path.exists() else path.with_name(f"{path.name}.gz")
     try:
         content = path.read_bytes()
@@ -104,7 +105,7 @@ def _read_pair(directory: Path, which: str) -> tuple[Numbers, Numbers]:
 
 
 def _stratified(labels: Numbers, indices: npt.NDArray[np.intp], size: int) -> list[npt.NDArray[np.intp]]:
-    """Draw `size` of `indices` with every digit in proportion; returns them and the rest."""
+    """Draw `size` of `indices` with every digit in proportion. Returns them and the rest."""
     from sklearn.model_selection import train_test_split  # noqa: PLC0415  as above
 
     return list(train_test_split(indices, train_size=size, stratify=labels[indices], random_state=0))

@@ -1,12 +1,13 @@
-"""The demo's training on several processes, data-parallel or sharded, with checkpoints that a killed job goes on from.
+"""The demo's training on several processes, data-parallel or sharded, with checkpoints from which a killed job resumes.
 
     torchrun --standalone --nproc-per-node=2 -m benchmarks.demo.distributed
     torchrun --standalone --nproc-per-node=2 -m benchmarks.demo.distributed --shard
     torchrun --standalone --nproc-per-node=2 --max-restarts=3 -m benchmarks.demo.distributed --checkpoint results/run
 
-It is made to be copied: put in your model, your data and your loss. Each thing that it shows is one function: `start` and
-`stop`; `parallelize`, data-parallel or sharded; `train`, the same batch and gradient on any number of processes; `save` and
-`resume`, a checkpoint that is there as a whole or not at all. LARS is built as on one process, after the sharding.
+Copy it, and put in your model, your data and your loss. `start` and `stop` join and leave the process group. `parallelize`
+makes the model data-parallel or sharded. `train` uses the same batches and gradients on any number of processes. `save` and
+`resume` handle checkpoints, and a checkpoint is either complete or not there. LARS is built as on one process, after the
+model has been sharded.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=128.0, help="of the weights (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     options = parser.parse_args(arguments)
-    # up to 2.6 fully_shard does not run on CPUs, and up to 2.8 it adds there the gradients that it should average
+    # on CPUs, fully_shard does not run up to torch 2.6, and up to 2.8 it adds gradients instead of averaging them
     needed = (2, 6) if torch.cuda.is_available() else (2, 9)
     if options.shard and torch.__version__ < needed:
         parser.error(
@@ -62,7 +63,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def start() -> torch.device:
-    """Join the processes that torchrun has started; without torchrun, this is a job of one process."""
+    """Join the processes that torchrun has started. Without torchrun, this is a job of one process."""
     alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     job = {} if "RANK" in os.environ else alone
     if not torch.cuda.is_available():
@@ -76,11 +77,11 @@ def start() -> torch.device:
 
 def stop(device: torch.device) -> None:
     """Leave the process group."""
-    # gloo's threads free the tensors of the last exchange, for which they wait for the interpreter. It is theirs now: one
-    # that still waits when Python ends aborts the process (pytorch/pytorch#179291).
+    # gloo's threads free the tensors of the last exchange, for which they need Python's interpreter lock. The sleep releases
+    # it. A thread that still waits for the lock when Python exits aborts the process (pytorch/pytorch#179291).
     time.sleep(0.2)
-    # Before torch 2.8, destroying the group can wait for ever on such a thread (pytorch/pytorch#154976). The backend, where
-    # it is the last to go, lets it have the interpreter.
+    # Before torch 2.8, destroying the group can deadlock with such a thread (pytorch/pytorch#154976). This does not happen if
+    # a reference keeps the backend, because deleting the backend last releases the lock.
     waits = torch.__version__ < (2, 8)
     backend = dist.distributed_c10d._get_default_group()._get_backend(device) if waits else None
     dist.destroy_process_group()
@@ -88,7 +89,7 @@ def stop(device: torch.device) -> None:
 
 
 def parallelize(model: nn.Module, shard: bool, device: torch.device) -> nn.Module:
-    """What to call instead of the model. The optimizer and the checkpoints get the model itself."""
+    """Return the module to call instead of the model. The optimizer and the checkpoints get the model itself."""
     if not shard:
         return DistributedDataParallel(model)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -136,8 +137,8 @@ def train(dataset: Dataset, options: argparse.Namespace, device: torch.device) -
     for step in range(done, len(batches)):
         mine = batches[step][rank::ranks]
         optimizer.zero_grad()
-        # Gradients are averaged over the ranks. The sum over this rank's images, divided like this, makes that the
-        # gradient of the mean over the whole batch, also where the ranks' shares are not of one size.
+        # Gradients are averaged over the ranks. Each rank sums the loss over its images and multiplies it by ranks / batch.
+        # The average is then the gradient of the mean loss of the whole batch, even if ranks have different numbers of images.
         loss = functional.cross_entropy(parallel(images[mine]), labels[mine], reduction="sum")
         (loss * ranks / len(batches[step])).backward()
         optimizer.step()
@@ -152,7 +153,7 @@ def train(dataset: Dataset, options: argparse.Namespace, device: torch.device) -
 
 
 def image_order(images: int, options: argparse.Namespace) -> Iterator[Tensor]:
-    """The images of each step, from the seed alone: every rank has the same, and so has a job that goes on."""
+    """The images of each step. They depend only on the seed, so all ranks and resumed jobs use the same ones."""
     generator = torch.Generator().manual_seed(options.seed)
     for _ in range(options.epochs):
         yield from torch.randperm(images, generator=generator).split(options.batch or images)
@@ -160,7 +161,7 @@ def image_order(images: int, options: argparse.Namespace) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def measure(parallel: nn.Module, split: Split, device: torch.device) -> float:
-    """Accuracy in percent; each rank looks at its share of the images."""
+    """Accuracy in percent. Each rank evaluates its share of the images."""
     share = slice(dist.get_rank(), None, dist.get_world_size())
     right = (parallel(split.images[share].to(device)).argmax(1) == split.labels[share].to(device)).sum()
     dist.all_reduce(right)
@@ -168,10 +169,10 @@ def measure(parallel: nn.Module, split: Split, device: torch.device) -> float:
 
 
 def save(folder: Path, step: int, training: Training) -> None:
-    """Each rank writes its part of a checkpoint, which is renamed when it is whole; then the one before it goes."""
+    """Write a checkpoint, each rank its part. It is renamed when it is complete. Then older checkpoints are deleted."""
     unfinished = folder / "unfinished"
     if dist.get_rank() == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a job that was killed
+        shutil.rmtree(unfinished, ignore_errors=True)  # left by a job that was killed
     dist.barrier()
     dcp.save({"training": training}, checkpoint_id=unfinished)
     if dist.get_rank() == 0:
@@ -183,10 +184,10 @@ def save(folder: Path, step: int, training: Training) -> None:
 
 
 def resume(folder: Path | None, training: Training) -> int:
-    """Load the newest checkpoint, of any number of ranks, sharded or not. Returns its step, 0 if there is none."""
+    """Load the newest checkpoint, from any number of ranks, sharded or not. Returns its step, or 0 if there is none."""
     if folder is None:
         return 0
-    # one rank looks and tells the others, who on a network file system may not see the same yet
+    # one rank looks and tells the others, because on a network file system they may not see the newest checkpoint yet
     newest = [max(steps_saved(folder), default=0) if dist.get_rank() == 0 else 0]
     dist.broadcast_object_list(newest)
     if newest[0]:

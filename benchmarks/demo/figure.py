@@ -14,7 +14,7 @@ from benchmarks.results import fingerprint
 
 from .outcome import TITLES, Row, accuracies, batches, mean
 
-# Okabe and Ito's colours: distinct for colour-blind readers too. Line style and marker say the same once more.
+# Okabe and Ito's colours, which colour-blind readers can also tell apart. Line style and marker differ as well.
 LINES = {"LARS": ("#0072B2", "-", "o", max, 12), "SGD": ("#D55E00", "--", "s", min, -13)}
 STYLE: dict[Any, Any] = {
     "font.size": 12,
@@ -27,12 +27,12 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "figure.facecolor": "white",
     "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "fastlars",  # the same results make the same file
+    "svg.hashsalt": "fastlars",  # the same results give the same file
 }
 
 
 def draw(rows: Sequence[Row], data: str, path: Path) -> None:
-    """Test accuracy against the batch: a line through the means, a dot a seed."""
+    """Draw test accuracy against the batch, with a line through the means and one dot per seed."""
     sizes = batches(rows)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(8.4, 4.4), dpi=200, layout="constrained")
@@ -60,5 +60,5 @@ def draw(rows: Sequence[Row], data: str, path: Path) -> None:
 
 
 def drawn_from(rows: Sequence[Row]) -> str:
-    """The fingerprint of the picture of these runs; how long they took is no part of it."""
+    """The fingerprint of the picture of these runs. It does not depend on how long they took."""
     return fingerprint(*[{name: value for name, value in row.items() if name != "seconds"} for row in rows])

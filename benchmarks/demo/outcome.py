@@ -1,4 +1,7 @@
-"""What the demo stores: the trials of the search, and the final runs. The table of docs/start.md and the picture come from these."""
+"""The results that the demo stores: the trials of the search, and the final runs.
+
+The table of docs/start.md and the picture are made from them.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from pathlib import Path
 from .search import Grid
 from .training import BIAS_LR, LARS, LARS_ONE_LR, SGDS, Method, Protocol, Result
 
-Row = dict[str, str]  # of a CSV
+Row = dict[str, str]  # a row of a CSV
 
 METHODS = {"LARS": (LARS,), "SGD": SGDS, "LARS, one lr": (LARS_ONE_LR,)}
 TITLES = {
@@ -18,7 +21,7 @@ TITLES = {
     "SGD": f"SGD, one lr or biases at lr {BIAS_LR:g}",
     "LARS, one lr": "LARS, one lr for all",
 }
-FAILED = 50.0  # percent: what stays below has not trained
+FAILED = 50.0  # percent; a run with a lower accuracy has not trained
 
 
 def read(path: Path) -> list[Row]:
@@ -39,7 +42,7 @@ def _row(method: Method, batch: int, **more: object) -> Row:
 
 
 def trials(grids: dict[tuple[int, Method], Grid]) -> list[Row]:
-    """A row an lr of the search: means over its seeds, on the validation split."""
+    """One row per lr of the search, with means over its seeds on the validation split."""
     rows = []
     for (batch, method), grid in grids.items():
         for k in sorted(grid.trials):
@@ -49,7 +52,7 @@ def trials(grids: dict[tuple[int, Method], Grid]) -> list[Row]:
 
 
 def finals(named: Sequence[tuple[str, Result]], protocol: Protocol) -> list[Row]:
-    """A row a run at a chosen lr, on the test split."""
+    """One row per run at a chosen lr, measured on the test split."""
     rows = []
     for name, result in named:
         run = result.run
@@ -60,7 +63,7 @@ def finals(named: Sequence[tuple[str, Result]], protocol: Protocol) -> list[Row]
 
 
 def chosen(found: Sequence[Row], batches: Sequence[int]) -> dict[tuple[str, int], tuple[Method, float]]:
-    """Method and lr by name and batch: the best on validation; the loss decides between equals."""
+    """The best method and lr on the validation split, by name and batch. If accuracies are equal, the loss decides."""
 
     def best(name: str, batch: int) -> tuple[Method, float]:
         tried = [(m, row) for m in METHODS[name] for row in found if row.items() >= _row(m, batch).items()]
@@ -83,7 +86,7 @@ def batches(rows: Sequence[Row]) -> list[int]:
 
 
 def one_lr(rows: Sequence[Row]) -> str:
-    """What goes wrong where all tensors share LARS's lr, in one line."""
+    """One line on what goes wrong if all tensors share LARS's lr."""
     runs = [accuracy for batch in batches(rows) for accuracy in accuracies(rows, "LARS, one lr", batch)]
     *_, largest = batches(rows)
     failed = sum(accuracy < FAILED for accuracy in runs)

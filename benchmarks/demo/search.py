@@ -1,4 +1,4 @@
-"""The choice of the lr: a grid that moves until its best lr lies inside, of the same size for every method."""
+"""The search for the lr. A grid grows until its best lr lies inside, and all methods get the same number of trials."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COARSE = 2  # half-steps between neighbours of the first grid
 class Grid:
     """The trials of one method at one batch.
 
-    Trial k is lr = middle * 2 ** (k / 2): the grid moves by even k, a factor of 2, and is refined by odd k.
+    Trial k has lr = middle * 2 ** (k / 2). Even k extend the grid by factors of 2, and odd k refine it.
     """
 
     middle: float
@@ -27,7 +27,7 @@ class Grid:
         return float(self.middle * 2 ** (k / 2))
 
     def score(self, k: int) -> tuple[float, float]:
-        """Mean validation accuracy; the mean loss decides between equal ones."""
+        """Mean validation accuracy, then the negative mean loss, which decides between equal accuracies."""
         results = self.trials[k]
         return statistics.fmean(r.accuracy for r in results), -statistics.fmean(r.loss for r in results)
 
@@ -45,22 +45,22 @@ class Grid:
         return min(below, len(self.trials) - 1 - below) >= self.neighbours
 
     def next_trial(self) -> int:
-        """One more on the side on which the best lies nearer to the edge."""
+        """The next trial, on the side on which the best lies nearer to the edge."""
         low, high = min(self.trials), max(self.trials)
         return low - COARSE if self.best - low < high - self.best else high + COARSE
 
 
 def next_trials(grids: Sequence[Grid], protocol: Protocol) -> list[list[int]]:
-    """What to try next, for the grids of all methods at one batch. Nothing for all of them: the search is over.
+    """The next trials for the grids of all methods at one batch. If no grid has any, the search is over.
 
-    A best lr on the edge adds a trial on that side, up to `most_trials`, and every shorter grid grows too, so that all have
-    the same number in the end. Once every best lies inside, one trial goes on either side of it, half-way (in the
-    logarithm) to its neighbours.
+    If the best lr is on the edge of a grid, the grid gets a trial on that side, up to `most_trials`. Shorter grids grow too,
+    until all have the same number of trials. Once the best lr of every grid lies inside, each grid gets two more trials,
+    half-way (in the logarithm) between its best lr and the two neighbours.
     """
     first, most = protocol.first_trials, protocol.most_trials
     if not all(grid.trials for grid in grids):
         return [list(range(1 - first, first, COARSE)) for _ in grids]
-    if any(k % COARSE for grid in grids for k in grid.trials):  # refined
+    if any(k % COARSE for grid in grids for k in grid.trials):  # already refined
         return [[] for _ in grids]
     longest = max(len(grid.trials) for grid in grids)
     wanted = [
@@ -72,7 +72,7 @@ def next_trials(grids: Sequence[Grid], protocol: Protocol) -> list[list[int]]:
 def search(
     methods: Sequence[Method], batches: Sequence[int], protocol: Protocol, train: Callable[[list[Run]], list[Result]]
 ) -> dict[tuple[int, Method], Grid]:
-    """Search all grids at once, round by round: the runs of a round do not wait for each other."""
+    """Search all grids at once, round by round. The runs of a round do not wait for each other."""
     keys = itertools.product(batches, methods)
     grids = {(b, method): Grid(method.middle(b), neighbours=protocol.neighbours) for b, method in keys}
     while True:

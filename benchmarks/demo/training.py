@@ -24,23 +24,23 @@ class Method:
     """An optimizer, its options, and what it does with the bias tensors."""
 
     optimizer: str  # one of OPTIMIZERS
-    bias_lr: float | None  # peak lr of the bias tensors; None: the lr of the weights
-    first_lr: float  # middle of the first grid; where it lies costs trials, it does not change the rule
-    options: tuple[tuple[str, Any], ...] = ()  # of the optimizer, beyond lr, momentum and weight decay
-    clip: float | None = None  # the gradient's norm, over all tensors, is not larger
-    adapt_all: bool = False  # biases and norms too
-    batch_norm: bool = False  # after each convolution of the network
-    first_lr_power: float = 0.0  # of the batch over 8192, for which first_lr stands if this is not 0
+    bias_lr: float | None  # peak lr of the bias tensors, or None for the lr of the weights
+    first_lr: float  # middle of the first grid; a bad choice only costs more trials
+    options: tuple[tuple[str, Any], ...] = ()  # options of the optimizer besides lr, momentum and weight decay
+    clip: float | None = None  # the gradient of all tensors is clipped to this norm
+    adapt_all: bool = False  # whether biases and norms are adapted too
+    batch_norm: bool = False  # whether a batch norm follows each convolution of the network
+    first_lr_power: float = 0.0  # if it is not 0, first_lr is for batch 8192 and grows with this power of the batch
 
     def middle(self, batch: int) -> float:
-        """Of the first grid at this batch, a whole number of octaves from first_lr."""
+        """The middle of the first grid at this batch. It is first_lr times a power of 2."""
         return float(self.first_lr * 2.0 ** round(self.first_lr_power * math.log2(batch / 8192)))
 
 
 # AdamW's betas[0], 0.9, is its momentum
 OPTIMIZERS: dict[str, Any] = {"SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW, "LARS": fastlars.LARS}
 
-# Both optimizers get both treatments of the biases, so that this knob is not counted as a merit of LARS.
+# SGD and LARS are both run with and without a separate lr for the biases, so this lr is not counted as a merit of LARS.
 BIAS_LR = 0.1
 LARS, LARS_ONE_LR = Method("LARS", bias_lr=BIAS_LR, first_lr=32.0), Method("LARS", bias_lr=None, first_lr=16.0)
 SGDS = (Method("SGD", bias_lr=None, first_lr=0.1), Method("SGD", bias_lr=BIAS_LR, first_lr=0.1))
@@ -49,18 +49,18 @@ METHODS = (LARS, LARS_ONE_LR, *SGDS)
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is the same for every method."""
+    """The settings that are the same for every method."""
 
     epochs: int = 20
     warmup_epochs: int = 2
     momentum: float = 0.9
-    weight_decay: float = 5e-4  # of weights; biases have none
-    first_trials: int = 5  # lrs in the first grid, factor 2 apart
+    weight_decay: float = 5e-4  # weight decay of weights; biases have none
+    first_trials: int = 5  # number of lrs in the first grid, a factor of 2 apart
     neighbours: int = 1  # trials that the best lr must have on either side before it counts as inside
     most_trials: int = 15  # a grid that has grown to this many is not moved further
     search_seeds: tuple[int, ...] = (100, 101, 102, 103, 104)
     test_seeds: tuple[int, ...] = (0, 1, 2)
-    first_stride: int = 1  # of the first convolution
+    first_stride: int = 1  # stride of the first convolution
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Run:
     batch: int
     lr: float
     seed: int
-    final: bool = False  # with the lr chosen: measured on the test split
+    final: bool = False  # whether the run uses the chosen lr and is measured on the test split
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Result:
 
 
 def build_model(height: int, width: int, first_stride: int = 1, batch_norm: bool = False) -> nn.Sequential:
-    """Two convolutions and two linear layers, 18 000 parameters for 8 x 8 pixels; without normalisation unless asked."""
+    """Two convolutions and two linear layers, by default without normalisation. 18,000 parameters for 8 x 8 pixels."""
     area = math.prod(math.ceil(math.ceil(side / first_stride) / 2) for side in (height, width))
     layers = OrderedDict[str, nn.Module](
         conv1=nn.Conv2d(1, 8, 3, stride=first_stride, padding=1),
@@ -99,7 +99,7 @@ def build_model(height: int, width: int, first_stride: int = 1, batch_norm: bool
 
 
 def build_optimizer(model: nn.Module, run: Run, protocol: Protocol) -> torch.optim.Optimizer:
-    """The same two groups for every optimizer: weights, and the rest (never decayed, adapted only if all are to be)."""
+    """Every optimizer gets the same two groups, weights and the rest, which is not decayed, and adapted if `adapt_all`."""
     method = run.method
     bias_lr = "same" if method.bias_lr is None else method.bias_lr
     groups = fastlars.param_groups(model, protocol.weight_decay, bias_lr=bias_lr)
@@ -112,9 +112,9 @@ def build_optimizer(model: nn.Module, run: Run, protocol: Protocol) -> torch.opt
 
 
 def train(run: Run, protocol: Protocol, dataset: Dataset) -> Result:
-    """Train one network and measure it: on the validation split, or in a final run on the test split.
+    """Train one network and measure it on the validation split, or in a final run on the test split.
 
-    The seed alone sets the initial weights and the order of the images. A run ends when its loss is no longer finite.
+    The seed alone sets the initial weights and the order of the images. Training stops when the loss is not finite.
     """
     started = time.perf_counter()
     torch.manual_seed(run.seed)
@@ -145,11 +145,11 @@ def train(run: Run, protocol: Protocol, dataset: Dataset) -> Result:
 def train_all(
     runs: Sequence[Run], protocol: Protocol, dataset: Dataset, finished: Callable[[Result], object]
 ) -> list[Result]:
-    """Train every run, small batches first, and return results in the order of `runs`; `finished` sees each at its end.
+    """Train every run, small batches first, and call `finished` with each result. Returns results in the order of `runs`.
 
     Two processes of one thread each are faster here than one process of many threads.
     """
-    from joblib import Parallel, delayed, parallel_config  # noqa: PLC0415  comes with scikit-learn, which renders need not
+    from joblib import Parallel, delayed, parallel_config  # noqa: PLC0415  comes with scikit-learn, which rendering does not need
 
     tasks = [delayed(train)(run, protocol, dataset) for run in sorted(runs, key=lambda run: run.batch)]
     results: dict[Run, Result] = {}

@@ -1,4 +1,4 @@
-"""The data types of a step. A `Group` is split into `Bucket`s, and each has its `Norms` and the `Backend` that steps it."""
+"""The data types of a step. A `Group` is split into `Bucket`s. A `Backend` computes the `Norms` of a bucket and updates it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from .options import Options
 
 
 class Memory:
-    """Caches that an optimizer keeps between steps, one attribute per file. Copies and pickles of it are empty."""
+    """Caches that an optimizer keeps between steps. Copies and pickles of it are empty."""
 
     def __init__(self) -> None:
         """Start with empty caches."""
-        self.steps = 0  # taken so far, to expire old entries
-        self.assignments: dict[str, Any] = {}  # backends/__init__.py: one per group
-        self.tables: Any = None  # backends/triton.py
+        self.steps = 0  # number of steps so far, by which old entries expire
+        self.assignments: dict[str, Any] = {}  # one per group, used in backends/__init__.py
+        self.tables: Any = None  # used in backends/triton.py
 
     def __reduce__(self) -> tuple[type[Memory], tuple[()]]:
         """Drop the content."""
@@ -24,7 +24,7 @@ class Memory:
 
 
 class Group(NamedTuple):
-    """The tensors of one param group, or of one call of `lars`."""
+    """The tensors of one param group, or of one call of the function `lars`."""
 
     params: list[Tensor]
     grads: list[Tensor]
@@ -32,14 +32,14 @@ class Group(NamedTuple):
     # rounding errors of parameters in half precision; None before the first step, empty if none are kept
     compensations: list[Tensor | None]
     options: Options
-    where: str = "lars"  # its name in errors, such as "param group 0"
+    where: str = "lars"  # the group's name in error messages, such as "param group 0"
     memory: Memory | None = None  # None in graphs and in the functional form
 
 
 class Bucket(NamedTuple):
-    """Tensors of one group that one backend steps together.
+    """Tensors of one group that one backend updates together.
 
-    They share a device and a dtype. Usually all of them or none are at their first step.
+    They share a device and a dtype. Unless the backend mixes first steps, all or none of them are at their first step.
     """
 
     backend: Backend
@@ -47,15 +47,15 @@ class Bucket(NamedTuple):
     params: list[Tensor]
     grads: list[Tensor]
     momentum_buffers: list[Tensor | None]  # empty without momentum
-    compensations: list[Tensor | None]  # empty if they are not kept
+    compensations: list[Tensor | None]  # empty if none are kept
     options: Options
-    is_first_step: bool = False  # with momentum; the buffers are then None
+    is_first_step: bool = False  # the momentum buffers are still None; always False without momentum
     grad_scale: Tensor | None = None  # the backend divides gradients by it
     plan: Any = None  # what `Backend.plan` returned for these tensors
     memory: Memory | None = None
 
     def at(self, places: list[int]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-        """Parameters, gradients, momentum buffers and compensations at these places. All must exist."""
+        """Parameters, gradients, momentum buffers and compensations at these indices. None of them may be missing."""
         lists = cast("list[list[Tensor]]", [self.params, self.grads, self.momentum_buffers, self.compensations])
         params, grads, buffers, compensations = [[each[i] for i in places] if each else [] for each in lists]
         return params, grads, buffers, compensations
@@ -71,7 +71,7 @@ class Norms(NamedTuple):
 
 
 class Backend(Protocol):
-    """One implementation of the step. A new one is a file in this folder and an entry of `BACKENDS`."""
+    """One implementation of the step. To add one, write a file in backends/ and add its backend to `BACKENDS`."""
 
     name: str  # shown by repr
     takes_scale: bool  # whether it divides gradients by a GradScaler's scale itself
@@ -79,19 +79,20 @@ class Backend(Protocol):
     mixes_first_steps: bool  # whether a bucket may hold tensors with and without a buffer
 
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:
-        """Whether it wants a group with these options and devices. ``gated`` steps may be skipped or have scaled gradients.
+        """Whether it takes groups with these options on these devices.
 
-        It may test a number only for being 0, because the answer is cached between steps.
+        ``gated`` says that the step may be skipped or that gradients are scaled. The answer is cached between steps, so it
+        may depend on whether a number is 0, but not on its exact value.
         """
 
     def serves(self, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]) -> bool:
         """Whether it supports the layout and dtype of all these tensors. Buffers may be missing."""
 
     def plan(self, params: list[Tensor]) -> Any:
-        """Precompute what depends only on tensor metadata. The result is kept between steps."""
+        """Precompute whatever depends only on tensor metadata. The result is cached between steps."""
 
     def measure(self, bucket: Bucket, now: bool) -> Norms:
-        """Norms of the bucket. A backend may leave |w| and |g| to `update`, unless they are needed ``now``."""
+        """Compute the norms of the bucket. A backend may leave |w| and |g| to `update`, unless ``now`` is True."""
 
     def update(self, bucket: Bucket, norms: Norms, gate: Tensor | None) -> None:
-        """Write parameters and state. If the 1-element tensor ``gate`` is not 0, write nothing."""
+        """Update parameters and state in place. If the 1-element tensor ``gate`` is not 0, write nothing."""

@@ -1,4 +1,4 @@
-"""Look for common mistakes in a model and its optimizer before they train."""
+"""Look for common mistakes in a model and its optimizer before training."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from .sharding import local
 
 # SGD rarely uses a larger lr, and tensors that are not adapted take SGD steps.
 LARGEST_SGD_LR = 1.0
-# Without a warm-up, fresh weights rarely survive a larger relative step (at full momentum).
+# Without a warm-up, training often diverges at a larger relative step. Momentum counts: a step is divided by 1 - momentum.
 LARGEST_FIRST_STEP = 0.02
-# Below this relative step the loss hardly moves. An lr of SGD's size, 0.1, gives 1e-4.
+# With smaller relative steps the loss hardly falls. An lr of 0.1, which is usual for SGD, gives 1e-4.
 SMALLEST_STEP = 1.5e-4
-_SHOWN = 4  # tensor names in a printed finding
+_SHOWN = 4  # a printed finding lists at most this many tensor names
 
 
 class Finding(NamedTuple):
     """One probable mistake."""
 
-    name: str  # also its heading on the documentation page "When something looks wrong"
+    name: str  # also a heading on the documentation page "When something looks wrong"
     sentence: str
     way_out: str
-    tensors: tuple[str, ...] = ()  # their names, or "group.position"
+    tensors: tuple[str, ...] = ()  # names of the tensors concerned, or group and position, such as "0.3"
 
 
 class Findings(list[Finding]):
@@ -46,16 +46,16 @@ def check(model: nn.Module, optimizer: Optimizer) -> Findings:
 
     Call it once, after you have built the optimizer and the schedule and before the first step. It looks for
 
-    - parameters of the model that are in no group and never move;
-    - an optimizer that adapts nothing, so it is SGD at LARS's lr;
+    - parameters of the model that are in no group and would never train;
+    - an optimizer that adapts no tensor, which is SGD at LARS's lr;
     - biases and other tensors that are not adapted, at an lr far above SGD's, in a model without normalisation layers;
-    - adapted tensors that are zero, so their first step is lr * gradient, unscaled;
+    - adapted tensors that are zero, whose first step is lr * gradient without a trust ratio;
     - a large lr without warm-up;
-    - an lr of SGD's size, at which adapted tensors hardly move;
-    - half-precision weights whose steps are rounded away.
+    - an lr of SGD's size, with which adapted tensors hardly change;
+    - half-precision weights that lose most of each step to rounding.
 
-    It reads on the host whether parameters are zero, so it waits for an accelerator. Each process checks only its own shard
-    of a sharded tensor, without communication.
+    It tests whether parameters are zero, which synchronises with the GPU. Each process checks only its own shard of a
+    sharded tensor, without communication.
 
     Args:
         model: the module that trains, wrapped or not.
@@ -117,7 +117,7 @@ def _not_in_the_optimizer(seen: _Seen) -> Iterator[Finding]:
     if left_out:
         yield Finding(
             "parameters in no group",
-            f"{_count(left_out, 'is', 'are')} in no param group and will never move",
+            f"{_count(left_out, 'is', 'are')} in no param group and will never be updated",
             "Once all layers exist, build the groups from the whole model, param_groups(model, weight_decay), or freeze "
             "these tensors with requires_grad_(False)",
             left_out,
@@ -217,7 +217,7 @@ def _peak_lr(group: dict[str, Any]) -> float:
 
 
 def _relative_step(group: dict[str, Any], lr: float) -> float:
-    """How far the first step moves an adapted tensor, relative to its norm."""
+    """How much the first step changes an adapted tensor, relative to its norm."""
     return float(group["trust_coefficient"]) * (1.0 if group["trust_clip"] else lr)
 
 

@@ -43,7 +43,7 @@ def check_group(options: Mapping[str, Any], params: Iterable[Any], where: str) -
 
 
 def check_no_leaves(params: list[Tensor]) -> None:
-    """Raise for leaves. Autograd rejects them too late, after the first buffer has been written."""
+    """Raise for leaves that require gradients. Autograd rejects them too late, after the first buffer has been written."""
     for i, param in enumerate(params):
         if param.is_leaf and param.requires_grad:
             raise RuntimeError(
@@ -53,12 +53,12 @@ def check_no_leaves(params: list[Tensor]) -> None:
 
 
 def narrowest_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """The dtype with the smallest range. float64 if there are none."""
+    """The dtype with the smallest range, or float64 if there are none."""
     return min(dtypes, key=lambda dtype: torch.finfo(dtype).max, default=torch.float64)
 
 
 def check_numbers(options: Mapping[str, Any], narrowest: torch.dtype, where: str) -> float:
-    """Raise for options that overflow in the update. Returns the largest number that it can compute with."""
+    """Raise for options that would overflow in the update. Returns the largest number that the update can compute with."""
     # half types are computed in float32 in adapted groups
     wide = is_half(narrowest) and is_adapted(Options(*values_of(options)))
     limit = torch.finfo(torch.float32 if wide else narrowest).max
@@ -71,7 +71,7 @@ def check_numbers(options: Mapping[str, Any], narrowest: torch.dtype, where: str
 
 
 def check_lr(lr: Any, limit: float, on_meta: bool, where: str) -> None:
-    """Check lr again, because schedules overwrite it and tensors can be resized in place."""
+    """Check the lr of a group. Each step calls this, because schedules overwrite lr and tensors can be resized in place."""
     if isinstance(lr, Tensor):
         check_tensor_lr(lr, where)
         if lr.is_meta and not on_meta:
@@ -82,7 +82,7 @@ def check_lr(lr: Any, limit: float, on_meta: bool, where: str) -> None:
         if not (lr.is_cpu and type(lr) is Tensor and torch.finfo(lr.dtype).max > limit):
             return
         lr = lr.item()
-    # torch accepts infinities and NaN, and they show in the weights
+    # infinities and NaN pass, as in torch, because they become visible in the weights
     if limit < abs(float(lr)) < math.inf:
         raise ValueError(f"{where}: lr must be at most {limit:g} for these parameters, got {lr:g}")
 

@@ -1,4 +1,4 @@
-"""Everything that depends on the torch version. tests/test_private_names.py lists the undocumented names it uses."""
+"""Everything that depends on the torch version. tests/test_private_names.py lists the undocumented names in this file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch._jit_internal import is_scripting as is_scripting  # noqa: PLC0414  b
 from torch.autograd.graph import increment_version
 from torch.optim import optimizer as _optimizer
 
-# Since 2.1; torch's fused optimizers use it. Unlike torch.compiler.disable, it does not import torch._dynamo immediately.
+# Since 2.1; torch's own optimizers use it. Unlike torch.compiler.disable, it does not import torch._dynamo immediately.
 outside_graphs = torch._disable_dynamo  # type: ignore[attr-defined]
 use_grad_for_differentiable = _optimizer._use_grad_for_differentiable  # since 1.13
 required = _optimizer.required  # in every version; torch's optimizers no longer use it, but users know its message
@@ -20,7 +20,7 @@ _TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 # Since 2.6, optimizers take (name, parameter) pairs and keep group["param_names"].
 NAMED_PARAMETERS = _TORCH >= (2, 6)
-# Whether Inductor on CPU compiles operations on the bits of half types. 2.4 generates invalid C++; 2.13 is tested.
+# Whether Inductor on CPU compiles operations on the bits of half types. torch 2.4 generates invalid C++, and 2.13 works.
 COMPILES_BITS = _TORCH >= (2, 13)
 
 
@@ -36,9 +36,9 @@ def bump_versions(tensors: list[Tensor]) -> None:
 def metadata_guard(tensors: list[Tensor]) -> Callable[..., bool] | None:
     """A function that checks in one call that tensors have the same metadata as these. None if this torch version lacks it.
 
-    Metadata means type, dtype, device, layout, sizes, strides and the number of tensors. torch.compile guards the inputs
-    of its graphs this way, in a sixth of the time of a Python loop. A list that holds a tensor twice never passes. Nested
-    tensors may abort the process, but autograd gives none to a plain parameter.
+    Metadata means type, dtype, device, layout, sizes, strides and the number of tensors. torch.compile guards the inputs of
+    its graphs with the same function, which takes a sixth of the time of a Python loop. A list that holds a tensor twice
+    never passes. Nested tensors may abort the process, but the gradient of a plain parameter is never nested.
     """
     sizes: list[Any] = [list(tensor.shape) for tensor in tensors]
     strides: list[Any] = [list(tensor.stride()) for tensor in tensors]
@@ -50,7 +50,7 @@ def metadata_guard(tensors: list[Tensor]) -> Callable[..., bool] | None:
 
 
 def operations_are_seen() -> bool:
-    """Whether a dispatch mode or a torch.func transform intercepts operations, to trace them or for fake tensors.
+    """Whether a dispatch mode or a torch.func transform is intercepting operations, for example for tracing or fake tensors.
 
     True if this torch version cannot tell.
     """

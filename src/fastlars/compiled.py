@@ -1,11 +1,11 @@
 """Custom operators for torch.compile, which Inductor does not decompose.
 
-Inductor, its usual backend, stacks the results of ``_foreach_norm`` with one copy kernel per result, and on a CPU traces
-a dozen operations for each norm. So a graph has one operator for the norms of a list. Everything else stays arithmetic
-that Inductor fuses.
+Inductor stacks the results of ``_foreach_norm`` with one copy kernel per result, and on a CPU it traces a dozen operations for
+each norm. So the norms of a list are one custom operator. Apart from `realized`, everything else is plain arithmetic that
+Inductor can fuse.
 
-The operators are registered with a plain ``Library``. Each call of a ``torch.library.custom_op`` also checks that its
-results share no memory with its inputs, which takes 0.3 ms for a model's list of tensors.
+The operators are registered with a plain ``Library``, because each call of a ``torch.library.custom_op`` would also check
+that its results share no memory with its inputs. That check takes 0.3 ms for a model's list of tensors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .compat import COMPILES_BITS
 from .dtypes import norm_dtype, real
 from .formula import Number
 
-# Devices for which Inductor generates code. Other backends (openxla) do not know our operators, which would split a graph.
+# Devices for which Inductor generates code. On others, the compiler backend (openxla) would split a graph at our operators.
 _DEVICES = ("cpu", "cuda", "xpu")
 
 LIBRARY: Any = torch.library.Library("fastlars", "DEF")  # type: ignore[no-untyped-call]  # torch's
@@ -59,7 +59,7 @@ for _name, _kernel, _fake in (
 def is_traced(tensor: Tensor) -> bool:
     """Whether work on this tensor is traced into a graph that supports our operators.
 
-    False with autograd on, because it cannot differentiate our operators.
+    False if autograd is on, because autograd cannot differentiate our operators.
     """
     return torch.compiler.is_compiling() and not torch.is_grad_enabled() and tensor.device.type in _DEVICES
 
@@ -83,7 +83,10 @@ def joint_norms(
 
 
 def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A float32 tensor rounded to a half type. Graphs round the bits, because Inductor drops a conversion and its inverse."""
+    """A float32 tensor rounded to a half type.
+
+    In a graph, an operation between the two conversions keeps Inductor from removing both.
+    """
     if not torch.compiler.is_compiling():
         return tensor.to(dtype).to(tensor.dtype)
     if tensor.is_cpu and not COMPILES_BITS:
@@ -95,10 +98,11 @@ def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def unbind(vector: Tensor) -> list[Tensor]:
     """The numbers of a vector as 0-dim tensors.
 
-    In a graph the vector is materialised first, because Inductor would recompute it in the loop over each tensor.
+    In a graph the vector is materialised first, because Inductor would otherwise recompute it in the loop over each tensor.
     """
     if is_traced(vector):
-        on_cpu = vector.is_cpu  # on other devices setting strides is enough and costs no operator
+        # elsewhere as_strided already makes Inductor materialise the vector, without a custom operator
+        on_cpu = vector.is_cpu
         vector = (
             torch.ops.fastlars.realized.default(vector) if on_cpu else vector.as_strided(vector.shape, vector.stride())
         )
@@ -108,8 +112,8 @@ def unbind(vector: Tensor) -> list[Tensor]:
 def update_in_graph(bucket: Bucket, b: list[Tensor], c: list[Tensor], step_size: Number, skip: Tensor | None) -> None:
     """The update of `backends/eager.py` for Inductor, which puts a foreach operation and its operands into one list kernel.
 
-    A list kernel takes 250 reads and writes at most, so each result is written once. A skipped step adds -0.0, which
-    changes no number. To choose between old and new values at the end would take two more writes per tensor.
+    A list kernel takes 250 reads and writes at most, so each result is written only once. A skipped step adds -0.0, which
+    changes no number. Choosing between old and new values at the end would take two more writes per tensor.
     """
 
     def unless_skipped(new: Tensor, instead: float | Tensor = -0.0) -> Tensor:

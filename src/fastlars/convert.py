@@ -1,4 +1,4 @@
-"""Convert the state of other optimizers: find each parameter's momentum and change its unit."""
+"""Convert the state of other optimizers. This finds each parameter's momentum and changes its unit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .groups import unwrapped
 MOMENTUM = ("momentum_buffer", "mu", "state1", "trace")
 # State keys of optimizers without such momentum: Adam's family, RMSprop and Adadelta, Adagrad, ASGD, Rprop.
 OTHERS = ("exp_avg", "square_avg", "sum", "ax", "prev")
-# The key under which bitsandbytes saves state1 and the rest of its state.
+# The key under which bitsandbytes saves its state, such as state1.
 NESTED = "__bnb_optimizer_quant_state__"
 
 
@@ -23,7 +23,7 @@ def foreign_key(state: Mapping[str, Any], param: Tensor) -> str | None:
     """The key that shows that another optimizer made this state. None if LARS or torch's SGD may have made it.
 
     Only a tensor of the parameter's shape under a known name counts, because hooks may keep other entries in the state.
-    Nothing counts if there is a momentum buffer.
+    The result is also None if there is a momentum buffer.
     """
     if "momentum_buffer" in state:
         return None
@@ -32,7 +32,7 @@ def foreign_key(state: Mapping[str, Any], param: Tensor) -> str | None:
 
 
 def groups_and_states(state_dict: Any) -> tuple[list[Mapping[str, Any]], Mapping[Any, Any]]:
-    """The param groups and states of a state dict. Raises for anything else."""
+    """The param groups and states of a state dict. Raises if it is not a state dict."""
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
         got = list(state_dict) if isinstance(state_dict, Mapping) else type(state_dict).__name__
         raise ValueError(
@@ -52,7 +52,7 @@ def groups_and_states(state_dict: Any) -> tuple[list[Mapping[str, Any]], Mapping
 
 
 def _hint(state_dict: Any) -> str:
-    """A note for whole checkpoints, which names the entry that holds the optimizer's state dict."""
+    """For a whole checkpoint, a note that names the entry with the optimizer's state dict."""
     entries = state_dict.items() if isinstance(state_dict, Mapping) else ()
     found = next((key for key, value in entries if isinstance(value, Mapping) and "param_groups" in value), None)
     return "" if found is None else f"; this looks like a whole checkpoint, pass its entry {found!r}"
@@ -69,8 +69,9 @@ def convert_state_dict(
     """Convert the state dict of another optimizer into one that ``optimizer`` can load.
 
     Momentum continues where the other optimizer left it. It is converted to the unit that the groups of ``optimizer``
-    need: with ``lr_in_momentum`` the distance that the parameter moves, else that distance divided by lr. Options come
-    from ``optimizer``, except for the saved lr. If both optimizers use the same dialect, training resumes exactly.
+    need. With ``lr_in_momentum``, a buffer holds the change of the parameter, and otherwise this change divided by lr.
+    Options come from ``optimizer``, except for the saved lr. If both optimizers use the same dialect, training resumes
+    exactly.
 
     Supported state keys are ``momentum_buffer`` (LARS itself, from one dialect to another; torch's SGD; timm; apex and
     torchlars; pytorch_optimizer; bitsandbytes' PytorchLARS), ``mu`` (Barlow Twins, VICReg, MoCo v3, MAE, BYOL), ``trace``
@@ -81,20 +82,20 @@ def convert_state_dict(
         state_dict: what the other optimizer's ``state_dict()`` returned. If you write it by hand, as for optax, it needs
             no "param_groups", and its keys are positions: ``{"state": {0: {"trace": tensor}, ...}}``.
         optimizer: the optimizer that will load the result. It is not changed. Its groups may differ from the saved ones.
-        params: the parameters in the order of the other optimizer, such as ``model.parameters()``. None (default): match
-            by name if both optimizers have names (without prefixes such as ``module.`` that wrappers add), else by
-            position, which needs groups of equal sizes.
-        keep_lr: whether to keep the lr of ``optimizer`` (default: False). Buffers are then scaled by saved lr / lr, so
-            that momentum moves the parameters as far as before. Use it if lr means something else in the other
-            optimizer, as in SGD.
+        params: the parameters in the order of the other optimizer, such as ``model.parameters()``. If None (default),
+            parameters are matched by name if both optimizers have names (without prefixes such as ``module.`` that
+            wrappers add). Otherwise they are matched by position, which needs groups of equal sizes.
+        keep_lr: whether to keep the lr of ``optimizer`` (default: False). If True, buffers are multiplied by saved lr / lr,
+            so momentum changes the parameters as much as before. Use it if lr has another meaning in the other optimizer,
+            as in SGD.
 
     Returns:
         A new state dict that shares no tensors with the old one.
 
     Raises:
         ValueError: if ``state_dict`` is not a state dict; if a state has no momentum that LARS can continue with; if
-            parameters do not fit or cannot be told apart; if momentum is saved under a key that no parameter has; if the
-            parameters of one group were saved with several lrs; if buffers must be divided by an lr of 0.
+            parameters do not fit or cannot be matched; if momentum is saved under a key that no parameter has; if the
+            parameters of one group were saved with several lrs; if buffers would be divided by an lr of 0.
         TypeError: if an entry of ``state_dict`` has the wrong type.
 
     Example:
@@ -121,7 +122,7 @@ def convert_state_dict(
             buffer = _buffer(saved_of[p], p, packed, keep_lr, f"parameter {j} of param group {i}")
             entry = {} if buffer is None else {"momentum_buffer": buffer}
             kept = saved_of[p].state.get("compensation")
-            if isinstance(kept, Tensor):  # every dialect has it in units of the weights
+            if isinstance(kept, Tensor):  # in every dialect, a compensation has the unit of the weights
                 entry["compensation"] = kept.clone()
             if entry:
                 state[index] = entry
@@ -170,7 +171,7 @@ def _match(state_dict: Mapping[str, Any], optimizer: Optimizer, params: list[Ten
 
 
 def _keys_by_hand(states: Any, count: int, named: bool) -> list[Any]:
-    """The keys of all parameters if no group lists them. They are names if ``named``, else positions."""
+    """The keys of all parameters if no group lists them. They are names if ``named`` is True, else positions."""
     texts = [key for key in states if isinstance(key, str)] if isinstance(states, Mapping) else []
     if not texts:
         return list(range(count))
@@ -230,7 +231,7 @@ def _names(groups: Iterable[Mapping[str, Any]]) -> list[str]:
 def _buffer(saved: _Saved, param: Tensor, target: Mapping[str, Any], keep_lr: bool, where: str) -> Tensor | None:
     """The momentum buffer of one parameter in the unit of its target group, or None if no momentum was saved."""
     state, group = _flat(saved.state), saved.group
-    # next to a state2, state1 is the first moment of an Adam-like optimizer
+    # if there is also a state2, state1 is the first moment of an Adam-like optimizer
     key = next((key for key in MOMENTUM if state.get(key) is not None and "state2" not in state), None)
     if key is None:
         if others := [key for key, value in state.items() if key != "compensation" and _is_like(value, param)]:

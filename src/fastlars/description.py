@@ -20,12 +20,12 @@ from .options import NAMES, Options, values_of
 from .sharding import local
 
 WIDTH = 100
-MOST = 8  # entries that fit on a screen
+MOST = 8  # entries that are shown, because more would not fit on a screen
 _HIDDEN = {"params", "param_names", "foreach", "fused"}  # the backend's name shows the last two
 
 
 def describe(groups: list[dict[str, Any]]) -> str:
-    """The lines between the parentheses. Neighbouring groups that differ only in their tensors share an entry."""
+    """The lines between the parentheses of `repr`. Neighbouring groups that differ only in their tensors share an entry."""
     described = [(_kind(group, Options(*values_of(group))), _options(group), group) for group in groups]
     entries: list[str] = []
     end = 0

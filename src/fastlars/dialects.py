@@ -1,4 +1,4 @@
-"""The dialects of LARS as data: their option values, and notes for the documentation's table.
+"""The dialects of LARS, as option values and as notes for the documentation's table.
 
 Example:
     >>> fastlars.DIALECTS["simclr"]
@@ -38,7 +38,7 @@ _NUMBERS = ("trust_coefficient", "eps")
 
 
 def options_of(dialect: Any, where: str) -> dict[str, Any]:
-    """A copy of a dialect's options. Empty for None. Errors begin with ``where``."""
+    """A copy of a dialect's options, or an empty dict for None. Error messages begin with ``where``."""
     if dialect is None:
         return {}
     if not isinstance(dialect, str) or dialect not in DIALECTS:
@@ -52,7 +52,7 @@ def options_of(dialect: Any, where: str) -> dict[str, Any]:
 def dialect_of(options: Options) -> str | None:
     """The dialect with the formula of these options. None for the default formula and for unknown formulas.
 
-    If several dialects have this formula, it is the one with the most equal numbers.
+    If several dialects have this formula, it is the one that agrees in the most of ``trust_coefficient`` and ``eps``.
     """
     values = options._asdict()
     if all(values[name] == _DEFAULTS[name] for name in _FORMULA):

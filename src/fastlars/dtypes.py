@@ -1,4 +1,4 @@
-"""The dtype of the arithmetic for each dtype of tensors, and complex tensors as pairs of real numbers.
+"""The dtypes in which tensors are computed, and real views of complex tensors.
 
 TorchScript compiles these functions too.
 """
@@ -18,11 +18,11 @@ def norm_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def real(tensor: Tensor) -> Tensor:
-    """A complex tensor as a real one of shape (..., 2) with the same norm; other tensors unchanged."""
+    """A complex tensor as a real one of shape (..., 2) with the same norm. Other tensors are returned unchanged."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def is_conjugate(tensor: Tensor) -> bool:
     """Whether this is a lazy conjugate view, whose memory holds the values before conjugation."""
-    # is_complex() first, because torch.compile stops at is_conj()
+    # is_complex() comes first, because torch.compile cannot trace is_conj()
     return tensor.is_complex() and tensor.is_conj()

@@ -1,9 +1,12 @@
-"""The LARS formula, with all its options: it turns the norms of a tensor into two factors.
+"""The LARS formula with all its options. It turns the norms of a tensor into the two factors b and c.
 
-With s = -1 when maximizing and else 1, r = lr if lr_in_momentum else 1, and k = 1 on a tensor's first step or
-without momentum, else 1 - dampening, every variant of LARS is
+Every variant of LARS computes
 
     direction = b * grad + c * param        b = k * r * ratio * s        c = k * r * ratio * decay
+
+where s is -1 when maximizing and else 1, and r is lr if lr_in_momentum and else 1. k is 1 on a tensor's first step or
+without momentum, and else 1 - dampening. The ratio is 1 for tensors that are not adapted. decay is weight_decay, or 0 for
+an adapted tensor if a norm is 0 and trust_denominator is "separate".
 
 Source: You, Gitman, Ginsburg, arXiv 1708.03888, Eq. 6 and Algorithm 1.
 """
@@ -27,20 +30,20 @@ else:
 
 
 def is_adapted(options: Options) -> bool:
-    """Whether the trust ratio scales steps: ``adapt``, or if None, ``weight_decay != 0``."""
+    """Whether the trust ratio scales steps. If ``adapt`` is None, it does if ``weight_decay != 0``."""
     adapt = options.adapt
     return options.weight_decay != 0 if adapt is None else adapt
 
 
 def is_compensated(dtype: torch.dtype, options: Options) -> bool:
-    """Whether parameters of this dtype keep rounding errors. Half types do by default in adapted groups."""
+    """Whether the step keeps the rounding errors of this dtype. By default it does for half types in adapted groups."""
     kahan_sum = options.kahan_sum
     wanted = is_adapted(options) if kahan_sum is None else bool(kahan_sum)
     return wanted and is_half(dtype) and not options.differentiable
 
 
 def rounds_away(dtype: torch.dtype, relative_step: float, options: Options) -> bool:
-    """Whether rounding in this dtype loses most of a step of this relative size."""
+    """Whether most of a step of this relative size is lost, because this dtype rounds it and no compensation keeps it."""
     return is_half(dtype) and not is_compensated(dtype, options) and relative_step < torch.finfo(dtype).eps
 
 
@@ -58,15 +61,15 @@ def is_nonzero(param_norm: Number, direction_norm: Number) -> Condition:
 
 
 def trust_ratio(nonzero: Condition, param_norm: Number, direction_norm: Number, lr: Number, options: Options) -> Number:
-    """lam, the trust ratio. ``direction_norm`` is |g| for "separate" and |g + weight_decay * w| for "joint".
+    """The trust ratio. ``direction_norm`` is |g| for "separate" and |g + weight_decay * w| for "joint".
 
-    ``nonzero`` is the result of `is_nonzero`, which some callers also use.
+    ``nonzero`` is the result of `is_nonzero`. It is an argument because one caller needs it as well.
     """
     denominator = direction_norm + options.eps
     if options.trust_denominator == "separate":
         denominator = denominator + options.weight_decay * param_norm
     if options.differentiable or options.eps == 0:
-        # avoid 0 in the unused branch, because tensors would get a NaN gradient and Python numbers would raise
+        # avoid dividing by 0 in the unused branch, because tensors would get a NaN gradient and Python numbers would raise
         denominator = where(nonzero, denominator, 1.0)
     ratio = options.trust_coefficient * param_norm / denominator
     if options.trust_clip:
@@ -96,7 +99,7 @@ def coefficients(
 
 
 def _scaled(ratio: Number, lr: Number, first_step: bool, options: Options) -> Number:
-    """The ratio times k and r. Factors of 1 are skipped, because each costs an operation."""
+    """The ratio times k and r. Factors that are 1 are left out, because each product costs an operation."""
     if options.momentum != 0 and options.dampening != 0 and not first_step:
         ratio = ratio * (1 - options.dampening)
     if options.lr_in_momentum:
@@ -118,17 +121,20 @@ def on_device(value: Tensor, like: Tensor) -> Tensor:
 def unscaled(grad: Tensor, grad_scale: Tensor) -> Tensor:
     """A gradient divided by grad_scale, bit for bit like ``GradScaler.unscale_``."""
     inverse = on_device(grad_scale, grad).to(torch.float32).reciprocal()
-    # in float32, because float16 would underflow, which the scale prevents
+    # unscale float16 gradients into float32, because small ones would underflow in float16
     dtype = torch.float32 if grad.dtype == torch.float16 else grad.dtype
-    # converted last, because the product of two 0-dim tensors has the wider dtype
+    # convert again at the end, because the product of two 0-dim tensors has the wider dtype
     return (grad.to(dtype) * inverse).to(dtype)
 
 
 def scalar_lr(lr: Union[float, Tensor], like: Tensor) -> Number:
-    """A tensor lr as a 0-dim tensor on ``like``'s device, in the dtype of its norms. A float is returned unchanged."""
+    """Convert a tensor lr to a 0-dim tensor on ``like``'s device, in the dtype of its norms.
+
+    A float is returned unchanged, except in TorchScript, where it becomes a 0-dim tensor too.
+    """
     if isinstance(lr, Tensor):
         return on_device(lr, like).to(norm_dtype(like.dtype))
-    elif is_scripting():  # noqa: RET505  as above
+    elif is_scripting():  # noqa: RET505  as in `where`
         return torch.full((), lr, dtype=norm_dtype(like.dtype), device=like.device)
     else:
         return lr

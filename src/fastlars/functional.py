@@ -1,4 +1,4 @@
-"""The functional form: `lars()` steps tensors that share their options."""
+"""The functional form of LARS, the function `lars`."""
 
 from typing import List, Optional, Union  # noqa: UP035  every TorchScript version reads these spellings
 
@@ -41,27 +41,28 @@ def lars(
     found_inf: Optional[Tensor] = None,
     compensations: Optional[List[Optional[Tensor]]] = None,
 ) -> None:
-    """One LARS step, in place, for tensors that share their options.
+    """Perform one LARS step in place, for tensors that share their options.
 
     It takes the options of :class:`fastlars.LARS` in the same order and with the same defaults, but does not check their
-    values. Gradients are not written. Unless ``differentiable``, autograd does not record the step, so parameters may be
-    leaves.
+    values. Gradients are not written. Unless ``differentiable`` is True, autograd does not record the step, so parameters
+    may be leaves.
 
     Args:
         params: tensors to update, of any shape, floating or complex.
-        grads: their gradients, of the same shapes.
-        momentum_buffers: their momentum buffers, updated in place. At a tensor's first step the entry is None, and the
-            new buffer replaces it. Without momentum the list is not read and may be empty.
-        lr: learning rate, a float or a 1-element tensor, which is not read on the host.
-        grad_scale: 1-element tensor that gradients are divided by first, such as the scale of ``torch.amp.GradScaler``.
-            Only the CUDA kernels need no copy of the gradients for it.
-        found_inf: 1-element tensor. If it is not 0, nothing changes. The device decides.
-        compensations: rounding errors of each half-precision parameter, in its dtype, updated in place. None entries are
-            filled in. Without this list there are no Kahan sums. Entries for parameters of other dtypes are not read.
+        grads: the gradients of the parameters, of the same shapes.
+        momentum_buffers: the momentum buffers of the parameters, updated in place. An entry is None before the tensor's
+            first step, which replaces it with a new buffer. Without momentum the list is not read and may be empty.
+        lr: learning rate, a float or a 1-element tensor. A tensor on an accelerator is not read on the host.
+        grad_scale: 1-element tensor by which gradients are divided first, such as the scale of ``torch.amp.GradScaler``.
+            All implementations except the CUDA kernels copy the gradients to do so.
+        found_inf: 1-element tensor. If it is not 0, the step changes nothing. On an accelerator it is not read on the host.
+        compensations: the rounding errors of half-precision parameters, in their dtypes, updated in place. The step
+            replaces None with a new tensor. Without this list there are no Kahan sums. Entries for parameters of other
+            dtypes are not read.
 
     Raises:
-        ValueError: for ``dampening`` with ``found_inf`` or ``skip_nonfinite`` (see :class:`fastlars.LARS`), and for
-            ``kahan_sum=True`` without ``compensations``.
+        ValueError: for ``momentum`` with ``dampening`` if the step may be skipped (``found_inf`` or ``skip_nonfinite``), and
+            for ``kahan_sum=True`` without ``compensations``.
         RuntimeError: if a CUDA graph captures the step of tensors that lack a momentum buffer.
 
     Example:
@@ -109,10 +110,12 @@ def _step(
 ) -> None:
     """The step outside TorchScript."""
     params, options = group.params, group.options
-    # entries of parameters without compensation are not read
+    # the entries of parameters that are not compensated are not read
     keeps = [is_compensated(param.dtype, options) for param in params]
     if compensations is None and options.kahan_sum and any(keeps):
-        raise ValueError("kahan_sum=True needs compensations: a list like params, of None before the first step")
+        raise ValueError(
+            "kahan_sum=True needs compensations, a list with one entry per parameter, None before the first step"
+        )
     read: List[Optional[Tensor]] = []
     if compensations is not None and any(keeps):
         read = [compensations[i] if keep else None for i, keep in enumerate(keeps)]
@@ -133,5 +136,5 @@ def _step_group(group: Group, grad_scale: Optional[Tensor], found_inf: Optional[
     step([group], grad_scale, found_inf, sharding.sharded([(group.params, group.options)]))
 
 
-# A fused step runs entirely outside the graph, like torch's own. torch.compile traces none of it.
+# Fused and sharded steps run entirely outside the graph, like torch's own fused steps. torch.compile traces none of them.
 _step_group_outside_graphs = outside_graphs(_step_group)

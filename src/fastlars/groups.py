@@ -16,8 +16,8 @@ from .options import check_lr
 
 _NORMALISATION = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# How torch renames a layer's tensor: parametrize to `original` (`original1`, the direction, in weight_norm), prune and the
-# old spectral_norm to `weight_orig`, and the old weight_norm to `weight_v`.
+# The names that torch gives to a layer's weight. parametrize renames it to `original`, and the new weight_norm calls the
+# direction `original1`. prune and the old spectral_norm rename it to `weight_orig`, and the old weight_norm to `weight_v`.
 _PARAMETRIZED = re.compile(r"\bparametrizations\.(\w+)\.original1?$|\b(\w+)_orig$|\b(weight)_v$")
 
 # A name pattern or a module class.
@@ -48,25 +48,26 @@ def param_groups(
 
     Args:
         model: a module, which may be wrapped by DistributedDataParallel or torch.compile, or named parameters such as
-            ``model.named_parameters()``. Named parameters reveal normalisation layers only by the shapes of tensors.
+            ``model.named_parameters()``. With named parameters, the tensors of normalisation layers are recognised only by
+            their shapes.
         weight_decay: weight decay of the adapted group, >= 0. The other group has none.
-        bias_lr: lr of the tensors that are not adapted, >= 0: a number or a 1-element tensor. They take plain SGD steps,
-            so an lr of SGD's size suits them, and 0.1 is a good start. "same": LARS's lr, as in most published recipes.
-            Their networks have normalisation layers, without which LARS's lr ruins training. None (default): like
-            "same", with a warning if ``model`` is a module without normalisation layers.
-        exclude_from_adaptation: further tensors not to adapt, as one item or several. A name pattern, such as
-            ``"*pos_embed"`` or ``"head.*"``, works like Python's ``fnmatch``, so "*" also matches dots. It may match a
-            name with or without the prefixes that wrappers add. A module class, such as ``nn.Embedding``, selects the
-            parameters directly in its modules. The selected tensors still train, in the second group. To leave tensors
-            out of the optimizer, pass only the modules that should train.
+        bias_lr: lr of the tensors that are not adapted, >= 0, as a number or a 1-element tensor. They take plain SGD steps,
+            so an lr of SGD's size suits them, and 0.1 is a good start. "same" gives them LARS's lr, as in most published
+            recipes, whose networks have normalisation layers. Without such layers, LARS's lr ruins training. None (default)
+            is like "same", but warns if ``model`` is a module without normalisation layers.
+        exclude_from_adaptation: further tensors that are not adapted, as one item or several. An item may be a name
+            pattern, such as ``"*pos_embed"`` or ``"head.*"``. It works like Python's ``fnmatch``, so "*" also matches dots,
+            and it may match a name with or without the prefixes that wrappers add. An item may also be a module class, such
+            as ``nn.Embedding``, which selects the parameters directly in modules of that class. The selected tensors still
+            train, in the second group. To leave tensors out of the optimizer, pass only the modules that should train.
         adapt: a function that takes a name and a parameter and returns whether to adapt it. It replaces the first three
             rules above. ``adapt=lambda name, param: param.ndim > 1`` is the rule of MoCo v3, MAE and Barlow Twins.
         unadapted: further options for the group that is not adapted, such as ``{"momentum": 0.5}``.
 
     Returns:
         A group with ``adapt=True`` and one with ``adapt=False``, both of named parameters. An empty group is left out.
-        Every parameter is in exactly one group. A shared parameter has its first name. Frozen parameters are included, so
-        that you can unfreeze them later. Without a gradient they do not move.
+        Every parameter is in exactly one group. A shared parameter has its first name. Frozen parameters are included,
+        because you may unfreeze them later. Parameters without a gradient do not change.
 
     Raises:
         ValueError: if there are no parameters, if two have the same name, or if a lazy module has not run yet; if an
@@ -211,7 +212,7 @@ def _excluded(
 
 
 def _nearest(wanted: str, known: Iterable[str]) -> list[str]:
-    """The three names that are most like ``wanted``."""
+    """The three names that are most similar to ``wanted``."""
     literal = re.sub(r"[*?]|\[.*?\]", "", wanted.lower())  # wildcards are not part of a name
 
     def likeness(name: str) -> float:

@@ -13,7 +13,7 @@ from . import sharding
 from .backends.layouts import find_shared_memory, own_every_element
 from .convert import foreign_key, groups_and_states
 
-# keys of the state tensors that a step writes
+# the keys under which a step stores its state tensors
 STATE = ("momentum_buffer", "compensation")
 
 
@@ -25,8 +25,8 @@ def check_saved_state(optimizer: Optimizer, state_dict: Any) -> None:
     if sizes != ours:
         raise ValueError(
             f"the state dict has {len(sizes)} param groups with {sizes} parameters, this optimizer {len(ours)} with {ours}; "
-            "build the groups as they were, or regroup the state with fastlars.convert_state_dict(state_dict, optimizer, "
-            "params=...)"
+            "build the groups as when it was saved, or regroup the state with "
+            "fastlars.convert_state_dict(state_dict, optimizer, params=...)"
         )
     params: dict[int | str, Tensor] = {}
     for i, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):

@@ -36,13 +36,13 @@ FOREIGN = {
     "skip_list": _GROUPS,  # MLPerf
     "weight_decay_mask": _GROUPS,  # optax
     "trust_ratio_mask": _GROUPS,
-    "classic_momentum": 'for True, pass dialect="simclr"; False, the ratio of the momentum buffer, is not available',  # SimCLR
+    "classic_momentum": 'for True, pass dialect="simclr"; a ratio of the momentum buffer (False) is not available',  # SimCLR
     "max_unorm": "a cap on SGD's step is not available, and trust_clip=True comes nearest",  # bitsandbytes
 }
 
 
 def foreign_name(key: object) -> str | None:
-    """A sentence with our name for another library's option; None if the key is not one."""
+    """A sentence with our name for another library's option, or None if the key is not such an option."""
     ours = FOREIGN.get(key) if isinstance(key, str) else None
     if ours is None:
         return None
@@ -50,7 +50,7 @@ def foreign_name(key: object) -> str | None:
 
 
 def check_call(keys: Iterable[str]) -> None:
-    """Raise for an argument of another library or a misspelt one. Python itself raises for any other unknown name."""
+    """Raise for an argument that is another library's option or misspelt. Python raises for any other unknown name."""
     for key in keys:
         if sentence := foreign_name(key):
             raise TypeError(sentence)
@@ -59,7 +59,7 @@ def check_call(keys: Iterable[str]) -> None:
 
 
 def check_keys(keys: Iterable[object], where: str, way_out: str = "") -> None:
-    """Raise for a group key that is another library's option. Only warn about misspelt ones, which may be users' own tags."""
+    """Raise for a group key that is another library's option. Only warn about a misspelt one, which may be a user's tag."""
     for key in keys:
         if sentence := foreign_name(key):
             raise ValueError(f"{where}: {sentence}{way_out}")
@@ -71,10 +71,10 @@ _KNOWN = (*NAMES, "dialect")
 
 
 def nearest_name(key: str) -> str | None:
-    """The option that an unknown key probably means; None for keys that schedulers and users add."""
+    """The option that an unknown key probably means, or None for keys that schedulers and users add."""
     if key in _KNOWN or any(key.startswith(f"{name}_") or key.endswith(f"_{name}") for name in NAMES):
         return None  # companions of an option, such as initial_lr, max_momentum, weight_decay_scale
-    # short names resemble many words
+    # a short name must match more closely, because it resembles many words
     candidates = [(name, 0.74 if len(name) > 5 else 0.8) for name in _KNOWN]
     ratios = {name: difflib.SequenceMatcher(None, key.lower(), name).ratio() for name in _KNOWN}
     close = [name for name, cutoff in candidates if ratios[name] >= cutoff]

@@ -1,7 +1,7 @@
-"""L2 norms of whole tensors in float32 or better, with a relative error <= 1e-5 up to 1e8 elements and no host read.
+"""L2 norms of whole tensors in float32 or float64, with a relative error of at most 1e-5 up to 1e8 elements.
 
 torch's own norm on CPU adds float32 squares in sequence and is off by 1e-2 at 1e8 elements. The norm of the row norms is
-accurate to 1e-7 at the same speed. On accelerators torch reduces in a tree, which is also accurate.
+accurate to 1e-6 at the same speed. On accelerators torch adds in a tree, which is also accurate.
 """
 
 import torch
@@ -10,17 +10,17 @@ from torch.linalg import vector_norm
 
 from .dtypes import norm_dtype
 
-ROW = 1024  # squares added in float32 at a time: relative error of the norm up to 8e-7 (3e-6 at 4096)
-ROWS = 4096  # row norms added at once
+ROW = 1024  # squares added in float32 at a time; the norm's relative error is up to 8e-7 (it would be 3e-6 with 4096)
+ROWS = 4096  # squares of row norms added at a time
 COPY = 1 << 20  # elements converted at a time, in a temporary of 4 MiB
-SUM = 1 << 18  # elements of two tensors added at a time, in 1 MiB, which stays in cache
+SUM = 1 << 18  # elements of two tensors added at a time, in a temporary of 1 MiB, which stays in cache
 
-# Elements that a list of temporaries may hold in a foreach step: 64 MiB of float32.
+# Elements that a list of temporaries may hold in a foreach step, which are 64 MiB of float32.
 CHUNK = 1 << 24
 
 
 def chunks(tensors: list[Tensor], limit: int = CHUNK) -> list[list[int]]:
-    """Indices of consecutive tensors, at most ``limit`` elements together (a larger tensor gets its own chunk)."""
+    """Indices of consecutive tensors with at most ``limit`` elements together. A larger tensor gets its own chunk."""
     result: list[list[int]] = []
     size = 0
     for i, tensor in enumerate(tensors):
@@ -34,12 +34,12 @@ def chunks(tensors: list[Tensor], limit: int = CHUNK) -> list[list[int]]:
 
 
 def norms(tensors: list[Tensor], foreach: bool) -> Tensor:
-    """L2 norms of n real tensors of one device and dtype, as a tensor of shape (n,)."""
+    """L2 norms of n real tensors on one device and of one dtype, as a tensor of shape (n,)."""
     dtype = norm_dtype(tensors[0].dtype)
     if tensors[0].device.type == "cpu":
         return _norms_of([_row_norms(tensor) for tensor in tensors], dtype)
     if tensors[0].device.type == "xla":
-        # its norm adds squares in the tensor's dtype and ignores the dtype argument
+        # XLA's norm adds squares in the tensor's dtype and ignores the dtype argument
         tensors = [tensor.to(dtype) for tensor in tensors]
     if foreach:
         return torch.stack(torch._foreach_norm(tensors, 2.0, dtype=dtype))
@@ -47,9 +47,10 @@ def norms(tensors: list[Tensor], foreach: bool) -> Tensor:
 
 
 def joint_norms(params: list[Tensor], grads: list[Tensor], sign: float, weight_decay: float, foreach: bool) -> Tensor:
-    """|sign * g + weight_decay * w| of each tensor, shape (n,), with temporaries of 1 MiB on CPU, else of one chunk.
+    """|sign * g + weight_decay * w| of each tensor, as a tensor of shape (n,).
 
-    The sum is computed, because |g|, |w| and g.w would cancel where g is near -weight_decay * w.
+    The sum is computed, in temporaries of 1 MiB on CPU and of one chunk elsewhere. A formula with |g|, |w| and the
+    dot product of g and w would suffer cancellation if sign * g is near -weight_decay * w.
     """
     if params[0].device.type == "cpu":
         row_norms = [_joint_row_norms(w, g, sign * weight_decay) for w, g in zip(params, grads)]
@@ -68,11 +69,11 @@ def _joint_norms_by_chunks(
         if foreach and params[0].dtype == dtype and grads[0].dtype == dtype:
             sums = list(torch._foreach_add([grads[i] for i in places], [params[i] for i in places], alpha=alpha))
         else:
-            # one element, because 0-dim tensors do not widen a result; it converts half types without a copy
+            # a float32 factor with one element widens the result without converted copies; a 0-dim tensor would not
             factor = params[0].new_full([1], alpha, dtype=dtype)
             sums = [torch.addcmul(grads[i], params[i], factor) for i in places]
         result.append(norms(sums, foreach))
-        sums = []  # freed before the next chunk is made
+        sums = []  # free the memory before the next chunk is computed
     return torch.cat(result)
 
 
@@ -93,14 +94,14 @@ def _joint_row_norms(param: Tensor, grad: Tensor, decay: float, limit: int = SUM
 
 
 def _row_norms(tensor: Tensor, row: int = ROW) -> Tensor:
-    """A tensor with the same norm as ``tensor``, which is on CPU, but small enough for one sum of squares."""
-    # torch adds elements that are not adjacent one by one: 4096 equal ones are 3e-5 off, adjacent ones 4e-6
+    """The norms of the rows of a CPU tensor. Their norm is the tensor's norm. A short tensor is returned unchanged."""
+    # torch adds elements that are not adjacent one by one, which for 4096 equal elements gives an error of 3e-5, not 4e-6
     if tensor.is_contiguous():
         if tensor.numel() <= row:
             return tensor
         ordered = tensor.view(-1)
     else:
-        # in memory order, every dense tensor (channels_last, transposed) is one flat view
+        # with its dimensions in memory order, a dense tensor (channels_last, transposed) is contiguous
         order = sorted([(-stride, i) for i, stride in enumerate(tensor.stride())])
         ordered = tensor.permute([i for _, i in order])
     dtype = norm_dtype(tensor.dtype)

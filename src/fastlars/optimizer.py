@@ -1,4 +1,4 @@
-"""The class LARS: its options, its state, and the order of a step. `step.py` does the arithmetic."""
+"""The optimizer class LARS. It holds and checks options and state, and calls `step.py` to update the parameters."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _dtype = attrgetter("dtype")
 
 
 def _reading_names(init: _Init) -> _Init:
-    """Wrap ``init`` to check option names and to replace ``dialect`` by its options.
+    """Wrap ``init`` to check option names and to replace ``dialect`` with its options.
 
     ``init`` itself cannot tell whether an option was passed or has its default.
     """
@@ -67,56 +67,61 @@ class LARS(Optimizer):
         v     = momentum * v + (1 - dampening) * ratio * (g + weight_decay * w)
         w     = w - lr * v
 
-    If either norm is 0, v takes the plain gradient, without ratio and weight decay. Dampening does not apply to a tensor's
-    first step. Groups that are not adapted take torch's SGD step, bit for bit. Norms are L2 norms of whole tensors, in
-    float32 or better. The step never writes ``.grad`` and never synchronises with the GPU.
+    If either norm is 0, the ratio is 1 and weight decay is not applied. Dampening does not apply to a tensor's first step.
+    Groups that are not adapted run torch's own SGD; :doc:`algorithm` lists the exceptions. Norms are L2 norms of whole
+    tensors, computed in float32 or float64. The step never writes ``.grad`` and never synchronises with the GPU.
 
-    LARS is not a drop-in replacement for SGD. A step moves a tensor by about ``lr * trust_coefficient`` of its norm (up to
-    ``1 / (1 - momentum)`` times that), so a typical ``lr`` is 1 to 30. Use :func:`fastlars.param_groups` to leave biases and
-    normalisation tensors out of the adaptation.
+    LARS is not a drop-in replacement for SGD. A step changes a tensor by about ``lr * trust_coefficient`` of its norm, or
+    with momentum by up to ``1 / (1 - momentum)`` times that, so a typical ``lr`` is between 1 and 30. Build the groups with
+    :func:`fastlars.param_groups`, which does not adapt biases and normalisation tensors.
 
     Args:
-        params: tensors or named tensors to optimize, or dicts that define param groups. Every option below can be set
-            per group.
-        lr: learning rate, >= 0: a float, or a 1-element tensor, which stays on its device. It is required, here or in
+        params: tensors or named tensors to optimize, or dicts that define param groups. Every option below except
+            ``differentiable`` can be set per group.
+        lr: learning rate, >= 0. A float, or a 1-element tensor, which stays on its device. It is required here or in
             every group.
         momentum: momentum factor, 0 <= momentum < 1 (default: 0).
-        dampening: dampening of momentum (default: 0). After a tensor's first step, gradients are scaled by 1 - dampening.
+        dampening: dampening of momentum, any finite number (default: 0). After a tensor's first step, its gradients are
+            multiplied by 1 - dampening.
         weight_decay: L2 penalty, >= 0 (default: 0).
         nesterov: Nesterov momentum (default: False). It needs momentum > 0 and dampening == 0.
         trust_coefficient: the factor of the trust ratio, eta in the paper, >= 0 (default: 0.001).
         eps: added to the denominator of the trust ratio, >= 0 (default: 1e-8).
-        adapt: whether the trust ratio scales the group's steps. None (default): if ``weight_decay`` is not 0.
-        trust_clip: clip the ratio to min(ratio / lr, 1), like LARC (default: False).
-        trust_denominator: "separate" (default) is the ratio above. With "joint" the ratio is
-            ``trust_coefficient * |w| / (|g + weight_decay * w| + eps)``, or 1 with weight decay if either norm is 0 (BYOL,
-            SimCLR, optax).
-        lr_in_momentum: put lr inside the momentum buffer, as in the paper (default: False). With
-            ``d = ratio * (g + weight_decay * w)``, this is ``v = momentum * v + (1 - dampening) * lr * d`` and ``w -= v``,
-            or ``w -= lr * d + momentum * v`` with nesterov.
+        adapt: whether the trust ratio scales the group's steps. If None (default), it does if ``weight_decay`` is not 0.
+        trust_clip: use min(ratio / lr, 1) instead of the ratio, as LARC does (default: False).
+        trust_denominator: "separate" (default) computes the ratio above. "joint" computes
+            ``trust_coefficient * |w| / (|g + weight_decay * w| + eps)``, as BYOL, SimCLR and optax do. With "joint",
+            weight decay applies even if a norm is 0.
+        lr_in_momentum: multiply by lr before the momentum buffer instead of after it, as in the paper (default: False).
+            With ``d = ratio * (g + weight_decay * w)``, the step is ``v = momentum * v + (1 - dampening) * lr * d`` and
+            ``w -= v``, or ``w -= lr * d + momentum * v`` with nesterov.
         skip_nonfinite: skip the step of all groups with this option if any of their gradients has a norm that is not
-            finite (default: False). The device decides. With momentum it needs dampening == 0.
+            finite (default: False). The check does not synchronise with the GPU. With momentum it needs dampening == 0.
         maximize: maximize the objective instead of minimizing it (default: False).
-        foreach: whether updates run over lists of tensors, which takes few launches on CUDA since torch 2.11. None
-            (default): like torch's optimizers, on CUDA, Intel GPUs and plug-in devices, but not on MPS and XLA.
-        differentiable: whether autograd may run through the step (default: False).
-        fused: whether norms and update run in fused kernels, torch's own on CPU and Triton's on CUDA. None (default): on
-            CPU only, until the CUDA kernels are proven on GPUs. Tensors that a kernel does not support (other dtypes,
-            memory that is not dense, different layouts) fall back to another implementation within the step.
-        kahan_sum: whether bfloat16 and float16 weights keep the rounding error of each step and add it to the next one.
-            The errors take a second tensor of the weights' size (state key ``compensation``). None (default): only in
-            adapted groups. Without Kahan sums, small steps are lost. Other dtypes need none. See :doc:`precision`.
-        dialect: a key of :data:`fastlars.dialects.DIALECTS`, such as "simclr" or "mlperf", whose options reproduce the LARS
-            of another paper or package (default: None). Options that you pass override it. Only its options are kept and
-            saved, not its name.
+        foreach: whether to update lists of tensors with torch's foreach operations, which take few kernel launches on CUDA
+            from torch 2.11 on. If None (default), LARS uses them on the devices where torch's optimizers do, which are
+            CUDA, Intel GPUs and plug-in devices, but not MPS and XLA.
+        differentiable: whether autograd may run through the step (default: False). It must be the same in all groups.
+        fused: whether to compute norms and update in fused kernels, torch's own on CPU and Triton kernels on CUDA. If None
+            (default), adapted groups use them on CPU, but not on CUDA until the kernels are proven on GPUs. Tensors that a
+            kernel does not support (other dtypes, memory that is not dense, different layouts) use another implementation.
+        kahan_sum: whether to keep the rounding errors of bfloat16 and float16 weights and add them in the next step.
+            Without Kahan sums, small steps are lost. They need a second tensor of each weight's size (state key
+            ``compensation``). If None (default), only adapted groups use them. Other dtypes ignore the option. See
+            :doc:`precision`.
+        dialect: a key of :data:`fastlars.dialects.DIALECTS`, such as "simclr" or "mlperf". It sets the options that
+            reproduce the LARS of another paper or package (default: None). Options that you pass override the dialect's.
+            Groups and checkpoints hold these options, but not the dialect's name.
 
     Raises:
-        ValueError: if an option is out of range or contradicts another, if a dialect does not exist, if a group has no lr
-            or has an option of another library (the error gives our name), or if a state dict does not fit.
-        TypeError: if an option has the wrong type, is misspelt or belongs to another library, or if a parameter is neither
-            floating nor complex.
-        RuntimeError: if ``fused=True`` cannot be honoured, and in :meth:`step` for sparse gradients. Neither changes
-            anything.
+        ValueError: if an option is out of range or contradicts another, if a dialect does not exist, if a group has no lr,
+            if a group has a key that is another library's option (the error gives fastlars's name for it), or if a state
+            dict does not fit.
+        TypeError: if an option has the wrong type, if an argument is misspelt or is another library's option, or if a
+            parameter is neither floating nor complex.
+        RuntimeError: if ``fused=True`` is not possible, and in :meth:`step` for sparse gradients.
+
+    No parameter or state has changed when these are raised.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.LayerNorm(4))
@@ -129,7 +134,7 @@ class LARS(Optimizer):
         ...     optimizer.step()
         ...     scheduler.step()
 
-        Print the optimizer to see which implementation runs and what is adapted:
+        Print the optimizer to see which groups are adapted and which implementation each of them uses:
 
         >>> optimizer
         LARS (
@@ -142,8 +147,9 @@ class LARS(Optimizer):
         ['0.weight']
 
     Source: You, Gitman, Ginsburg, *Large Batch Training of Convolutional Networks*, arXiv 1708.03888, Eq. 6 and
-    Algorithm 1. The paper puts lr inside the momentum buffer (``lr_in_momentum=True``). By default it is outside, as in
-    the widely copied PyTorch code. Arguments, state and checkpoints are compatible with that code.
+    Algorithm 1. The paper multiplies by lr before the momentum buffer (``lr_in_momentum=True``). By default, LARS does so
+    after it, like the LARS of Lightning Bolts, quadra and lightly. Arguments, state and checkpoints are compatible with
+    theirs.
     """
 
     _looked_for_adapted = False
@@ -178,7 +184,7 @@ class LARS(Optimizer):
         given = locals()
         defaults = {name: given[name] for name in NAMES}
         self._memory = Memory()
-        # group index -> its options and narrowest dtype at the last step, and the largest lr they allow
+        # group index -> the group's options and narrowest dtype at the last step, and the largest lr that these allow
         self._checked: dict[int, tuple[list[Any], float]] = {}
         check_options({**defaults, "lr": 0.0} if _is_missing(lr) else defaults, "LARS")
         check_no_module(params, "LARS")
@@ -191,7 +197,7 @@ class LARS(Optimizer):
             param_group: ``params`` (tensors or named tensors) and any options.
 
         Raises:
-            ValueError, TypeError: as at construction. The optimizer is then unchanged.
+            ValueError, TypeError: for the same reasons as the constructor. The optimizer is then unchanged.
 
         Example:
             >>> weight, bias = torch.nn.Parameter(torch.ones(4, 4)), torch.nn.Parameter(torch.zeros(4))
@@ -218,7 +224,7 @@ class LARS(Optimizer):
             sharding.check_not_flattened(param_group["params"], where)
             if options["fused"]:
                 check_fused(map(sharding.local_of, param_group["params"]), where)
-        super().add_param_group(param_group)  # raises for anything that is not a group
+        super().add_param_group(param_group)  # raises if it is not a dict with "params"
         self._make_lr_tensors()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -230,7 +236,7 @@ class LARS(Optimizer):
         Raises:
             ValueError, TypeError: if groups, options or buffers do not fit, or if another optimizer saved the state, which
                 :func:`fastlars.convert_state_dict` converts. The optimizer is then unchanged.
-            RuntimeError: if called on Lightning's wrapper of an optimizer, which would not load into the optimizer.
+            RuntimeError: if called on Lightning's optimizer wrapper, because the state would not reach the optimizer.
 
         Example:
             >>> w = torch.nn.Parameter(torch.ones(3))
@@ -248,8 +254,8 @@ class LARS(Optimizer):
             )
         if not isinstance(state_dict, dict):
             groups_and_states(state_dict)
-        # Check before torch casts the buffers, because casting drops imaginary parts. The check is a hook, added last,
-        # because users' hooks may replace the state dict.
+        # Check before torch casts the buffers, because casting drops imaginary parts. The check is a hook, and it is added
+        # last, because users' hooks may replace the state dict.
         handle = self.register_load_state_dict_pre_hook(check_saved_state)
         try:
             super().load_state_dict(state_dict)
@@ -257,13 +263,13 @@ class LARS(Optimizer):
             handle.remove()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Called by unpickling, and as the last stage of torch's load_state_dict, before it changes anything."""
+        """Called on unpickling, and at the end of torch's load_state_dict, when the optimizer is still unchanged."""
         loading = "param_groups" in self.__dict__
         if not loading:
             self._memory = Memory()
             self._checked = {}
         for i, group in enumerate(state["param_groups"]):
-            # state dicts of SGD, Bolts and quadra lack some keys, which keep their values
+            # state dicts of SGD, Bolts and quadra lack some options, which then keep their current values
             known = self.param_groups[i] if loading else {**Options(0.0)._asdict(), **state["defaults"]}
             for name in (*NAMES, "param_names"):
                 if name in known:
@@ -275,7 +281,7 @@ class LARS(Optimizer):
                 check_keys((key for key in group if key not in known), where, way_out)
             check_options(saved, where)
             if loading:
-                # belongs to the whole optimizer, see _check_whole
+                # this option belongs to the whole optimizer, see _check_whole
                 saved["differentiable"] = group["differentiable"] = known["differentiable"]
             check_group(saved, group["params"], where)
             if group["fused"]:
@@ -289,14 +295,14 @@ class LARS(Optimizer):
                     entry.pop("momentum_buffer", None)
                 elif param.is_complex():  # torch casts the state of floating parameters only
                     entry["momentum_buffer"] = entry["momentum_buffer"].to(param.dtype)
-                # other dtypes do not use it; users add it to the weights before loading
+                # other dtypes use no compensation; users add it to the weights before loading
                 if entry.get("compensation") is None or not is_half(param.dtype):
                     entry.pop("compensation", None)
         super().__setstate__(state)
         self._make_lr_tensors()
 
     def _make_lr_tensors(self) -> None:
-        """Turn each float lr into a tensor if the optimizer's lr is one, because a graph treats a float as a constant."""
+        """If the optimizer's lr is a tensor, make each group's lr one, because graphs treat a float as a constant."""
         default = self.defaults["lr"]
         if isinstance(default, Tensor):
             for group in self.param_groups:
@@ -314,16 +320,16 @@ class LARS(Optimizer):
         compensations: list[Tensor | None],
         in_graph: bool = False,
     ) -> None:
-        # create state only here, because torch.compile runs this method eagerly when it traces a step
+        # a graph's state is created here, because torch.compile runs this method eagerly when it traces a step
         if not self._looked_for_adapted:
             self._warn_if_nothing_is_adapted()
             self._warn_if_steps_round_away()
             for i, each in enumerate(self.param_groups):
-                # FSDP keeps these parameter objects when it flattens them later
+                # checked again, because FSDP may flatten these parameters after the optimizer was constructed
                 sharding.check_not_flattened(each["params"], f"param group {i}")
         if in_graph and group is self.param_groups[0]:
-            # The compiler guards the state entries that exist after the first call. Entries made later cause torch 2.4 to
-            # fail when state is dropped or loaded in part, so make all now.
+            # The compiler guards the state entries that exist after the first call. If entries are added later, torch 2.4
+            # fails when state is dropped or loaded in part. So create the entries of all groups now.
             for each in self.param_groups:
                 options = Options(*values_of(each))
                 for p in each["params"]:
@@ -340,10 +346,10 @@ class LARS(Optimizer):
             compensations += self._state_of(with_grad, "compensation", needed, in_graph)
 
     def _state_of(self, params: list[Tensor], key: str, needed: list[bool], in_graph: bool) -> list[Tensor | None]:
-        """The state of each parameter under this key. None if it needs none or if the step must create it."""
+        """The state of each parameter under this key, or None if the parameter needs none or the step will create it."""
         found = [self.state.get(p, _NO_STATE).get(key) if need else None for p, need in zip(params, needed)]
-        # Create missing state here in a graph, because it serves all steps, and for a parameter that is listed twice,
-        # because it has one state. Otherwise the step creates it.
+        # Usually the step creates missing state. Create it here in a graph, because one graph serves all steps, and for a
+        # parameter that is listed twice, because both of its places share one state.
         if not _NONE.isdisjoint(map(type, found)) and (in_graph or len(set(map(id, params))) < len(params)):
             for p, need in zip(params, needed):
                 if need and self.state[p].get(key) is None:
@@ -353,9 +359,9 @@ class LARS(Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether GradScaler lets `step` unscale and skip. It reads this, and then sets ``grad_scale`` and ``found_inf``.
+        """Whether `step` unscales gradients and skips steps itself. GradScaler then sets ``grad_scale`` and ``found_inf``.
 
-        True if every group sets fused=True, as in torch, and the host need not know whether a step was skipped.
+        True if every group sets fused=True, as in torch, and none has momentum with dampening, see `check_can_be_skipped`.
         """
         return all(
             group["fused"] and (group["momentum"] == 0 or group["dampening"] == 0) for group in self.param_groups
@@ -372,7 +378,7 @@ class LARS(Optimizer):
         )
 
     def _warn_if_steps_round_away(self) -> None:
-        """Warn about groups with kahan_sum=False, like `check`. To avoid a sync, an lr on an accelerator is not read."""
+        """Warn if kahan_sum=False loses most of a group's steps, as `check` does. Reads no lr on an accelerator."""
         for i, group in enumerate(self.param_groups):
             options, lr = Options(*values_of(group)), group.get("initial_lr", group["lr"])
             known = not isinstance(lr, Tensor) or lr.device.type == "cpu"
@@ -401,8 +407,9 @@ class LARS(Optimizer):
 
         Raises:
             RuntimeError: for sparse gradients, and if a CUDA graph captures the step before the momentum buffers exist.
-                Nothing changes then.
-            ValueError, TypeError: if an option written into a group breaks its rule. Nothing changes then.
+            ValueError, TypeError: if an option was set in a group and is out of range or has the wrong type.
+
+        No parameter or state has changed when these are raised.
 
         Example:
             >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
@@ -425,7 +432,7 @@ class LARS(Optimizer):
         if isinstance(self.defaults["lr"], Tensor) and any(
             isinstance(group["lr"], (int, float)) for group in self.param_groups
         ):
-            self._make_lr_tensors_outside_graphs()  # a float may have been written into a group since the last step
+            self._make_lr_tensors_outside_graphs()  # a group's lr may have been set to a float since the last step
         if torch.compiler.is_compiling() and any(
             # dampening makes a tensor's first step different, and one graph serves all steps
             sharding.any_sharded(params) or leaves_graph(params, options) or (options.momentum and options.dampening)
@@ -439,7 +446,7 @@ class LARS(Optimizer):
 
     def _step_groups(self) -> None:
         params_and_options = self._params_and_options()
-        # set by GradScaler, because of _step_supports_amp_scaling
+        # GradScaler sets these attributes if _step_supports_amp_scaling is True
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for i, group in enumerate(self.param_groups):  # check all groups before the first state is created
             if torch.compiler.is_compiling():
@@ -473,11 +480,11 @@ class LARS(Optimizer):
             for param, tensor in zip(stepped.params, made, strict=True):
                 if tensor is not None:  # else the step was skipped
                     self.state[param][key] = tensor
-                elif key == "compensation":  # kahan_sum=False drops it
+                elif key == "compensation":  # drop it, because kahan_sum has been turned off
                     self.state.get(param, {}).pop(key, None)
 
     def _check_whole(self, options: dict[str, Any], where: str) -> None:
-        """Raise for options that a single group cannot set."""
+        """Raise for options whose validity depends on the whole optimizer."""
         if bool(options["differentiable"]) != bool(self.defaults["differentiable"]):
             raise ValueError(
                 f"{where}: differentiable must be the same in all groups, {self.defaults['differentiable']}, got "
@@ -487,13 +494,13 @@ class LARS(Optimizer):
             sharding.check_not_divided(where)
 
     def _check_before_step(self, i: int, group: dict[str, Any]) -> None:
-        """Check the options of a group, which users may edit, before any group moves. `split` checks its tensors."""
+        """Check a group's options, which users may edit, before any parameter changes. `split` checks the tensors."""
         where, lr, params = f"param group {i}", group["lr"], group["params"]
         if group["differentiable"] and torch.is_grad_enabled():
             check_no_leaves([p for p in params if p.grad is not None])
         narrowest = narrowest_dtype(set(map(_dtype, params)))
         values = [*values_of(group), narrowest]
-        values[0] = 0.0 if isinstance(lr, (float, Tensor)) else lr  # a schedule's rounding may take it below 0
+        values[0] = 0.0 if isinstance(lr, (float, Tensor)) else lr  # rounding may take the lr of a schedule below 0
         checked = self._checked.get(i)
         if checked is None or any(new is not old for new, old in zip(values, checked[0])):
             options = dict(zip(NAMES, values))
@@ -502,26 +509,26 @@ class LARS(Optimizer):
             checked = self._checked[i] = values, check_numbers(options, narrowest, where)
         check_lr(lr, checked[1], all(p.is_meta for p in params[:1]), where)
 
-    # Leave the graph like torch's own fused step, but once for all groups, because skip_nonfinite decides for all.
+    # Leave the graph once for all groups, because skip_nonfinite skips them together.
     _step_groups_outside_graphs = outside_graphs(_step_groups)
 
     def _params_and_options(self) -> list[tuple[list[Tensor], Options]]:
-        # not `values_of`, after which the compiler makes a second graph when a state dict is loaded
+        # not `values_of`, because the compiler would then make a second graph after a state dict is loaded
         return [(group["params"], Options(*[group[name] for name in NAMES])) for group in self.param_groups]
 
     @torch.no_grad()
     def trust_ratios(self) -> dict[str, float]:
         """The trust ratio of each adapted tensor, from its current value and gradient.
 
-        Call it after ``backward()`` (and after unscaling, with a GradScaler) and before ``zero_grad()``. A call synchronises
-        with the device. Steps without a call cost nothing extra. Processes do not communicate, so a single process may call
-        it. For a sharded tensor it returns the ratio of the last step, which exchanged the norms. If that step was skipped,
-        the ratio may be 0 or NaN.
+        Call it after ``backward()`` (and after unscaling, with a GradScaler) and before ``zero_grad()``. Each call
+        synchronises with the device. Processes do not communicate, so a single process may call it. For a sharded tensor it
+        returns the ratio of the last step, which exchanged the norms. If that step was skipped, the ratio may be 0 or NaN.
 
         Returns:
-            A dict of ratios by name, in the optimizer's order. Tensors without a name are called "group.position", such as
-            "0.3". Repeated names get that as a suffix. Groups that are not adapted are left out, and so are tensors without
-            a gradient, unless sharded. The ratio is 1 if the tensor or its gradient is zero.
+            A dict of ratios by name, in the optimizer's order. A tensor without a name is called by its group and its
+            position, such as "0.3". If a name repeats, both numbers are appended to it, as in "weight (0.3)". The dict leaves
+            out groups that are not adapted, and tensors without a gradient unless they are sharded. The ratio is 1 if the
+            tensor or its gradient is zero.
 
         Raises:
             RuntimeError: for sparse gradients, and for sharded tensors before the first step.
@@ -562,12 +569,12 @@ class LARS(Optimizer):
                 lr = scalar_lr(options.lr, param_norms)
                 ratio = trust_ratio(nonzero, param_norms, direction_norms, lr, options)
                 assert isinstance(ratio, Tensor)
-                # one copy, then element by element: tolist() refuses tensor subclasses
+                # copy once, then convert each element, because tolist() refuses tensor subclasses
                 ratios.update(zip([names[j] for j in positions], map(float, ratio.cpu()), strict=True))
         return ratios
 
     def _exchanged_norms(self, param: Tensor) -> Tensor | None:
-        """Param norm and direction norm of a sharded tensor from the last step. None for tensors that are not sharded."""
+        """Param norm and direction norm of a sharded tensor in the last step, or None if the tensor is not sharded."""
         if not sharding.is_divided(param):
             return None
         shards = self._shards_of_last_step
@@ -579,7 +586,7 @@ class LARS(Optimizer):
         return norms
 
     def _names(self) -> list[list[str]]:
-        """The names of all tensors, group by group. Tensors without a name get their position."""
+        """The names of all tensors, group by group. A tensor without a name gets its group and position, such as "0.3"."""
         seen: set[str] = set()
         named: list[list[str]] = []
         for i, group in enumerate(self.param_groups):
@@ -594,19 +601,19 @@ class LARS(Optimizer):
 
     @contextlib.contextmanager
     def relative_steps(self) -> Iterator[dict[str, float]]:
-        """Measure how far the steps inside this context move each tensor, relative to its norm before them.
+        """Measure how much the steps inside this context change each tensor, relative to its norm before them.
 
-        It covers all tensors, adapted or not. Inside the context it keeps a copy of the parameters. Outside, it costs
-        nothing. For a sharded tensor it measures this process's shard, without communication. With Kahan sums it
-        measures weight plus compensation, because a step moves their sum.
+        The context measures all tensors, adapted or not, and keeps a copy of them until it ends. Of a sharded tensor, each
+        process measures its own shard, without communication. With Kahan sums, the change of weight plus compensation
+        is measured, because a step updates their sum.
 
         Returns:
-            A context manager that gives a dict and fills it on exit. The dict maps each name, as in :meth:`trust_ratios`,
-            to the norm of the change divided by the norm before. Tensors that the step skipped have 0. For a tensor that
-            was zero, the value is inf, or 0 if it did not move.
+            A context manager that yields a dict and fills it on exit. The dict maps each name, as in :meth:`trust_ratios`,
+            to the norm of the change divided by the norm before. If a tensor did not change, its value is 0. If it was zero
+            and changed, the value is inf.
 
         Raises:
-            RuntimeError: if a step inside raises it. The dict is then empty.
+            RuntimeError: if a step inside the context raises it. The dict is then empty.
 
         Example:
             >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
@@ -634,11 +641,11 @@ class LARS(Optimizer):
     def _value(self, param: Tensor) -> Tensor:
         """This process's shard of a parameter, plus its compensation."""
         value, compensation = sharding.local(param), self.state.get(param, _NO_STATE).get("compensation")
-        value = value.float() if is_half(param.dtype) else value  # in half types, differences would be rounded
+        value = value.float() if is_half(param.dtype) else value  # half types would round the differences
         return value if compensation is None else value + sharding.local(compensation)
 
     def __repr__(self) -> str:
-        """The backend of each group, whether it is adapted, and its options that are not defaults."""
+        """For each group, its backend, whether it is adapted, and its options that are not defaults."""
         return "\n".join([f"{type(self).__name__} (", describe(self.param_groups), ")"])
 
 
@@ -648,7 +655,7 @@ def _is_missing(lr: object) -> bool:
 
 
 def _as_list(params: Any) -> dict[str, Any]:
-    """The params of a group as a list. Before torch 2.6 also their names, which later versions keep themselves."""
+    """The params of a group as a list, before torch 2.6 also their names. Later versions split off the names themselves."""
     if isinstance(params, set):
         return {"params": params}  # torch raises, because a set has no order
     params = [params] if isinstance(params, Tensor) else list(params)

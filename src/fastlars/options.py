@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Options(NamedTuple):
-    """The options of one param group. The fields are its keys, a frozen part of the checkpoint format."""
+    """The options of one param group. The field names are keys of checkpoints and must never change."""
 
     lr: Union[float, Tensor]
     momentum: float = 0.0
@@ -40,13 +40,16 @@ _OPTIONAL_BOOLEAN = ("adapt", "foreach", "fused", "kahan_sum")
 
 
 def check_options(options: Mapping[str, Any], where: str) -> None:
-    """Raise for the first option that breaks its rule. ``where`` is their place in errors, such as "param group 1"."""
+    """Raise for the first option that breaks its rule.
+
+    ``where`` says in error messages where the options come from, such as "param group 1".
+    """
     check_lr(options["lr"], where)
     for name in _NON_NEGATIVE:
         _check_number(name, options[name], where, minimum=0.0)
     if options["momentum"] >= 1:
         raise ValueError(
-            f"{where}: momentum must be < 1, got {options['momentum']}, with which the buffer would never forget a gradient; "
+            f"{where}: momentum must be < 1, got {options['momentum']}, because the buffer must forget old gradients; "
             "0.9 is usual"
         )
     _check_number("dampening", options["dampening"], where)
@@ -121,7 +124,7 @@ def _check_number(name: str, value: Any, where: str, minimum: float = -math.inf)
 
 
 def check_no_module(params: Any, where: str) -> None:
-    """Raise if given a module instead of its parameters. Some modules are iterable, and torch's error would not explain it."""
+    """Raise for a module instead of parameters. Some modules are iterable, and torch's error would not name the mistake."""
     if isinstance(params, torch.nn.Module):
         raise TypeError(
             f"{where}: LARS takes parameters, got a {type(params).__name__}; pass model.parameters(), or "

@@ -16,7 +16,7 @@ __all__ = ["trust_ratios"]
 _NO_RATIO = "#d4d4d4"
 _NOT_FINITE = "#d62728"
 _LINE = 0.17  # inches per row label
-_MOST_LINES = 80  # in a new figure; with more rows, only some get labels
+_MOST_LINES = 80  # rows in a new figure that all get a label; if there are more, only some get one
 
 
 def trust_ratios(
@@ -28,10 +28,10 @@ def trust_ratios(
     finite, because the gradient was not finite.
 
     Args:
-        history: what :meth:`fastlars.LARS.trust_ratios` returned, by step, in increasing order of steps.
+        history: a dict from step to what :meth:`fastlars.LARS.trust_ratios` returned, in increasing order of steps.
         names: names of the rows from top to bottom. ``[name for name, _ in model.named_parameters()]`` also shows the
-            tensors that are not adapted. None (default): all tensors with a ratio in any step.
-        ax: axes to draw on. None (default): a new pyplot figure, sized for its rows and names.
+            tensors that are not adapted. If None (default), all tensors with a ratio in any step are shown.
+        ax: axes to draw on. If None (default), a new pyplot figure is made, sized for its rows and names.
 
     Returns:
         The axes. ``ax.figure.savefig("ratios.png")`` saves the picture.

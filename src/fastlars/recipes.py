@@ -1,7 +1,7 @@
 """Published training settings as functions. Each returns an optimizer and a schedule for your model.
 
-The defaults are what the authors ran. You can override every value by name. Schedules begin at lr / warm-up steps, one
-step ahead of the authors' schedules.
+The defaults are the authors' settings. You can override each of them by name. The authors' schedules start at lr 0. Ours
+skip this step, which changes nothing, and start at lr / warm-up steps.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Run = tuple[LARS, LambdaLR]
 class Values(TypedDict, total=False):
     """Values that you can pass to a recipe by name to override the published ones.
 
-    ``lr`` is the peak for your batch size and is not scaled any further. ``warmup_epochs`` may be a fraction.
+    ``lr`` is the peak lr for your batch size and is not scaled any further. ``warmup_epochs`` may be a fraction.
     ``end_factor`` and ``power`` are arguments of the schedule. ``bias_lr``, ``weight_decay``, ``exclude_from_adaptation``
     and ``adapt`` are arguments of :func:`fastlars.param_groups`. The others are options of :class:`fastlars.LARS`.
     """
@@ -80,7 +80,7 @@ MLPERF = {
 }
 IMAGES = 1_281_167  # in ImageNet's training set
 
-# epochs of a published run -> its lr per 256 images and its weight decay
+# epochs of a published run -> the run's lr per 256 images and its weight decay
 BYOL = {100: (0.45, 1e-6), 300: (0.3, 1e-6), 1000: (0.2, 1.5e-6)}
 MOCO_V3 = {100: (0.6, 1e-6), 300: (0.3, 1e-6), 1000: (0.3, 1.5e-6)}
 VICREG = {100: (0.3, 1e-6), 1000: (0.2, 1e-6)}
@@ -89,16 +89,16 @@ VICREG = {100: (0.3, 1e-6), 1000: (0.2, 1e-6)}
 def mlperf(
     model: Model, *, batch_size: int, steps_per_epoch: int, epochs: int | None = None, **values: Unpack[Values]
 ) -> Run:
-    """MLPerf's supervised ResNet-50: polynomial decay of power 2 to an lr of 0.0001.
+    """Optimizer and schedule of MLPerf's supervised ResNet-50. lr decays polynomially with power 2, to 0.0001.
 
     lr, warm-up, momentum and weight decay depend on the batch size. For a batch size that was not published, the recipe
     uses the nearest published one (by ratio) and scales lr by the square root of the ratio.
 
     Args:
         model: a module or named parameters, as for :func:`fastlars.param_groups`.
-        batch_size: images per step, over all devices and accumulated batches. Published sizes are 1632 to 65536.
+        batch_size: images per step, over all devices and accumulated batches. Published sizes range from 1632 to 65536.
         steps_per_epoch: optimizer steps per epoch. On ImageNet the authors use ``ceil(1281167 / batch_size)``.
-        epochs: length of the whole schedule, including the warm-up. None (default): as published.
+        epochs: length of the whole schedule, including the warm-up. If None (default), it has the published length.
         values: see :class:`fastlars.recipes.Values`.
 
     Returns:
@@ -138,11 +138,12 @@ def mlperf(
 
 
 def simclr(model: Model, *, batch_size: int, epochs: int, steps_per_epoch: int, **values: Unpack[Values]) -> Run:
-    """SimCLR: lr 0.3 x batch / 256, weight decay 1e-6, 10 epochs of warm-up, cosine to 0.
+    """Optimizer and schedule of SimCLR. The lr is 0.3 x batch / 256, with 10 epochs of warm-up and cosine decay to 0.
 
-    Published: batch 4096, 100 epochs. For smaller batches the authors also scale lr by the square root:
-    ``lr=schedules.sqrt_scaling(0.075, batch_size, base_batch_size=1)``. They neither adapt nor decay a supervised head that
-    trains alongside the network: ``exclude_from_adaptation="head_supervised.*"``. SimCLRv2 uses ``weight_decay=1e-4``.
+    Weight decay is 1e-6. The authors trained 100 epochs at batch 4096. For smaller batches they also scale lr with the square
+    root, ``lr=schedules.sqrt_scaling(0.075, batch_size, base_batch_size=1)``. They neither adapt nor decay a supervised head
+    that trains alongside the network, as with ``exclude_from_adaptation="head_supervised.*"``. SimCLRv2 uses
+    ``weight_decay=1e-4``.
 
     Args:
         model: a module or named parameters, as for :func:`fastlars.param_groups`.
@@ -173,13 +174,14 @@ def simclr(model: Model, *, batch_size: int, epochs: int, steps_per_epoch: int, 
 
 
 def byol(model: Model, *, batch_size: int, epochs: int, steps_per_epoch: int, **values: Unpack[Values]) -> Run:
-    """BYOL: lr 0.2 x batch / 256, weight decay 1.5e-6, 10 epochs of warm-up, cosine to 0.
+    """Optimizer and schedule of BYOL. The lr is 0.2 x batch / 256, with 10 epochs of warm-up and cosine decay to 0.
 
-    Published: batch 4096, 1000 epochs. Runs of 300 and 100 epochs have lr 0.3 and 0.45, and weight decay 1e-6. For any
-    other number of epochs, the recipe uses the settings of the nearest published number (by ratio).
+    Weight decay is 1.5e-6. The authors trained 1000 epochs at batch 4096. For 300 and 100 epochs they used 0.3 and 0.45 instead
+    of 0.2, and weight decay 1e-6. For any other number of epochs, the recipe uses the settings of the nearest published
+    number (by ratio).
 
     Args:
-        model: a module or named parameters, as for :func:`fastlars.param_groups`: the online network, not the target.
+        model: the online network without the target, as a module or named parameters for :func:`fastlars.param_groups`.
         batch_size: images per step, over all devices and accumulated batches.
         epochs: length of the whole run.
         steps_per_epoch: optimizer steps per epoch. The authors use ``images // batch_size``.
@@ -204,10 +206,10 @@ def byol(model: Model, *, batch_size: int, epochs: int, steps_per_epoch: int, **
 
 
 def barlow_twins(model: Model, *, batch_size: int, epochs: int, steps_per_epoch: int, **values: Unpack[Values]) -> Run:
-    """Barlow Twins: lr 0.2 x batch / 256, for biases and normalisation 0.0048 x batch / 256, cosine to lr / 1000.
+    """Optimizer and schedule of Barlow Twins. The lr is 0.2 x batch / 256, and cosine decay ends at lr / 1000.
 
-    Published: batch 2048, 1000 epochs, of which 10 are warm-up. Weight decay is 1e-6, as in the authors' code. The paper
-    says 1.5e-6.
+    Biases and normalisation tensors have lr 0.0048 x batch / 256. The authors trained 1000 epochs at batch 2048, with 10
+    epochs of warm-up. Weight decay is 1e-6, as in their code. The paper says 1.5e-6.
 
     Args:
         model: a module or named parameters, as for :func:`fastlars.param_groups`.
@@ -238,10 +240,11 @@ def barlow_twins(model: Model, *, batch_size: int, epochs: int, steps_per_epoch:
 
 
 def vicreg(model: Model, *, batch_size: int, epochs: int, steps_per_epoch: int, **values: Unpack[Values]) -> Run:
-    """VICReg: lr 0.2 x batch / 256 for all tensors, weight decay 1e-6, 10 epochs of warm-up, cosine to lr / 1000.
+    """Optimizer and schedule of VICReg. The lr is 0.2 x batch / 256 for all tensors, and cosine decay ends at lr / 1000.
 
-    Published: batch 2048, 1000 epochs, and lr 0.3 for 100 epochs at batch 512. For any other number of epochs, the recipe
-    uses the settings of the nearest published number (by ratio).
+    Weight decay is 1e-6, and the warm-up takes 10 epochs. The authors trained 1000 epochs at batch 2048. For 100 epochs at
+    batch 512 they used 0.3 instead of 0.2. For any other number of epochs, the recipe uses the settings of the nearest
+    published number (by ratio).
 
     Args:
         model: a module or named parameters, as for :func:`fastlars.param_groups`.
@@ -270,11 +273,11 @@ def vicreg(model: Model, *, batch_size: int, epochs: int, steps_per_epoch: int, 
 
 
 def moco_v3(model: Model, *, batch_size: int, epochs: int, steps_per_epoch: int, **values: Unpack[Values]) -> Run:
-    """MoCo v3 with a ResNet-50: lr 0.6 x batch / 256, weight decay 1e-6, 10 epochs of warm-up, cosine to 0.
+    """Optimizer and schedule of MoCo v3 with a ResNet-50. The lr is 0.6 x batch / 256, with cosine decay to 0.
 
-    Published: batch 4096, 100 epochs. Runs of 300 and 1000 epochs have lr 0.3, and the longer one has weight decay 1.5e-6.
-    For any other number of epochs, the recipe uses the settings of the nearest published number (by ratio). The authors
-    train ViTs with AdamW.
+    Weight decay is 1e-6, and the warm-up takes 10 epochs. The authors trained 100 epochs at batch 4096. For 300 and 1000
+    epochs they used 0.3 instead of 0.6, and for 1000 epochs weight decay 1.5e-6. For any other number of epochs, the recipe
+    uses the settings of the nearest published number (by ratio). The authors train ViTs with AdamW.
 
     Args:
         model: a module or named parameters, as for :func:`fastlars.param_groups`, without the momentum encoder.
@@ -302,12 +305,13 @@ def moco_v3(model: Model, *, batch_size: int, epochs: int, steps_per_epoch: int,
 
 
 def mae_probe(model: Model, *, batch_size: int, epochs: int, steps_per_epoch: int, **values: Unpack[Values]) -> Run:
-    """MAE's linear probe: lr 0.1 x batch / 256, no weight decay, 10 epochs of warm-up, cosine to 0.
+    """Optimizer and schedule of MAE's linear probe. The lr is 0.1 x batch / 256, with cosine decay to 0.
 
-    Published: batch 16384, 90 epochs (50 for ViT-L and ViT-H). The weight is adapted although it is not decayed.
+    The warm-up takes 10 epochs. The authors trained 90 epochs at batch 16384, or 50 epochs for ViT-L and ViT-H. There is no
+    weight decay, but the weight of the linear layer is adapted.
 
     Args:
-        model: only the head, a ``BatchNorm1d(affine=False, eps=1e-6)`` and a ``Linear``. Nothing else trains.
+        model: the head alone, a ``BatchNorm1d(affine=False, eps=1e-6)`` and a ``Linear``. The rest of the model is frozen.
         batch_size: images per step, over all devices and accumulated batches.
         epochs: length of the whole run.
         steps_per_epoch: optimizer steps per epoch. The authors use ``images // batch_size``.

@@ -1,4 +1,4 @@
-"""Learning rates for large-batch training: linear warm-up with polynomial or cosine decay, and scaling with the batch.
+"""Learning rates for large-batch training: schedules with warm-up and decay, and rules that scale lr with the batch.
 
 Each schedule is a torch LambdaLR. Call its ``step()`` once after every optimizer step. Every group keeps its own lr and
 gets the same factor. A tensor lr is written in place, so a compiled or captured step sees it without recompiling.
@@ -22,7 +22,8 @@ def linear_scaling(lr: float, batch_size: int, base_batch_size: int = 256) -> fl
 
     Args:
         lr: the lr for ``base_batch_size``.
-        batch_size: images, or other items that the loss averages over, per step, over all devices and accumulated batches.
+        batch_size: number of images (or other items of which the loss is the mean) per optimizer step, over all devices and
+            accumulated batches.
         base_batch_size: the batch size that ``lr`` is for. Default: 256, as in SimCLR, BYOL, Barlow Twins, VICReg, MoCo v3
             and MAE.
 
@@ -46,7 +47,7 @@ def sqrt_scaling(lr: float, batch_size: int, base_batch_size: int = 256) -> floa
 
     Args:
         lr: the lr for ``base_batch_size``.
-        batch_size: images per step, over all devices and accumulated batches.
+        batch_size: number of images per optimizer step, over all devices and accumulated batches.
         base_batch_size: the batch size that ``lr`` is for. Default: 256. SimCLR's 0.075 * sqrt(batch) needs 1.
 
     Returns:
@@ -75,15 +76,15 @@ def _batches(batch_size: int, base_batch_size: int) -> float:
 def warmup_polynomial(
     optimizer: Optimizer, warmup_steps: int, total_steps: int, power: float = 2.0, *, end_factor: float = 0.0
 ) -> LambdaLR:
-    """Linear warm-up, then lr * (1 - progress) ** power. This is MLPerf's schedule for LARS, with power 2.
+    """Warm up linearly, then decay as lr * (1 - progress) ** power. MLPerf uses this for LARS, with power 2.
 
     Args:
-        optimizer: the current lr of each group is its peak, which the warm-up reaches at step ``warmup_steps``. If an
-            earlier scheduler left ``initial_lr`` in the group (it is saved with the optimizer), the peak is that value, as
-            in torch's schedulers.
-        warmup_steps: number of steps of linear growth from lr / warmup_steps to lr, or 0 for no warm-up.
+        optimizer: the optimizer whose lr is scheduled. The current lr of each group is its peak, which the warm-up reaches
+            at step ``warmup_steps``. If an earlier scheduler left ``initial_lr`` in the group (it is saved with the
+            optimizer), the peak is that value, as in torch's schedulers.
+        warmup_steps: number of steps in which lr grows linearly from lr / warmup_steps to lr, or 0 for no warm-up.
             ``total_steps // 10`` is a tenth of the run.
-        total_steps: number of steps of the whole run. After them, lr stays at ``end_factor * lr``.
+        total_steps: number of steps of the whole run. After the last one, lr stays at ``end_factor * lr``.
         power: power of the decay, > 0 (default: 2). With 1 the decay is linear.
         end_factor: the final lr as a fraction of lr, 0 to 1 (default: 0). The whole decay is scaled to end there, not cut
             off. MLPerf's code ends at an lr of 0.0001, which is ``end_factor=1e-4 / lr``.
@@ -117,15 +118,15 @@ def warmup_polynomial(
 
 
 def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int, *, end_factor: float = 0.0) -> LambdaLR:
-    """Linear warm-up, then lr * (1 + cos(pi * progress)) / 2. SimCLR, BYOL, Barlow Twins and MoCo v3 use it.
+    """Warm up linearly, then decay as lr * (1 + cos(pi * progress)) / 2. SimCLR, BYOL, Barlow Twins and MoCo v3 use this.
 
     Args:
-        optimizer: the current lr of each group is its peak, which the warm-up reaches at step ``warmup_steps``. If an
-            earlier scheduler left ``initial_lr`` in the group (it is saved with the optimizer), the peak is that value, as
-            in torch's schedulers.
-        warmup_steps: number of steps of linear growth from lr / warmup_steps to lr, or 0 for no warm-up.
+        optimizer: the optimizer whose lr is scheduled. The current lr of each group is its peak, which the warm-up reaches
+            at step ``warmup_steps``. If an earlier scheduler left ``initial_lr`` in the group (it is saved with the
+            optimizer), the peak is that value, as in torch's schedulers.
+        warmup_steps: number of steps in which lr grows linearly from lr / warmup_steps to lr, or 0 for no warm-up.
             ``total_steps // 10`` is a tenth of the run.
-        total_steps: number of steps of the whole run. After them, lr stays at ``end_factor * lr``.
+        total_steps: number of steps of the whole run. After the last one, lr stays at ``end_factor * lr``.
         end_factor: the final lr as a fraction of lr, 0 to 1 (default: 0). It is 0 in SimCLR, BYOL and MoCo v3, and 0.001 in
             Barlow Twins and VICReg.
 

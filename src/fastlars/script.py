@@ -1,4 +1,7 @@
-"""The step for TorchScript, which supports neither our classes nor fused kernels. It shares the formula and the update."""
+"""The step for TorchScript, which supports neither our classes nor fused kernels.
+
+It uses the same functions for the formula and the update as `backends/eager.py`.
+"""
 
 from typing import List, Optional, Tuple  # noqa: UP035  every TorchScript version reads these spellings
 
@@ -20,7 +23,7 @@ def scripted_step(
     grad_scale: Optional[Tensor],
     found_inf: Optional[Tensor],
 ) -> None:
-    """Like `step.step`: measure all tensors, decide, then move all of them."""
+    """Like `step.step`, compute all norms, decide whether the step is skipped, then update all tensors."""
     fused = options.fused  # TorchScript narrows only local variables
     if fused is not None and fused:
         raise RuntimeError("fused=True cannot be scripted; leave fused=None or use foreach=True")
@@ -45,7 +48,7 @@ def scripted_step(
             made = torch.zeros_like(param) if buffer is None else buffer
             momentum_buffers[i] = made
             buffers.append(made)
-        # the update would overwrite the norm's input, which autograd saves
+        # autograd saves the norm's input, which the update would overwrite
         b_i, c_i = _coefficients(param.clone() if options.differentiable else param, grads[i], first_step, options)
         b.append(b_i)
         c.append(c_i)

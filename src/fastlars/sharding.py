@@ -1,10 +1,11 @@
 """Sharded tensors. A step updates local shards with the norms of whole tensors. Only this file uses DTensor.
 
 Each step exchanges norms once. Every rank puts the squared norms of its shards, two numbers per tensor, into one table. The
-table holds all sharded tensors of all adapted groups in the optimizer's order, even those of which this rank has no
-elements or no gradient. Each mesh dimension along which tensors are sharded costs one all-reduce of their rows. Dimensions
-with one rank, or along which nothing is sharded, cost nothing. Dimensions of different meshes that join the same ranks
-count as one. The last row says whether any rank must skip the step, so that all ranks of a dimension decide alike.
+table has one row per sharded tensor of all adapted groups, in the optimizer's order, even if this rank has no elements or no
+gradient for it. For each mesh dimension along which tensors are sharded, one all-reduce adds the rows of these tensors.
+Dimensions with one rank, or along which nothing is sharded, need no communication. Dimensions of different meshes that join
+the same ranks count as one. The last row says whether any rank must skip the step, so all ranks of a dimension reach the same
+decision.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def is_sharded(tensor: Any) -> bool:
 
 def _is_dtensor(cls: type) -> bool:
     if cls is Tensor or cls is torch.nn.Parameter:
-        return False  # not by asking for modules: Dynamo guards their number, so each import would recompile the step
+        return False  # without reading sys.modules, whose size Dynamo guards, so each import would recompile the step
     kind, by_class_only = dtensor(), getattr(sys.modules.get(_XLA), "XLAShardedTensor", ())
     return kind is not None and issubclass(cls, kind) and not issubclass(cls, by_class_only)
 
@@ -76,7 +77,7 @@ def local_of(item: Any) -> Any:
 
 
 def _divides(mesh: Any, i: int, placement: Any) -> bool:
-    """Whether this rank has only a part along a mesh dimension."""
+    """Whether this rank has only a part of a tensor along a mesh dimension."""
     # every placement but Replicate counts, because not only Shard divides tensors
     return not placement.is_replicate() and mesh.size(i) > 1 and mesh.get_coordinate() is not None
 
@@ -145,8 +146,8 @@ class Sharded:
         # the ranks of a mesh dimension -> (its process group, its device type)
         self._joined: dict[frozenset[int], tuple[Any, str]] = {}
         self._rows: dict[frozenset[int], list[int]] = {}
-        self._options: list[Options] = []  # of each row
-        self._parts: list[Tensor] = []  # the shard of each row
+        self._options: list[Options] = []  # for each row, the options of its group
+        self._parts: list[Tensor] = []  # for each row, this rank's shard
         self._sharded: set[int] = set()  # ids of parameters
         self._part_of: dict[int, Tensor] = {}  # by the id of a parameter
         self._row: dict[int, int] = {}  # by the id of a shard
@@ -164,7 +165,7 @@ class Sharded:
         dims = self._sharded_dims(param)
         if not dims or not is_adapted(options):
             return
-        # called once, because each call makes a new view
+        # call `local` once, because each call makes a new view, and shards are found by their id
         part = self._part_of[id(param)] = local(param)
         row = len(self._parts)
         self._row[id(part)] = row
@@ -188,7 +189,7 @@ class Sharded:
                 continue
             group = mesh.get_group(i)
             ranks = frozenset(torch.distributed.get_process_group_ranks(group))
-            # in order of first appearance, which is the same on all these ranks, so their collectives match
+            # dimensions are kept in order of appearance, which is the same on all these ranks, so their collectives match
             self._joined.setdefault(ranks, (group, mesh.device_type))
             self._rows.setdefault(ranks, [])
             dims.append(ranks)
@@ -201,7 +202,7 @@ class Sharded:
         buffers = group.momentum_buffers if group.options.momentum != 0 else []
         for param, grad, buffer in zip(params, grads, buffers or [None] * len(params), strict=True):
             self._check(param, grad, buffer, "momentum_buffer")
-        for param, grad, compensation in zip(params, grads, group.compensations):  # none, or as many
+        for param, grad, compensation in zip(params, grads, group.compensations):  # the last list may be empty
             self._check(param, grad, compensation, "compensation")
         laid_out: list[Any] = [
             grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
@@ -258,18 +259,18 @@ class Sharded:
     def exchange(
         self, buckets: Sequence[Bucket], measured: list[Norms], found_inf: Tensor | None, nonfinite: Tensor | None
     ) -> tuple[list[Norms], Tensor | None, Tensor | None]:
-        """Combine the norms of shards into norms of whole tensors, and the skip flags of all ranks. Every rank calls it.
+        """Combine the norms of shards into norms of whole tensors, and combine the skip flags. Every rank must call it.
 
         Args:
             buckets: the buckets of the step.
             measured: this rank's norms of each bucket.
             found_inf: 1-element tensor, not 0 if this rank must skip the step. It is None on all ranks or on none.
-            nonfinite: the same for groups with ``skip_nonfinite``, or None if this rank has none.
+            nonfinite: the same for groups with ``skip_nonfinite``, or None if this rank has no such group.
 
         Returns:
             The norms of whole tensors, and the two flags as 0-dim tensors.
         """
-        # decide per dimension, because all its ranks decide alike, but some may be outside other meshes
+        # decide for each dimension alone: all of its ranks reach the same decision, but some may not belong to other meshes
         asked = [ranks for ranks in self._joined if self._rows[ranks] or self._skips or found_inf is not None]
         if not asked:
             return measured, found_inf, nonfinite
@@ -296,7 +297,7 @@ class Sharded:
         )
 
     def known_norms(self, param: Tensor) -> Tensor | None:
-        """Param norm and direction norm of a whole sharded tensor from the last exchange. None for other tensors."""
+        """Param norm and direction norm of a whole sharded tensor from the last exchange, or None for other tensors."""
         part = self._part_of.get(id(param))
         return None if part is None or self._whole_norms is None else self._whole_norms[self._row[id(part)]]
 
@@ -323,7 +324,7 @@ class Sharded:
         for row in range(len(self._parts)):
             if place[row] != 0:
                 continue
-            # no gradient here, but ranks with a gradient need the norm of the whole parameter
+            # this rank has no gradient for the tensor, but ranks that have one need the norm of the whole parameter
             norm = norms([real(self._parts[row])], foreach=False)
             options = self._options[row]
             decayed = norm * options.weight_decay if options.trust_denominator == "joint" else torch.zeros_like(norm)
@@ -338,7 +339,7 @@ class Sharded:
         return table
 
     def _dtype(self, rows: Iterable[int]) -> torch.dtype:
-        """The dtype of a message with the norms of these rows. It is the same on all ranks of the message."""
+        """The dtype of a message with the norms of these rows. All ranks that exchange the message choose the same dtype."""
         wide = any(norm_dtype(self._parts[row].dtype.to_real()) == torch.float64 for row in rows)
         return torch.float64 if wide else torch.float32
 

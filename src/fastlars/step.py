@@ -1,4 +1,7 @@
-"""One step, from top to bottom: sort tensors into buckets, measure all, decide, move all."""
+"""One optimizer step.
+
+It sorts tensors into buckets, computes norms, decides which groups are skipped, and updates the rest.
+"""
 
 from __future__ import annotations
 
@@ -17,25 +20,25 @@ def step(
     found_inf: Tensor | None = None,
     shards: Sharded | None = None,
 ) -> None:
-    """Step all groups, and store new momentum buffers and compensations in their lists.
+    """Update the parameters of all groups, and store new momentum buffers and compensations in the groups' lists.
 
-    All buckets are measured before any is updated, because one gradient may skip every group with
+    All buckets are measured before any is updated, because one gradient that is not finite skips every group with
     ``skip_nonfinite``, and because all sharded tensors exchange their norms together.
     """
     local = groups if shards is None else [shards.local(group) for group in groups]
     buckets_of = [split(group, grad_scale, found_inf) for group in local]
     buckets = [bucket for each in buckets_of for bucket in each]
 
-    # 1. Measure: nothing has moved yet.
+    # 1. Measure all buckets. No parameter changes here.
     norms = [bucket.backend.measure(bucket, shards is not None) for bucket in buckets]
 
-    # 2. Decide. All ranks reach the same decision.
+    # 2. Decide which groups are skipped. All ranks reach the same decision.
     gated = [known for bucket, known in zip(buckets, norms) if bucket.options.skip_nonfinite]
     skip = any_nonfinite(gated, found_inf) if gated else found_inf
     if shards is not None:
         norms, found_inf, skip = shards.exchange(buckets, norms, found_inf, skip)
 
-    # 3. Move.
+    # 3. Update.
     for bucket, known in zip(buckets, norms):
         bucket.backend.update(bucket, known, skip if bucket.options.skip_nonfinite else found_inf)
 

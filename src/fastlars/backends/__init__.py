@@ -1,4 +1,4 @@
-"""The list of backends, and `split`, which sorts a group into buckets and gives each a backend."""
+"""The list of backends, and `split`, which sorts a group into buckets and chooses a backend for each bucket."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class _Place(NamedTuple):
 
 
 def wanted(params: list[Tensor], options: Options, gated: bool = False) -> list[Backend]:
-    """The backends for a group, in order of preference."""
+    """The backends that want a group, in order of preference."""
     return [backend for backend in BACKENDS if backend.wants(params, options, gated)]
 
 
@@ -60,13 +60,14 @@ def leaves_graph(params: list[Tensor], options: Options) -> bool:
 
 
 def split(group: Group, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> list[Bucket]:
-    """The buckets of a group. Replaces torch's own helper, which does not sort while compiling."""
+    """Sort a group into buckets. torch has a helper for this, but it does not sort while compiling."""
     options = group.options
     buffers = group.momentum_buffers if options.momentum != 0 else []
     gated = bool(options.skip_nonfinite) or found_inf is not None or grad_scale is not None
     capturing = not torch.compiler.is_compiling() and is_capturing()
-    # A mode may create fake tensors, and treats existing memory as a constant. A CUDA graph rewrites its memory in each
-    # replay, even after a later step has replaced this cache, so that memory must come from the graph's own pool.
+    # Do not use the cache under a dispatch mode, which may create fake tensors and treats existing memory as a constant. Do
+    # not use it while a CUDA graph is captured. Each replay writes to the plan's memory, even after a later step has replaced
+    # the cached plan, so this memory must come from the graph's own pool.
     if group.memory is None or capturing or operations_are_seen():
         places, grads = _sort(group, buffers, gated)
     else:
@@ -98,14 +99,14 @@ def split(group: Group, grad_scale: Tensor | None = None, found_inf: Tensor | No
 
 
 def _at(indices: list[int], tensors: list[_T]) -> list[_T]:
-    """The tensors at these indices; the list itself if that is all of it, because the step stores new state there."""
+    """The tensors at these indices. If these are all, it is the list itself, because the step stores new state in it."""
     return tensors if len(tensors) in (0, len(indices)) else [tensors[i] for i in indices]
 
 
 class _Assignment:
     """Cached dispatch of a group, valid while one guard finds all tensor metadata unchanged.
 
-    Sorting takes longer than a CPU step of small tensors, and longer than all launches on a GPU.
+    Sorting takes longer than a whole step of small tensors on a CPU, and longer than launching all kernels on a GPU.
     """
 
     def __init__(self) -> None:
@@ -123,13 +124,13 @@ class _Assignment:
         counts = len(group.params), len(buffers), len(made), len(kept)
         key = (_kind(group.options), gated, counts, torch.is_inference_mode_enabled())
         if self._guard is not None and key == self._key and self._guard(*tensors):
-            reads_first = not self._places[0].backend.traceable  # the fused steps
+            reads_first = not self._places[0].backend.traceable  # fused steps read gradients before overwriting them
             if reads_first or not _share_storage(group.grads, [*group.params, *made, *kept]):
                 return self._places, group.grads
         failed, self._guard = self._guard is not None, None
         self._places, grads = _sort(group, buffers, gated)
         # Build the guard the second time a list is seen, but not right after one failed, because building it costs two sorts.
-        # It detects neither missing buffers nor gradients that share memory with other tensors.
+        # The guard detects neither missing buffers nor gradients that share memory with other tensors.
         if self._seen and not failed and len(made) in (0, len(buffers)) and grads is group.grads:
             self._guard = metadata_guard(tensors)
         self._key, self._seen = key, not failed
@@ -137,19 +138,19 @@ class _Assignment:
 
 
 def _kind(options: Options) -> list[Any]:
-    """The options as far as backends see them: whether each number is 0, and the device and requires_grad of a tensor lr."""
+    """The options as backends see them. They read only whether a number is 0, and a tensor lr's device and requires_grad."""
     lr = options.lr
     kinds = [value != 0 if isinstance(value, float) else value for value in options[1:]]
     return [*kinds, (lr.device, lr.requires_grad) if isinstance(lr, Tensor) else None]
 
 
 def _sort(group: Group, buffers: list[Tensor | None], gated: bool) -> tuple[list[_Place], list[Tensor]]:
-    """The places, and the gradients. A gradient that the step would overwrite is copied."""
+    """The places of a group, and its gradients. A gradient that the step would overwrite too early is copied."""
     params, grads, backends = group.params, group.grads, wanted(group.params, group.options, gated)
     made = [buffer for buffer in buffers if buffer is not None]
     kept = [compensation for compensation in group.compensations if compensation is not None]
     if not torch.compiler.is_compiling() and len(set(map(id, params))) < len(params):
-        # a repeated tensor takes its steps in order, but in a list each would start from its old value
+        # a tensor that is listed twice takes two steps in order, but in a foreach list both would start from its old value
         backends = [backend for backend in backends if backend.name == SINGLE.name]
     one_step = len(made) in (0, len(buffers))
     fused = not backends[0].traceable
@@ -163,7 +164,7 @@ def _sort(group: Group, buffers: list[Tensor | None], gated: bool) -> tuple[list
         if not torch.compiler.is_compiling():
             check_fit(param, grad, buffer, compensation, group.where)
         if param.is_complex() and not grad.is_complex():
-            grad = grad.to(param.dtype)  # else its last dimension could be mistaken for real and imaginary parts
+            grad = grad.to(param.dtype)  # otherwise its last dimension could be mistaken for real and imaginary parts
         if _is_written(grad, param, buffer, compensation):
             grad = grad.clone()
         readable.append(grad)
@@ -187,9 +188,9 @@ def _is_written(grad: Tensor, *of_step: Tensor | None) -> bool:
 
 
 def _share_storage(grads: list[Tensor], written: list[Tensor]) -> bool:
-    """Whether a gradient lies in the storage of a written tensor, as after ``p.grad = p.detach()``; `_sort` checks exactly."""
+    """Whether a gradient and a written tensor share a storage, as after ``p.grad = p.detach()``. `_sort` checks exactly."""
     if not PLAIN.issuperset(map(type, [*grads, *written])):
-        return False  # without addresses
+        return False  # subclasses may have no addresses
     return not set(map(storage_of, grads)).isdisjoint(map(storage_of, written))
 
 
@@ -203,7 +204,7 @@ def preferred(backends: list[Backend], param: Tensor, grad: Tensor, *state: Tens
 
 
 def _serves(backend: Backend, params: list[Tensor], grads: list[Tensor], state: list[Tensor]) -> bool:
-    """Whether a backend serves tensors with this state. Compensations have the layout of buffers."""
+    """Whether a backend serves tensors with this state. Compensations are checked like momentum buffers."""
     times = max(1, len(state) // len(params))
     return backend.serves(params * times, grads * times, state)
 

@@ -1,7 +1,8 @@
-"""The step in torch's own operations, in place, for every device, dtype and mode: v = m v + b g + c w and w -= q v.
+"""The step in torch's own operations, for every device, dtype and mode.
 
-`Single` works tensor by tensor; read it first. `Foreach` does the same over lists. Complex tensors arrive as real
-views. q, the step size, is lr, or 1 where lr is in the momentum buffer. Bytes per float32 parameter: 44, like torch's SGD.
+It computes v = m v + b g + c w and w -= q v in place, where m is momentum, q is lr (or 1 with lr_in_momentum), and b and c
+come from `formula.py`. `Single` updates tensor by tensor; read it first. `Foreach` does the same with lists of tensors.
+Complex tensors are updated through real views. A step moves 44 bytes per float32 parameter, like torch's SGD.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from .staging import Staging, Step
 
 
 def measure(bucket: Bucket, foreach: bool) -> Norms:
-    """The norms that the options of a bucket ask for."""
+    """The norms that the options of a bucket require."""
     options = bucket.options
     adapted = is_adapted(options)
     if not adapted and not options.skip_nonfinite:
         return Norms()
     params = [real(param) for param in bucket.params]
     if options.differentiable:
-        # the update would overwrite the norm's input, which autograd saves
+        # autograd saves the norm's input, which the update would overwrite
         params = [param.clone() for param in params]
     grads = [real(grad) for grad in bucket.grads]
     joint = adapted and options.trust_denominator == "joint"
@@ -46,7 +47,7 @@ def measure(bucket: Bucket, foreach: bool) -> Norms:
 
 
 def make_state(bucket: Bucket) -> tuple[list[Tensor], list[Tensor]]:
-    """The momentum buffers and compensations of a bucket. They are zeros at its first step."""
+    """The momentum buffers and compensations of a bucket. Missing ones are created as zeros."""
     for made in (bucket.momentum_buffers, bucket.compensations):
         for i, tensor in enumerate(made):
             if tensor is None:
@@ -55,7 +56,7 @@ def make_state(bucket: Bucket) -> tuple[list[Tensor], list[Tensor]]:
 
 
 class Single:
-    """Steps tensor by tensor. It supports everything, and every other backend must match it."""
+    """Updates tensor by tensor. It supports all tensors and options, and every other backend must match its results."""
 
     name = "single"
     takes_scale = False
@@ -64,7 +65,7 @@ class Single:
     foreach = False
 
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:  # noqa: ARG002
-        """Always, because it takes what no other backend serves."""
+        """Always, because it is the fallback for tensors that no other backend serves."""
         return True
 
     def serves(self, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]) -> bool:  # noqa: ARG002
@@ -75,14 +76,14 @@ class Single:
         """Needs no plan."""
 
     def measure(self, bucket: Bucket, now: bool) -> Norms:  # noqa: ARG002
-        """All norms, none left to `update`."""
-        make_state(bucket)  # before anything moves, because memory may run out
+        """Compute all norms, and leave none to `update`."""
+        make_state(bucket)  # before any update, because memory may run out
         return measure(bucket, self.foreach)
 
     def update(self, bucket: Bucket, norms: Norms, gate: Tensor | None) -> None:
-        """Step in place. Half types and gated steps use copies, which are rounded once and written back unless skipped.
+        """Update in place. Half types and gated steps update copies, which are rounded once and written back unless skipped.
 
-        A factor of 0 could not replace the gate, because 0 * NaN is NaN.
+        Multiplying an update by 0 would not skip it, because 0 * NaN is NaN.
         """
         params, buffers, options = bucket.params, make_state(bucket)[0], bucket.options
         like = real(params[0])
@@ -92,7 +93,7 @@ class Single:
         b, c = _unbind(factor_b, len(params), like), _unbind(factor_c, len(params), like)
         step_size = 1.0 if options.lr_in_momentum else lr
         skip = None if gate is None else on_device(gate, params[0]) != 0
-        # the real view of a conjugate view is a copy, so writing to it would be lost
+        # the real view of a conjugate view is a copy, so writes to it would be lost
         in_place = not is_conjugate(params[0])
         if in_place and (skip is not None or is_half(params[0].dtype)) and is_traced(like):
             update_in_graph(bucket, b, c, step_size, skip)
@@ -114,13 +115,16 @@ class Single:
 
 
 class Foreach(Single):
-    """The same step over lists, in few launches on CUDA since torch 2.11, without temporaries of parameter size."""
+    """The same step with foreach operations, which take few launches on CUDA since torch 2.11.
+
+    The update needs temporaries of the parameters' size only for half types, and for steps that may be skipped.
+    """
 
     name = "foreach"
     foreach = True
 
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:  # noqa: ARG002
-        """If requested, by torch's default rule, or off the CPU for tensors that requested fused kernels do not serve."""
+        """If requested, or by default if torch's optimizers would. With fused=True, as a fallback for tensors off the CPU."""
         if options.fused:
             return not all(on_cpu(params))
         if options.foreach is None and options.fused is None and not options.differentiable:
@@ -128,28 +132,28 @@ class Foreach(Single):
         return bool(options.foreach)
 
     def serves(self, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]) -> bool:  # noqa: ARG002
-        """All but conjugate and negative views, which foreach ops cannot write, and buffers of another dtype."""
+        """All but conjugate and negative views, which foreach operations cannot write, and buffers of another dtype."""
         if any([is_conjugate(param) for param in params]):  # noqa: C419  old compilers cannot trace generators
             return False
-        # `Staging` would round them to the parameters' dtype, and torch's foreach SGD would raise in the middle of a step
+        # `Staging` would round such buffers to the parameters' dtype, and torch's foreach SGD would raise halfway through
         if any([param.dtype != buffer.dtype for param, buffer in zip(params, momentum_buffers)]):  # noqa: C419  as above
             return False
         # graphs never contain negative views
         return torch.compiler.is_compiling() or not any(map(Tensor.is_neg, params + momentum_buffers))
 
     def measure(self, bucket: Bucket, now: bool) -> Norms:
-        """All norms, none left to `update`."""
+        """Compute all norms, and leave none to `update`."""
         if bucket.plan is not None and (is_half(bucket.params[0].dtype) or bucket.options.skip_nonfinite):
             bucket.plan.reserve(bucket)
         return super().measure(bucket, now)
 
     def plan(self, params: list[Tensor]) -> Any:  # noqa: ARG002
-        """Memory for copies. A graph needs none."""
+        """Memory for copies of the tensors. A graph needs none."""
         return None if torch.compiler.is_compiling() else Staging()
 
 
 def _step_new(bucket: Bucket, places: list[int], skip: Tensor | None, step: Step, foreach: bool) -> None:
-    """Step new tensors and write them back, which autograd and compilers can follow. A graph allocates none of them."""
+    """Update copies and write them back, which autograd and compilers can follow. A graph does not allocate the copies."""
     params, grads, buffers, compensations = bucket.at(places)
     dtype = torch.float32 if is_half(params[0].dtype) else params[0].dtype
     old = params + buffers
@@ -175,11 +179,11 @@ def single_tensor_update(
     step_size: Number,
     options: Options,
 ) -> None:
-    """The update, written for reading. TorchScript also compiles it."""
+    """The update, tensor by tensor. TorchScript compiles this function too."""
     decays = options.weight_decay != 0
     for i, param in enumerate(params):
         grad = grads[i]
-        # autograd keeps what it reads, and both are written below
+        # clone the tensors that autograd saves, because the update overwrites them
         weight = param.clone() if options.differentiable else param
         if options.momentum != 0:
             buffer = momentum_buffers[i].mul_(options.momentum).addcmul_(grad, b[i])
@@ -207,8 +211,8 @@ def _multi_tensor_update(
     step_size: Number,
     options: Options,
 ) -> None:
-    # 0-dim tensors come first, because as the second factor they take few launches only in later versions. Before torch
-    # 2.11 either order takes one launch per tensor.
+    # 0-dim tensors are the first factor, because as the second one they take few launches only in later torch versions.
+    # Before torch 2.11 either order takes one launch per tensor.
     decays = options.weight_decay != 0
     if options.momentum != 0:
         torch._foreach_mul_(momentum_buffers, options.momentum)
@@ -228,7 +232,7 @@ def _multi_tensor_update(
 
 
 def _unbind(numbers: Number, n: int, like: Tensor) -> list[Tensor]:
-    """One 0-dim tensor for each of n, on the device of ``like`` and in the dtype of its norms."""
+    """The numbers as n 0-dim tensors, on the device of ``like`` and in the dtype of its norms."""
     dtype = norm_dtype(like.dtype)
     if isinstance(numbers, Tensor):
         if numbers.dim() == 1:  # already on that device and in that dtype, like the norms

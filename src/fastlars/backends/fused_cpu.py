@@ -1,9 +1,10 @@
-"""The fused step on CPU. Per tensor, it takes the norms, then calls torch's fused SGD kernel while the tensor is in cache.
+"""The fused step on CPU. It computes a tensor's norms, then calls torch's fused SGD kernel while the tensor is in cache.
 
 ``_fused_sgd_`` computes v = m v + (1 - dampening) (g + weight_decay w) and w -= lr v in one pass. With weight_decay = c / b,
-dampening = 1 - b and lr = q this is LARS. Bytes per float32 parameter: 20, and 8 for the norms if the cache does not hold
-them. The kernel ignores strides, writes wrong values for half types in some versions and bumps no version counters. So
-`serves` admits only tensors that the kernel computes correctly, and `update` bumps the counters.
+dampening = 1 - b and lr = q this is LARS (see `eager.py`). A step moves 20 bytes per float32 parameter, plus 8 for the norms
+if the tensor does not fit into the cache. The kernel ignores strides, writes wrong values for half types in some versions
+and bumps no version counters. So `serves` admits only tensors that the kernel computes correctly, and `update` bumps the
+counters.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ from fastlars.options import Options
 from .eager import make_state, measure
 from .layouts import can_be_walked, on_cpu
 
-# Tensors up to this size are stacked by shape, because a call for each would cost more than its work.
+# Tensors of up to this many elements are stacked by shape, because one call per tensor would cost more than the arithmetic.
 SMALL = 12 * 1024
-# Up to this many squares are added in float32 without rows, with a relative error of the norm up to 3e-6.
+# Norms of up to this many elements are computed in one float32 call instead of row by row. The relative error is up to 3e-6.
 AT_ONCE = 4096
-# Elements stacked at a time, in two workspaces of up to 1 MiB. Stacking into new memory mostly waits for page faults.
+# Up to this many elements are stacked at a time, in two workspaces of up to 1 MiB. The workspaces are kept between steps,
+# because stacking into new memory would mostly wait for page faults.
 STACK = 1 << 18
-# One dot product adds up to this many row norms in float32. The relative error is up to 5e-7.
+# One dot product adds the squares of up to this many row norms in float32. The relative error is up to 5e-7.
 ROWS = 4096
 # The kernel gets 1 - b in double precision and recovers b from it, exactly for a float32 b of at least this size.
 SMALLEST_B = 2.0**-29
@@ -43,7 +45,7 @@ _dtype, _is_cpu = attrgetter("dtype"), attrgetter("is_cpu")
 
 
 class FusedCPU:
-    """Steps float32 tensors in CPU memory, laid out like their gradients and buffers."""
+    """Updates dense float32 tensors on CPU whose gradients and buffers have the same memory layout."""
 
     name = "fused"
     takes_scale = False
@@ -57,7 +59,7 @@ class FusedCPU:
         return bool(options.fused) and any(on_cpu(params))
 
     def serves(self, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]) -> bool:
-        """Whether the kernel, which ignores strides, computes these correctly."""
+        """Whether the kernel, which ignores strides, updates these tensors correctly."""
         tensors = [*params, *grads, *momentum_buffers]
         return (
             all(map(_is_cpu, tensors))
@@ -66,19 +68,19 @@ class FusedCPU:
         )
 
     def plan(self, params: list[Tensor]) -> Plan:
-        """Decide which tensors are stacked and which are stepped alone."""
+        """Decide which tensors are stacked and which are updated alone."""
         return Plan(params)
 
     def measure(self, bucket: Bucket, now: bool) -> Norms:
-        """Gradient norms for ``skip_nonfinite``. `update` takes the other norms while the tensor is in cache."""
-        make_state(bucket)  # before anything moves, because memory may run out
+        """Gradient norms for ``skip_nonfinite``. `update` computes the other norms while the tensor is in cache."""
+        make_state(bucket)  # before any update, because memory may run out
         if now:
             return measure(bucket, foreach=False)
         return Norms(grad=norms(bucket.grads, foreach=False) if bucket.options.skip_nonfinite else None)
 
     @torch.no_grad()
     def update(self, bucket: Bucket, norms: Norms, gate: Tensor | None) -> None:
-        """Step the stacks, then the other tensors one by one."""
+        """Update the stacked tensors, then the others one by one."""
         if gate is not None and gate.any():  # on the CPU, where reading it does not synchronise
             return
         plan: Plan = bucket.plan
@@ -95,18 +97,18 @@ class FusedCPU:
 
 
 class _Stack(NamedTuple):
-    """Small tensors of one shape, and views of a workspace that stack them and their gradients."""
+    """Small tensors of one shape, and views of the workspace into which they and their gradients are stacked."""
 
     places: list[int]
     weights: Tensor
     grads: Tensor
     weight_rows: Tensor
     grad_rows: Tensor
-    directions: list[Tensor]  # the gradients one by one
+    directions: list[Tensor]  # views of `grads`, one per tensor
 
 
 class Plan:
-    """Indices of the tensors that are stacked by shape, of the others, which are stepped alone, and the workspace.
+    """The indices of the tensors that are stacked by shape, the indices of those that are updated alone, and the workspace.
 
     Views of the workspace are cached, because making a view takes as long as copying a small tensor.
     """
@@ -120,9 +122,9 @@ class Plan:
             is_small = 0 < numel <= SMALL and (numel <= AT_ONCE or _row(numel) > 0) and param.is_contiguous()
             (places.setdefault(param.shape, []) if is_small else self.alone).append(i)
         stacked = sum(shape.numel() * len(of_shape) for shape, of_shape in places.items())
-        largest = max((params[i].numel() for i in self.alone), default=0)  # uses `grads` block by block
-        # No larger than needed, because every group has a plan. One allocation, because the functional form makes it in every
-        # call, and glibc would return two of 1 MiB to the system each time.
+        largest = max((params[i].numel() for i in self.alone), default=0)  # `_block_by_block` also uses `grads`
+        # The workspace is no larger than needed, because every group has a plan. It is one allocation, because the functional
+        # form allocates it in every call, and glibc would return two blocks of 1 MiB to the system each time.
         sizes = [min(STACK, stacked), min(STACK, max(stacked, largest))]
         with torch.inference_mode(False):  # the first step may run in inference mode
             self.weights, self.grads = torch.split(torch.empty(sum(sizes), **_WORK), sizes)
@@ -146,7 +148,7 @@ class Plan:
 
 
 class _Fused:
-    """The step of a bucket's tensors, in parts."""
+    """Updates the tensors of one bucket, stacked or alone."""
 
     def __init__(self, bucket: Bucket, workspace: Tensor) -> None:
         self.params, self.grads = bucket.params, bucket.grads
@@ -159,7 +161,7 @@ class _Fused:
         self.has_addresses = not operations_are_seen()
 
     def stacked(self, stacks: list[_Stack], places: list[int], norms: tuple[Tensor, Tensor] | None) -> None:
-        """Step small tensors: copy them to a workspace, as rows of one matrix per shape, and call the kernel once."""
+        """Update small tensors with one kernel call. The workspace holds copies of them, as one matrix per shape."""
         for stack in stacks:
             torch.stack([self.params[i] for i in stack.places], out=stack.weights)
             torch.stack([self.grads[i] for i in stack.places], out=stack.grads)
@@ -180,7 +182,7 @@ class _Fused:
         self._sgd([self.params[i] for i in places], updates, buffers)
 
     def alone(self, i: int, norms: tuple[float, float] | None) -> None:
-        """Step one tensor: take its norms, then call the kernel while the tensor is still in cache."""
+        """Compute the norms of one tensor, then call the kernel while the tensor is still in cache."""
         param, grad, buffer = self.params[i], self.grads[i], self.buffers[i : i + 1]
         if self.has_addresses and any(_is_shifted(grad, written) for written in (param, *buffer)):
             grad = grad.clone()
@@ -190,13 +192,13 @@ class _Fused:
         if self.options.momentum == 0 and b != 0 and math.isfinite(c / b):
             self._sgd([param], [grad], [], weight_decay=c / b, factor=b)
         elif not self.options.nesterov and SMALLEST_B <= abs(b) < math.inf:
-            b = ctypes.c_float(b).value  # else the bits would depend on the scale of b, and so on that of the loss
+            b = ctypes.c_float(b).value  # otherwise the result's bits would depend on the scale of b and so of the loss
             self._sgd([param], [grad], buffer, weight_decay=c / b, dampening=1 - b)
         else:
             self._block_by_block(param, grad, buffer, b, c)
 
     def _block_by_block(self, param: Tensor, grad: Tensor, buffer: list[Tensor], b: float, c: float) -> None:
-        """Step what one call cannot compute, block by block, with the direction of each block in the workspace."""
+        """Update a tensor that one kernel call cannot compute. The direction of each block is put into the workspace."""
         blocks = [torch.split(_flat(tensor), STACK) for tensor in (param, grad, *buffer)]
         for w, g, *v in zip(*blocks):
             direction = torch.mul(g, b, out=self.workspace[: g.numel()])
@@ -243,7 +245,7 @@ class _Fused:
 
 
 def _is_shifted(grad: Tensor, written: Tensor) -> bool:
-    """Whether the kernel would overwrite gradient elements before it reads them. Identical memory is safe."""
+    """Whether the kernel would overwrite gradient elements before it reads them. Equal addresses are safe."""
     return 0 < abs(grad.data_ptr() - written.data_ptr()) < grad.nbytes
 
 

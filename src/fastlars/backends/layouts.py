@@ -17,7 +17,7 @@ def on_cpu(params: list[Tensor]) -> list[bool]:
 
 
 def can_be_walked(params: list[Tensor], *others: list[Tensor]) -> bool:
-    """Whether these are plain dense tensors whose gradients and buffers have the same order of elements."""
+    """Whether these are plain dense tensors whose gradients and buffers have the same order of elements in memory."""
     others = tuple(filter(None, others))  # without momentum there are no buffers
     tensors = [tensor for each in (params, *others) for tensor in each]
     # map, because a loop over a model's tensors takes twice as long
@@ -61,7 +61,7 @@ def own_every_element(tensor: Tensor) -> bool:
         if stride == 0:
             return False
         if stride <= reach:
-            return bool(_offsets(tensor).sort().values.diff().all())  # interleaved, or shared
+            return bool(_offsets(tensor).sort().values.diff().all())  # elements are interleaved or share memory
         reach += stride * (size - 1)
     return True
 
@@ -78,7 +78,7 @@ def storage_of(tensor: Tensor) -> int:
 
 
 def find_shared_memory(tensors: list[Tensor], first: int) -> tuple[int, int] | None:
-    """Indices of two tensors that share memory, at least one among the first ``first``; None if there are none."""
+    """Indices of two tensors that share memory, at least one among the first ``first``, or None if there are none."""
     spans: list[tuple[str, int, int, int]] = []
     for i, tensor in enumerate(tensors):
         if type(tensor) in PLAIN and tensor.numel() > 0:

@@ -1,7 +1,8 @@
-"""Flat copies for foreach steps that cannot run in place: gated steps, and half types, which are rounded once.
+"""Flat copies of tensors, for foreach steps that cannot run in place.
 
-All copies of a kind share one flat tensor. Copying, rounding and selecting then take a few operations, however many tensors
-there are. A bucket's plan keeps the copies, at most 32 MiB of float32 per kind. Larger lists are stepped chunk by chunk.
+These are gated steps, and steps of half types, which are computed in float32 and rounded once. All copies of a kind share one
+flat tensor, so copying, rounding and selecting take a few operations, however many tensors there are. A bucket's plan keeps
+the copies, at most 32 MiB of float32 per kind. Larger lists are updated chunk by chunk.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from fastlars.norms import chunks, norms
 
 from .layouts import are_laid_out_alike
 
-LIMIT = 1 << 23  # elements of a chunk
+LIMIT = 1 << 23  # elements of a chunk; a larger tensor is a chunk of its own
 
 # updates parameters in place, given gradients, momentum buffers and their indices in the bucket
 Step = Callable[[list[Tensor], list[Tensor], list[Tensor], list[int]], None]
@@ -44,7 +45,7 @@ class Staging:
         self._flat: dict[tuple[Any, ...], Tensor] = {}
 
     def step(self, bucket: Bucket, skip: Tensor | None, step: Step) -> None:
-        """Step copies and write them back, unless the 0-dim bool tensor ``skip`` is true."""
+        """Update copies and write them back, unless the 0-dim bool tensor ``skip`` is true."""
         self._prepare(bucket.params)
         for i, places in enumerate(self._chunks):
             params, grads, buffers, compensations = bucket.at(places)
@@ -65,19 +66,19 @@ class Staging:
             torch._foreach_copy_(written, new.views)
 
     def reserve(self, bucket: Bucket) -> None:
-        """Allocate what `step` needs before any bucket moves, because memory may run out."""
+        """Allocate the memory for `step` before any bucket is updated, because memory may run out."""
         self._prepare(bucket.params)
         for i in range(len(self._chunks)):
             self._room(bucket, i, gated=bool(bucket.options.skip_nonfinite))
 
     def _room(self, bucket: Bucket, chunk: int, *, gated: bool) -> tuple[Copies, Copies, Copies, list[Tensor]]:
-        """Copies to step, copies to round, copies of the old values, and copies of half-precision gradients."""
+        """Copies that are updated, copies for the rounded results, copies of the old values, and of half-type gradients."""
         like, kinds = bucket.params[0], 1 + bool(bucket.compensations) + bool(bucket.momentum_buffers)
         half, dtype = is_half(like.dtype), torch.float32 if is_half(like.dtype) else like.dtype
         wide = self._copies("step", chunk, kinds, like, dtype)
         new = self._copies("result", chunk, kinds, like, like.dtype) if half else wide
         old = self._copies("old", chunk, kinds, like, like.dtype) if gated else new
-        # foreach ops take few launches only if all dtypes are equal
+        # foreach operations take few launches only if all dtypes are equal
         read = self._copies("grads", chunk, 1, like, dtype).views if is_half(bucket.grads[0].dtype) else []
         return wide, new, old, read
 
@@ -100,12 +101,12 @@ class Staging:
         if not self._chunks:
             self._chunks = chunks(params, LIMIT)
             for param in params:
-                # keep the strides of dense tensors, else foreach ops take one launch per tensor
+                # keep the strides of dense tensors, because otherwise foreach operations take one launch per tensor
                 dense = param if are_laid_out_alike(param) else torch.empty(param.shape, device="meta")
                 self._layouts.append((param.shape, dense.stride(), param.numel()))
 
     def _copies(self, purpose: str, chunk: int, kinds: int, like: Tensor, dtype: torch.dtype) -> Copies:
-        """``kinds`` copies of each tensor of a chunk. Chunks share memory, but purposes do not."""
+        """``kinds`` copies of each tensor of a chunk. All chunks use the same memory, but each purpose has its own."""
         key = (purpose, chunk, kinds, dtype)
         if key in self._made:
             return self._made[key]

@@ -1,4 +1,4 @@
-"""torch's own SGD for groups that are not adapted, in the implementation that the group asks for."""
+"""torch's own SGD for groups that are not adapted, in the implementation that the group's options select."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .layouts import on_cpu
 
 
 def is_torch_sgd(params: list[Tensor], options: Options) -> bool:
-    """Whether torch's SGD replaces our update. It must support the options and must not read lr from a GPU."""
+    """Whether torch's SGD can replace our update. It must support the options and must not read lr from a GPU."""
     if options.kahan_sum and any([is_half(param.dtype) for param in params]):  # noqa: C419  old compilers cannot trace generators
         return False
     lr = options.lr
@@ -28,7 +28,7 @@ def is_torch_sgd(params: list[Tensor], options: Options) -> bool:
 
 
 class TorchSGD:
-    """torch's SGD. It takes what ``ours``, our backend of the same kind, wants and serves."""
+    """torch's SGD, for groups and tensors that ``ours``, our backend of the same kind, would also take."""
 
     takes_scale = False
 
@@ -41,12 +41,15 @@ class TorchSGD:
         self.mixes_first_steps = not fused
 
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:
-        """Groups that are not adapted. torch's SGD has no gate. The host reads it instead, only on CPU, where that is free."""
+        """Groups that are not adapted. torch's SGD has no gate, so the host reads it, but only on CPU, where that is free."""
         reads_gate = not gated or (not torch.compiler.is_compiling() and all(on_cpu(params)))
         return is_torch_sgd(params, options) and reads_gate and self._ours.wants(params, options, gated)
 
     def serves(self, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]) -> bool:
-        """Like ours, if dtypes agree. torch gives buffers the gradient's dtype, and its kernel misreads another one."""
+        """What ``ours`` serves, if parameters and gradients share a dtype.
+
+        torch creates buffers in the gradient's dtype, and its kernel misreads a buffer of any other dtype.
+        """
         alike = all([param.dtype == grad.dtype for param, grad in zip(params, grads)])  # noqa: C419  a list traces
         return alike and self._ours.serves(params, grads, momentum_buffers)
 
@@ -62,17 +65,17 @@ class TorchSGD:
         if gate is not None and gate.any():
             return
         grads, buffers, options = bucket.grads, bucket.momentum_buffers, bucket.options
-        # torch's foreach Nesterov overwrites gradients that it has not copied
+        # torch's foreach SGD with Nesterov momentum would overwrite the gradients, unless it has copied them
         if self._foreach and options.nesterov and options.weight_decay == 0 and not options.maximize:
             grads = list(torch._foreach_mul(grads, 1.0))
         dampening = options.dampening
         if options.differentiable and bucket.is_first_step:
-            # torch makes its first buffer outside autograd's graph
+            # torch would create the first buffer outside autograd's graph
             make_state(bucket)
             dampening = 0.0
         lr = options.lr
         if isinstance(lr, Tensor):
-            lr = lr.reshape(())  # it stays on the CPU, where sgd reads it
+            lr = lr.reshape(())  # lr is on the CPU, where sgd may read it
         sgd(
             bucket.params,
             grads,
@@ -81,7 +84,7 @@ class TorchSGD:
             fused=self._fused,
             weight_decay=options.weight_decay,
             momentum=options.momentum,
-            lr=cast(float, lr),  # it also takes tensors, but older versions do not say so in their types
+            lr=cast(float, lr),  # sgd also takes tensors, but older versions do not say so in their types
             dampening=dampening,
             nesterov=options.nesterov,
             maximize=options.maximize,

@@ -1,9 +1,9 @@
-"""The fused step on CUDA: which tensors it serves, tables of addresses on the device, and three launches per bucket.
+"""The fused step on CUDA. It takes three kernel launches per bucket, however many tensors the bucket holds.
 
-`partial_sums` and `norms` measure, and `update` writes. `triton_kernels.py` says what they compute. All three find their
-tensors in a table on the device, so the number of launches does not depend on the number of tensors. A table is never
-rewritten. It is cached by the addresses and sizes that it was built from. The host reads nothing from the device, and it
-allocates nothing there while addresses stay the same. Triton is imported only if fused=True is requested on CUDA.
+`partial_sums` and `norms` compute the norms, and `update` writes parameters and state (see `triton_kernels.py`). All three
+find the tensors' addresses in a table on the device. A table is never rewritten. It is cached under the addresses and sizes
+that it was built from, so a step allocates no device memory while addresses stay the same. The host reads nothing from the
+device. Triton is imported only if fused=True is requested on CUDA.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from fastlars.options import Options
 from .eager import make_state
 from .layouts import PLAIN, can_be_walked
 
-COLUMNS = 8  # of a table; a multiple of two, so that the data after the rows is aligned to 16 bytes
+COLUMNS = 8  # columns of a table; their number is even, because the data after the rows must be aligned to 16 bytes
 # Elements per program of `partial_sums` and `update`, 8 per thread. A thread then takes at most 48 registers on sm_80 and
-# sm_90, so that five programs fit on a multiprocessor without spilling, and 56 on sm_100, where four fit.
-# With compensations `update` takes up to 64, and four fit.
+# sm_90, and five programs fit on a multiprocessor without spilling. On sm_100 it takes 56 registers, and four programs fit.
+# With compensations, a thread of `update` takes up to 64 registers, and four programs fit.
 CHUNK = 2048
 BLOCK = 2048  # partial sums that `norms` adds at a time
-# In scale * g + weight_decay * w the compiler would fuse one product with the sum. The choice depends on whether there is a
-# scale, so a GradScaler would change the bits of norms, although it scales by powers of two.
+# In scale * g + weight_decay * w the compiler would fuse one product with the sum. Which one it fuses depends on whether there
+# is a scale. A GradScaler would then change the bits of norms, although it scales by powers of two.
 LAUNCH_SUMS = {"num_warps": 8, "enable_fp_fusion": False}
 LAUNCH_FEW = {"num_warps": 16, "enable_fp_fusion": True}  # one program per tensor, and a large tensor has many sums
 LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}
@@ -48,11 +48,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAPABILITY = (8, 0)  # the oldest GPUs that Triton supports; older ones cannot convert bfloat16
 
 KEPT_STEPS = 16  # an unused table is dropped after this many steps
-CAPTURES = 4  # captures of a step before another eager step is needed
+CAPTURES = 4  # after this many captures of a step, another eager step is needed
 
 
 def check_fused(params: Iterable[Any], where: str) -> None:
-    """Raise if ``fused=True`` cannot be honoured for these tensors. Anything that is not a tensor is ignored."""
+    """Raise if ``fused=True`` is not possible for these tensors. Anything that is not a tensor is ignored."""
     refusal = cache(_refusal)
     for i, param in enumerate(params):
         if not isinstance(param, Tensor) or param.is_cpu:
@@ -79,9 +79,9 @@ def _refusal(device: torch.device) -> str | None:
     if capability < CAPABILITY:
         return "on CUDA needs compute capability {}.{}, {} has {}.{}".format(*CAPABILITY, device, *capability)
     try:
-        # Triton compiles C code for this, which needs Python's headers
+        # for this call, Triton compiles C code, which needs Python's headers
         _kernels().driver.active.get_current_device()
-    except Exception as error:  # noqa: BLE001  from compilers, linkers or drivers, and no list is complete
+    except Exception as error:  # noqa: BLE001  errors of compilers, linkers and drivers have no common class
         return f"on CUDA needs Triton, which cannot launch kernels here ({type(error).__name__}: {error})"
     return None
 
@@ -91,14 +91,14 @@ class _Table:
     """The device memory that the kernels of one bucket use besides its tensors."""
 
     rows: Tensor  # int64, COLUMNS per tensor, see `triton_kernels.py`
-    chunk_tensor: Tensor  # int32, the row of every chunk
+    chunk_tensor: Tensor  # int32, the row of each chunk's tensor
     sums: Tensor  # (chunks, 3)
     norms: Tensor  # (3, n)
     last_use: int = 0
 
 
 class Tables:
-    """The tables of one optimizer. They hold addresses without keeping tensors alive. Do not copy or save them."""
+    """The tables of one optimizer. They hold addresses and keep no tensor alive, so they must not be copied or saved."""
 
     def __init__(self) -> None:
         """Start without tables."""
@@ -113,7 +113,7 @@ class Tables:
         self.now = now
         device = bucket.params[0].device
         sizes = tuple(map(Tensor.numel, bucket.params))
-        # buffers exist by now
+        # `make_state` has created all buffers
         columns: tuple[Any, ...] = (bucket.params, bucket.grads, bucket.momentum_buffers, bucket.compensations)
         addresses = tuple(
             chain.from_iterable(map(Tensor.data_ptr, each) if each else repeat(0, len(sizes)) for each in columns)
@@ -140,13 +140,14 @@ class Tables:
         self._spares = {k: spares for k, spares in self._spares.items() if k in used}
 
     def _captured_table(self, device: torch.device, addresses: tuple[int, ...], sizes: tuple[int, ...]) -> _Table:
-        # Device memory comes from the graph's pool, and each replay copies the table there again. The source must not
-        # change while the graph exists, so the optimizer keeps it, like the graph's momentum buffers.
+        # Device memory comes from the graph's pool, and each replay copies the table into it again. The pinned memory that it
+        # is copied from must not change while the graph exists, so the optimizer keeps it.
         spares = self._spares.get((device, sizes))
         if not spares:
             raise RuntimeError(
                 "capturing a fused LARS step needs an eager step of the same tensors and options before it, which compiles "
-                f"the kernels and creates the state, and another one after every {CAPTURES} captures. Nothing has changed"
+                f"the kernels and creates the state, and another eager step after every {CAPTURES} captures. Nothing has "
+                "changed"
             )
         self._captured.append(spares.pop())
         return _new_table(device, addresses, sizes, self._captured[-1])
@@ -169,7 +170,7 @@ def _new_table(
         chunk_tensor.extend(array("i", [i]) * count)
     after_rows = 8 * len(rows)
     assert 8 * host.numel() >= after_rows + 4 * ends[-1]
-    # not with torch, whose threads may wait milliseconds for each other on a busy machine
+    # copy without torch, whose threads may wait milliseconds for each other on a busy machine
     for start, values in ((host.data_ptr(), array("q", rows)), (host.data_ptr() + after_rows, chunk_tensor)):
         address, length = values.buffer_info()
         ctypes.memmove(start, address, length * values.itemsize)
@@ -187,7 +188,7 @@ def _pinned(device: torch.device, *shape: int) -> Tensor:
 
 
 class Triton:
-    """Steps float32, bfloat16 and float16 tensors on NVIDIA GPUs, dense and laid out like their gradients and buffers."""
+    """Updates dense tensors on NVIDIA GPUs in the dtypes `DTYPES`, whose gradients and buffers have the same memory layout."""
 
     name = "fused (Triton)"
     takes_scale = True
@@ -202,14 +203,14 @@ class Triton:
         """
         self._device = device
         self._tables = Tables()
-        self._lock = threading.Lock()  # all threads share them
+        self._lock = threading.Lock()  # all threads share these tables
 
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:  # noqa: ARG002
         """If requested."""
         return bool(options.fused) and any([param.device.type == self._device for param in params])  # noqa: C419
 
     def serves(self, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]) -> bool:
-        """Whether the kernels, which ignore strides, compute these correctly.
+        """Whether the kernels, which ignore strides, update these tensors correctly.
 
         Addresses need not be aligned. If they are not, the kernels work element by element.
         """
@@ -224,8 +225,8 @@ class Triton:
         """Needs no plan, because tables are looked up by address."""
 
     def measure(self, bucket: Bucket, now: bool) -> Norms:  # noqa: ARG002
-        """All norms in two launches."""
-        make_state(bucket)  # the table holds their addresses
+        """Compute all norms in two launches."""
+        make_state(bucket)  # the table holds the state's addresses
         options, device = bucket.options, bucket.params[0].device
         adapted = bool(is_adapted(options))  # numpy scalars give numpy bools, which Triton rejects as constants
         joint = adapted and options.trust_denominator == "joint"
@@ -257,11 +258,11 @@ class Triton:
         return Norms(param, direction if joint else grad, grad if grad_norm else None, kept=table)
 
     def update(self, bucket: Bucket, norms: Norms, gate: Tensor | None) -> None:
-        """Update parameters and buffers in one launch, which evaluates the formula first."""
+        """Evaluate the formula and update parameters and state in one launch."""
         options, device = bucket.options, bucket.params[0].device
         table: _Table = norms.kept
         lr_ptr, lr = _lr(options.lr, device)
-        # after an exchange they may have another dtype or layout
+        # if ranks have exchanged norms, the norms may have another dtype or layout
         param_norms, direction_norms = (norm if norm is None else norm.float().contiguous() for norm in norms[:2])
         with torch.cuda.device_of(bucket.params[0]):  # type: ignore[no-untyped-call]  # torch's
             _kernels().update[(table.sums.size(0),)](
@@ -309,12 +310,12 @@ TRITON = Triton()
 
 
 def joint_norms(params: list[Tensor], grads: list[Tensor], sign: float, weight_decay: float) -> Tensor:
-    """The operator that `compiled.py` puts into graphs. Where the kernels serve the tensors, it reads each once."""
+    """`joint_norms` of `compiled.py` on CUDA. If the kernels serve the tensors, it reads each tensor only once."""
     if not TRITON.serves(params, grads, []) or not _runs_on(params[0].device):
         return joint_operator(params, grads, sign, weight_decay)
     options = Options(0.0, weight_decay=weight_decay, adapt=True, trust_denominator="joint", maximize=sign < 0)
     bucket = Bucket(TRITON, list(range(len(params))), params, grads, [], [], options)
-    return TRITON.measure(bucket, now=True).kept.norms[:2].clone()  # type: ignore[no-any-return]  # the table's own
+    return TRITON.measure(bucket, now=True).kept.norms[:2].clone()  # type: ignore[no-any-return]  # cloned: tables are reused
 
 
 @functools.cache
@@ -326,7 +327,7 @@ LIBRARY.impl("joint_norms", joint_norms, "CUDA")
 
 
 def _kernels() -> Any:
-    # here, so that `import fastlars` does not load triton
+    # imported here, because `import fastlars` must not load triton
     from . import triton_kernels  # noqa: PLC0415
 
     return triton_kernels

@@ -1,14 +1,14 @@
-"""The Triton kernels of the fused CUDA step: partial sums, norms, update. The only file that imports triton.
+"""The Triton kernels of the fused CUDA step: `partial_sums`, `norms` and `update`. Only this file imports triton.
 
 Every tensor is cut into chunks of CHUNK elements, and a program takes one chunk. A kernel finds its tensors in a table of
-int64 with one row per tensor: the addresses of parameter, gradient, momentum buffer and compensation, the number of
-elements, its first chunk, the chunk after its last one, and a 0. chunk_tensor_ptr holds the row of every chunk. Arithmetic
-is float32, except that `norms` adds in float64. Sums are added in a fixed order without atomics, so every run gives the
-same bits.
+int64 with one row per tensor. A row holds the addresses of parameter, gradient, momentum buffer and compensation, the number
+of elements, the index of the tensor's first chunk, the index after its last chunk, and a 0. chunk_tensor_ptr holds the row
+of each chunk's tensor. Arithmetic is float32, except that `norms` adds in float64. Sums are added in a fixed order without
+atomics, so every run gives the same bits.
 
 A chunk whose addresses are multiples of 16 bytes and whose length is a multiple of 8 is loaded and stored 16 bytes at a time.
-Other chunks go element by element. Kernels hold both branches: `static_range` makes a copy for each value of VECTOR, and
-in one copy `_pointers` and `_mask` tell the compiler about the alignment.
+Other chunks are loaded and stored element by element. Kernels hold both branches, because `static_range` makes a copy of the
+code for each value of VECTOR. In the copy with VECTOR = 1, `_pointers` and `_mask` tell the compiler about the alignment.
 """
 
 # mypy: ignore-errors
@@ -30,7 +30,7 @@ def _chunk(table_ptr, tensor, chunk, CHUNK: tl.constexpr):
 
 @triton.jit
 def _pointers(address, start, like_ptr, CHUNK: tl.constexpr, VECTOR: tl.constexpr):
-    """Pointers to the elements of a chunk, of like_ptr's type."""
+    """Pointers to the elements of a chunk. They have the type of like_ptr."""
     pointer = address.to(like_ptr.dtype)
     if VECTOR:
         pointer = tl.multiple_of(pointer, 16)
@@ -72,9 +72,9 @@ def partial_sums(
     table_ptr, chunk_tensor_ptr, sums_ptr, grad_scale_ptr, param_ptr, grad_ptr, weight_decay,
     CHUNK: tl.constexpr, ADAPTED: tl.constexpr, JOINT: tl.constexpr, GRAD_NORM: tl.constexpr, MAXIMIZE: tl.constexpr,
 ):  # fmt: skip
-    """Sums of squares of every chunk, in rows of three: of w, s g + weight_decay w (JOINT) and s g (GRAD_NORM).
+    """Sums of squares of each chunk, in a row of three: of w (ADAPTED), s g + weight_decay w (JOINT) and s g (GRAD_NORM).
 
-    Reads 8 bytes per float32 parameter. param_ptr and grad_ptr only pass their types.
+    It reads 8 bytes per float32 parameter. param_ptr and grad_ptr only pass their types.
     """
     chunk = tl.program_id(0)
     tensor = tl.load(chunk_tensor_ptr + chunk)
@@ -111,7 +111,7 @@ def norms(
 ):  # fmt: skip
     """The norms of every tensor from the sums of its chunks, one program per tensor.
 
-    norms_ptr gets rows of n: |w|, |s g + weight_decay w| (JOINT) and |s g| (GRAD_NORM).
+    norms_ptr gets three rows, one number per tensor: |w|, |s g + weight_decay w| (JOINT) and |s g| (GRAD_NORM).
     """
     tensor = tl.program_id(0)
     first = tl.load(table_ptr + tensor * 8 + 5)
@@ -176,9 +176,9 @@ def update(
 
     NESTEROV: w -= q (b g + c w + momentum v). Without MOMENTUM: w -= q (b g + c w), and there is no v.
     KAHAN: w is parameter + compensation, and the rounding error of the new parameter becomes the compensation.
-    If the gate is not 0, nothing is read or written. Moves 20 bytes per float32 parameter. Chunks are visited backwards,
-    because the L2 cache still holds what `partial_sums` read last. Everything here is read for the last time, so it is
-    loaded with evict_first and does not displace data that later programs still read.
+    If the gate is not 0, no element is read or written. The kernel moves 20 bytes per float32 parameter. Chunks are visited
+    backwards, because the L2 cache still holds what `partial_sums` read last. All elements are read for the last time here,
+    so they are loaded with evict_first and do not displace data that later programs still read.
     """
     chunk = tl.num_programs(0) - 1 - tl.program_id(0)
     tensor = tl.load(chunk_tensor_ptr + chunk)
