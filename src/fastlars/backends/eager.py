@@ -95,10 +95,13 @@ class Single:
         skip = None if gate is None else on_device(gate, params[0]) != 0
         # the real view of a conjugate view is a copy, so writes to it would be lost
         in_place = not is_conjugate(params[0])
-        if in_place and (skip is not None or is_half(params[0].dtype)) and is_traced(like):
+        traced = in_place and is_traced(like)
+        if traced and (skip is not None or is_half(params[0].dtype)):
             update_in_graph(bucket, b, c, step_size, skip)
             return
-        tensor_update = _multi_tensor_update if self.foreach else single_tensor_update
+        # on a CPU Inductor makes faster code of single operations than of lists
+        in_lists = self.foreach and not (traced and like.is_cpu)
+        tensor_update = _multi_tensor_update if in_lists else single_tensor_update
 
         def step(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], places: list[int]) -> None:
             w, g, v = [real(x) for x in params], [real(x) for x in grads], [real(x) for x in buffers]
@@ -181,6 +184,7 @@ def single_tensor_update(
 ) -> None:
     """The update, tensor by tensor. TorchScript compiles this function too."""
     decays = options.weight_decay != 0
+    scale = -step_size * options.momentum if options.nesterov else -step_size  # outside the loop, which compilers unroll
     for i, param in enumerate(params):
         grad = grads[i]
         # clone the tensors that autograd saves, because the update overwrites them
@@ -194,7 +198,6 @@ def single_tensor_update(
                 param.addcmul_(weight, -step_size * c[i])
             param.addcmul_(grad, -step_size * b[i])
         if options.momentum != 0:
-            scale = -step_size * options.momentum if options.nesterov else -step_size
             velocity = momentum_buffers[i].clone() if options.differentiable else momentum_buffers[i]
             if isinstance(scale, Tensor):
                 param.addcmul_(velocity, scale)
