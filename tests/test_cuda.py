@@ -11,6 +11,7 @@ from torch import Tensor
 import harness
 from cases import COMPLEX, HISTORIES, LAYOUTS, LR_FACTORS, OPTIONS, REAL, Options, make_grads, make_params, nonfinite
 from fastlars import LARS
+from fastlars.compiled import joint_operator
 from harness import IMPLEMENTATIONS, buffers_of, ignore_nothing_adapted, set_grads
 from reference import ReferenceLARS
 
@@ -273,6 +274,15 @@ def test_foreach_makes_few_launches(name: str) -> None:
     optimizer = LARS(params, **{**OPTIONS[name], "lr": torch.tensor(0.1, device=DEVICE)}, foreach=True)
     set_grads(params, [torch.ones_like(p) for p in params])
     assert len(launches(optimizer.step)) < 100  # an operation over the list takes two or three launches
+
+
+def test_the_joint_norms_of_graphs_take_two_kernels() -> None:
+    """The operator that torch.compile calls."""
+    params, grads = ([torch.randn(1000 * i + 7, device=DEVICE) for i in range(161)] for _ in range(2))
+    expected = joint_operator(params, grads, -1.0, 0.1)
+    torch.testing.assert_close(torch.ops.fastlars.joint_norms(params, grads, -1.0, 0.1), expected)
+    launched = launches(lambda: torch.ops.fastlars.joint_norms(params, grads, -1.0, 0.1))
+    assert [kernel for kernel in launched if kernel in KERNELS] == KERNELS[:2]
 
 
 def test_moving_gradients_cost_one_copy() -> None:
