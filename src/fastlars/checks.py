@@ -22,7 +22,7 @@ from .options import Options, check_options, check_tensor_lr, values_of
 
 
 def check_group(options: Mapping[str, Any], params: Iterable[Any], where: str) -> None:
-    """Raise for options that break a rule or do not fit these tensors or named tensors."""
+    """Raise if options break a rule or do not fit these parameters, given as tensors or (name, tensor) pairs."""
     check_options(options, where)
     tensors: list[Tensor] = []
     for i, item in enumerate(params):

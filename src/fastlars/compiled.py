@@ -1,8 +1,8 @@
 """Custom operators for torch.compile, which Inductor does not decompose.
 
 Inductor stacks the results of ``_foreach_norm`` with one copy kernel per result, and on a CPU it traces a dozen operations for
-each norm. So the norms of a list are one custom operator. Apart from `realized`, everything else is plain arithmetic that
-Inductor can fuse.
+each norm. So `norms` and `joint_norms` are operators that take lists. `realized` is a copy that makes Inductor store a tensor.
+Everything else is plain arithmetic that Inductor can fuse.
 
 The operators are registered with a plain ``Library``, because each call of a ``torch.library.custom_op`` would also check
 that its results share no memory with its inputs. That check takes 0.3 ms for a model's list of tensors.

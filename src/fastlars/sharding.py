@@ -57,7 +57,8 @@ def is_sharded(tensor: Any) -> bool:
 
 def _is_dtensor(cls: type) -> bool:
     if cls is Tensor or cls is torch.nn.Parameter:
-        return False  # without reading sys.modules, whose size Dynamo guards, so each import would recompile the step
+        # before sys.modules is read: Dynamo would guard its size, and each import would recompile the step
+        return False
     kind, by_class_only = dtensor(), getattr(sys.modules.get(_XLA), "XLAShardedTensor", ())
     return kind is not None and issubclass(cls, kind) and not issubclass(cls, by_class_only)
 
@@ -268,7 +269,8 @@ class Sharded:
             nonfinite: the same for groups with ``skip_nonfinite``, or None if this rank has no such group.
 
         Returns:
-            The norms of whole tensors, and the two flags as 0-dim tensors.
+            The norms of whole tensors, and ``found_inf`` and ``nonfinite`` over all ranks, as 0-dim tensors. Without anything
+            to exchange, the arguments.
         """
         # decide for each dimension alone: all of its ranks reach the same decision, but some may not belong to other meshes
         asked = [ranks for ranks in self._joined if self._rows[ranks] or self._skips or found_inf is not None]

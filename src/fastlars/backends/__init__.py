@@ -188,7 +188,10 @@ def _is_written(grad: Tensor, *of_step: Tensor | None) -> bool:
 
 
 def _share_storage(grads: list[Tensor], written: list[Tensor]) -> bool:
-    """Whether a gradient and a written tensor share a storage, as after ``p.grad = p.detach()``. `_sort` checks exactly."""
+    """Whether a gradient and a written tensor share a storage, as after ``p.grad = p.detach()``.
+
+    `_is_written` then looks for an overlap.
+    """
     if not PLAIN.issuperset(map(type, [*grads, *written])):
         return False  # subclasses may have no addresses
     return not set(map(storage_of, grads)).isdisjoint(map(storage_of, written))

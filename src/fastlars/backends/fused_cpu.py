@@ -53,7 +53,7 @@ class FusedCPU:
     mixes_first_steps = False
 
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:  # noqa: ARG002
-        """On CPU if requested, and by default for adapted groups. torch's SGD is fused only on request."""
+        """On CPU if requested, and by default for adapted groups. Groups that are not adapted are fused only on request."""
         if options.fused is None and options.foreach is None and not options.differentiable:
             return bool(is_adapted(options)) and all(on_cpu(params))
         return bool(options.fused) and any(on_cpu(params))

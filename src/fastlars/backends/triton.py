@@ -156,7 +156,7 @@ class Tables:
 def _new_table(
     device: torch.device, addresses: tuple[int, ...], sizes: tuple[int, ...], host: Tensor | None = None
 ) -> _Table:
-    """A table on the device, copied from pinned memory that holds the rows, followed by chunk_tensor."""
+    """A table on the device, copied from pinned memory. There chunk_tensor follows the rows."""
     n = len(sizes)
     chunks = [max(1, -(-size // CHUNK)) for size in sizes]  # an empty tensor has an empty chunk
     ends = list(accumulate(chunks))
