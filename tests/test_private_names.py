@@ -115,7 +115,7 @@ PRIVATE: dict[str, tuple[str, Callable[[], bool]]] = {
         lambda: written(lambda x: torch._foreach_addcmul_(x, x, scalars(-0.5)), 0.5),
     ),
     "torch._foreach_copy_": (
-        "foreach step of half types and with `skip_nonfinite`",
+        "foreach step of half-precision tensors or with `skip_nonfinite`",
         lambda: written(lambda x: torch._foreach_copy_(x, [t.double() * 2 for t in ones()]), 2.0),
     ),
     "torch._fused_sgd_": ("fused step on CPU", lambda: written(fused_sgd, 0.375)),
@@ -128,7 +128,7 @@ PRIVATE: dict[str, tuple[str, Callable[[], bool]]] = {
         sees_modes,
     ),
     "torch._C._functorch.peek_interpreter_stack": (
-        "the same, for transforms of torch.func",
+        "speed: plans and workspaces are cached unless a transform of torch.func is active",
         sees_transforms,
     ),
     "torch.nn.modules.batchnorm._NormBase": (
@@ -168,7 +168,7 @@ PRIVATE: dict[str, tuple[str, Callable[[], bool]]] = {
         lambda: mentions("distributed/fsdp", '"_fsdp_flattened"'),
     ),
     "_cdata": (
-        "finding tensors that share memory on MPS, XLA and devices that plug into torch, whose pointers are not addresses",
+        "finding tensors that share memory on MPS, XLA and out-of-tree devices, where `data_ptr()` is not an address",
         lambda: len({x.untyped_storage()._cdata for each in ones() for x in (each, each[1:], each.detach())}) == 2,
     ),
     "_init_group": (
