@@ -98,8 +98,8 @@ def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def unbind(vector: Tensor) -> list[Tensor]:
     """The numbers of a vector as 0-dim tensors.
 
-    In a graph the vector is materialised first, because Inductor would otherwise recompute it in
-    the loop over each tensor's elements.
+    In a graph the vector is materialised first, because Inductor would otherwise recompute it in the loop over each tensor's
+    elements.
     """
     if is_traced(vector):
         # on other devices, as_strided already makes Inductor materialise the vector
@@ -113,8 +113,9 @@ def unbind(vector: Tensor) -> list[Tensor]:
 def update_in_graph(bucket: Bucket, b: list[Tensor], c: list[Tensor], step_size: Number, skip: Tensor | None) -> None:
     """Update a bucket like `backends/eager.py`, in operations that Inductor compiles well.
 
-    Inductor puts a foreach operation and its operands into one list kernel. A list kernel has at most 250 reads and writes, so each result is written only once. A skipped step adds -0.0, which
-    changes no number. Choosing between old and new values at the end would take two more writes per tensor.
+    Inductor puts a foreach operation and its operands into one list kernel. A list kernel has at most 250 reads and writes, so
+    each result is written only once. A skipped step adds -0.0, which changes no number. Choosing between old and new values at
+    the end would take two more writes per tensor.
     """
 
     def unless_skipped(new: Tensor, instead: float | Tensor = -0.0) -> Tensor:

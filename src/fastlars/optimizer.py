@@ -104,7 +104,7 @@ class LARS(Optimizer):
         differentiable: whether autograd may run through the step (default: False). It must be the same in all groups.
         fused: whether to compute norms and update in fused kernels, torch's own on CPU and Triton kernels on CUDA. If None
             (default), adapted groups use them on CPU, but not on CUDA until the kernels are proven on GPUs. Tensors that a
-            kernel does not support (other dtypes, memory that is not dense, different layouts) take another implementation.
+            kernel does not support (other dtypes, memory that is not dense, different layouts) fall back to another implementation.
         kahan_sum: whether to keep the rounding errors of bfloat16 and float16 weights and add them in the next step.
             Without Kahan sums, small steps are lost. Kahan sums need a second tensor of each weight's size (state key
             ``compensation``). If None (default), only adapted groups use them. Other dtypes ignore the option. See
@@ -298,7 +298,7 @@ class LARS(Optimizer):
                     entry.pop("momentum_buffer", None)
                 elif param.is_complex():  # torch casts the state of floating parameters only
                     entry["momentum_buffer"] = entry["momentum_buffer"].to(param.dtype)
-                # Only half types use a compensation. For weights of another dtype, users add it to them before loading.
+                # Only half types use a compensation. Users who load into another dtype add it to the weights first.
                 if entry.get("compensation") is None or not is_half(param.dtype):
                     entry.pop("compensation", None)
         super().__setstate__(state)

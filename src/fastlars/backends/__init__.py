@@ -99,7 +99,7 @@ def split(group: Group, grad_scale: Tensor | None = None, found_inf: Tensor | No
 
 
 def _at(indices: list[int], tensors: list[_T]) -> list[_T]:
-    """The tensors at these indices. If that is all of them, it is the list itself, so new state is stored in that list."""
+    """The tensors at these indices. If they are all tensors, the result is the list itself, so that it receives new state."""
     return tensors if len(tensors) in (0, len(indices)) else [tensors[i] for i in indices]
 
 
@@ -130,7 +130,7 @@ class _Assignment:
         failed, self._guard = self._guard is not None, None
         self._places, grads = _sort(group, buffers, gated)
         # Build the guard the second time a list is seen, but not right after a guard failed, because building one costs two
-        # sorts. A guard detects neither missing buffers nor gradients that share memory with other tensors, so build none then.
+        # sorts. A guard detects neither missing buffers nor gradients that share memory with other tensors. Build none for these.
         if self._seen and not failed and len(made) in (0, len(buffers)) and grads is group.grads:
             self._guard = metadata_guard(tensors)
         self._key, self._seen = key, not failed

@@ -1,7 +1,7 @@
 """The fused step on CPU. It computes a tensor's norms, then calls torch's fused SGD kernel while the tensor is in cache.
 
-``_fused_sgd_`` computes v = m v + (1 - dampening) (g + weight_decay w) and w -= lr v in one pass. With weight_decay = c / b,
-dampening = 1 - b and lr = q this is LARS (see `eager.py`). With momentum, an update reads and writes 20 bytes per float32
+``_fused_sgd_`` computes v = m v + (1 - dampening) (g + weight_decay w) and w -= lr v in one pass. If weight_decay is c / b,
+dampening is 1 - b and lr is q, this is the LARS update (see `eager.py`). With momentum, an update reads and writes 20 bytes per float32
 element. If the tensor does not fit into the cache, the norms read 8 more. The kernel ignores strides, writes wrong values
 for half types in some torch versions, and bumps no version counters. So `serves` admits only tensors that the kernel
 updates correctly, and `update` bumps the counters.
@@ -53,7 +53,7 @@ class FusedCPU:
     mixes_first_steps = False
 
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:  # noqa: ARG002
-        """True on CPU with ``fused=True``, and for adapted groups that set none of fused, foreach and differentiable."""
+        """True on CPU with ``fused=True``, and for adapted CPU groups that leave fused, foreach and differentiable unset."""
         if options.fused is None and options.foreach is None and not options.differentiable:
             return bool(is_adapted(options)) and all(on_cpu(params))
         return bool(options.fused) and any(on_cpu(params))

@@ -188,7 +188,7 @@ def _pinned(device: torch.device, *shape: int) -> Tensor:
 
 
 class Triton:
-    """Updates dense tensors of `DTYPES` on NVIDIA GPUs whose gradients and buffers have the same memory layout."""
+    """Updates dense tensors of the dtypes `DTYPES` on NVIDIA GPUs, if gradients and buffers have the same memory layout."""
 
     name = "fused (Triton)"
     takes_scale = True
