@@ -14,7 +14,7 @@ class Memory:
 
     def __init__(self) -> None:
         """Start with empty caches."""
-        self.steps = 0  # number of steps so far, by which old entries expire
+        self.steps = 0  # number of steps so far, to drop tables that have not been used for many steps
         self.assignments: dict[str, Any] = {}  # one per group, used in backends/__init__.py
         self.tables: Any = None  # used in backends/triton.py
 

@@ -104,7 +104,8 @@ class LARS(Optimizer):
         differentiable: whether autograd may run through the step (default: False). It must be the same in all groups.
         fused: whether to compute norms and update in fused kernels, torch's own on CPU and Triton kernels on CUDA. If None
             (default), adapted groups use them on CPU, but not on CUDA until the kernels are proven on GPUs. Tensors that a
-            kernel does not support (other dtypes, memory that is not dense, different layouts) fall back to another implementation.
+            kernel does not support (other dtypes, memory that is not dense, different layouts) fall back to another
+            implementation.
         kahan_sum: whether to keep the rounding errors of bfloat16 and float16 weights and add them in the next step.
             Without Kahan sums, small steps are lost. Kahan sums need a second tensor of each weight's size (state key
             ``compensation``). If None (default), only adapted groups use them. Other dtypes ignore the option. See
@@ -504,7 +505,7 @@ class LARS(Optimizer):
             check_no_leaves([p for p in params if p.grad is not None])
         narrowest = narrowest_dtype(set(map(_dtype, params)))
         values = [*values_of(group), narrowest]
-        values[0] = 0.0 if isinstance(lr, (float, Tensor)) else lr  # rounding may take the lr of a schedule below 0
+        values[0] = 0.0 if isinstance(lr, (float, Tensor)) else lr  # not lr, which rounding in a schedule may take below 0
         checked = self._checked.get(i)
         if checked is None or any(new is not old for new, old in zip(values, checked[0])):
             options = dict(zip(NAMES, values))

@@ -130,7 +130,8 @@ class _Assignment:
         failed, self._guard = self._guard is not None, None
         self._places, grads = _sort(group, buffers, gated)
         # Build the guard the second time a list is seen, but not right after a guard failed, because building one costs two
-        # sorts. A guard detects neither missing buffers nor gradients that share memory with other tensors. Build none for these.
+        # sorts. A guard detects neither missing buffers nor gradients that share memory with other tensors, so lists that have
+        # either get none.
         if self._seen and not failed and len(made) in (0, len(buffers)) and grads is group.grads:
             self._guard = metadata_guard(tensors)
         self._key, self._seen = key, not failed

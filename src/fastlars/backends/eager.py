@@ -100,7 +100,7 @@ class Single:
         if traced and (skip is not None or is_half(params[0].dtype)):
             update_in_graph(bucket, b, c, step_size, skip)
             return
-        # on a CPU Inductor makes faster code of single operations than of lists
+        # on a CPU, Inductor makes faster code from single operations than from lists
         in_lists = self.foreach and not (traced and like.is_cpu)
         tensor_update = _multi_tensor_update if in_lists else single_tensor_update
 

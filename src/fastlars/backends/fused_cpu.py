@@ -1,10 +1,10 @@
 """The fused step on CPU. It computes a tensor's norms, then calls torch's fused SGD kernel while the tensor is in cache.
 
 ``_fused_sgd_`` computes v = m v + (1 - dampening) (g + weight_decay w) and w -= lr v in one pass. If weight_decay is c / b,
-dampening is 1 - b and lr is q, this is the LARS update (see `eager.py`). With momentum, an update reads and writes 20 bytes per float32
-element. If the tensor does not fit into the cache, the norms read 8 more. The kernel ignores strides, writes wrong values
-for half types in some torch versions, and bumps no version counters. So `serves` admits only tensors that the kernel
-updates correctly, and `update` bumps the counters.
+dampening is 1 - b and lr is q, this is the LARS update (see `eager.py`). With momentum, an update reads and writes 20 bytes
+per float32 element. If the tensor does not fit into the cache, the norms read 8 more. The kernel ignores strides, writes
+wrong values for half types in some torch versions, and bumps no version counters. So `serves` admits only tensors that the
+kernel updates correctly, and `update` bumps the counters.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ class _Fused:
         self.has_addresses = not operations_are_seen()
 
     def stacked(self, stacks: list[_Stack], places: list[int], norms: tuple[Tensor, Tensor] | None) -> None:
-        """Update small tensors with one kernel call. The workspace holds copies of them, as one matrix per shape."""
+        """Update small tensors with one kernel call. The workspace holds copies of weights and gradients."""
         for stack in stacks:
             torch.stack([self.params[i] for i in stack.places], out=stack.weights)
             torch.stack([self.grads[i] for i in stack.places], out=stack.grads)

@@ -67,7 +67,7 @@ def own_every_element(tensor: Tensor) -> bool:
 
 
 def has_address(tensor: Tensor) -> bool:
-    """Whether data_ptr() is an address. It may be a handle (MPS, Vulkan) or an offset in a storage (XLA, meta)."""
+    """Whether data_ptr() is an address. On some devices it is a handle (MPS, Vulkan) or an offset in a storage (XLA, meta)."""
     return tensor.is_cpu or tensor.is_cuda
 
 
