@@ -19,7 +19,7 @@ class Memory:
         self.tables: Any = None  # used in backends/triton.py
 
     def __reduce__(self) -> tuple[type[Memory], tuple[()]]:
-        """Drop the content."""
+        """Copy and pickle as empty caches."""
         return Memory, ()
 
 

@@ -108,7 +108,7 @@ def _scaled(ratio: Number, lr: Number, first_step: bool, options: Options) -> Nu
 
 
 def sign(options: Options) -> float:
-    """The factor s: -1 when maximizing, else 1."""
+    """The factor s, which is -1 when maximizing, else 1."""
     return -1.0 if options.maximize else 1.0
 
 

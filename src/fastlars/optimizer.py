@@ -180,7 +180,7 @@ class LARS(Optimizer):
         kahan_sum: bool | None = None,
         dialect: str | None = None,
     ) -> None:
-        """Documented in the class."""
+        """See the docstring of the class."""
         del dialect  # already replaced by its options in _reading_names
         given = locals()
         defaults = {name: given[name] for name in NAMES}
@@ -644,7 +644,7 @@ class LARS(Optimizer):
             steps[name] = moved / norm if norm else math.inf if moved else 0.0
 
     def _value(self, param: Tensor) -> Tensor:
-        """This process's shard of a parameter, plus its compensation."""
+        """This process's shard of a parameter plus its compensation, for half types in float32."""
         value, compensation = sharding.local(param), self.state.get(param, _NO_STATE).get("compensation")
         value = value.float() if is_half(param.dtype) else value  # half types would round the differences
         return value if compensation is None else value + sharding.local(compensation)

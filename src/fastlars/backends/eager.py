@@ -74,7 +74,7 @@ class Single:
         return True
 
     def plan(self, params: list[Tensor]) -> None:
-        """Needs no plan."""
+        """Return None, because this backend needs no plan."""
 
     def measure(self, bucket: Bucket, now: bool) -> Norms:  # noqa: ARG002
         """Compute all norms, and leave none to `update`."""
@@ -155,7 +155,7 @@ class Foreach(Single):
         return super().measure(bucket, now)
 
     def plan(self, params: list[Tensor]) -> Any:  # noqa: ARG002
-        """Memory for copies of the tensors. A graph needs none."""
+        """Create memory for copies of the tensors, or return None in a graph, which needs none."""
         return None if torch.compiler.is_compiling() else Staging()
 
 

@@ -57,14 +57,14 @@ class TorchSGD:
         return alike and self._ours.serves(params, grads, momentum_buffers)
 
     def plan(self, params: list[Tensor]) -> None:
-        """Needs no plan."""
+        """Return None, because this backend needs no plan."""
 
     def measure(self, bucket: Bucket, now: bool) -> Norms:  # noqa: ARG002
         """Compute the gradient norms that ``skip_nonfinite`` needs."""
         return measure(bucket, self._foreach)
 
     def update(self, bucket: Bucket, norms: Norms, gate: Tensor | None) -> None:  # noqa: ARG002
-        """Call torch's function once."""
+        """Call torch's `sgd` once for the whole bucket, unless the gate is not 0."""
         if gate is not None and gate.any():
             return
         grads, buffers, options = bucket.grads, bucket.momentum_buffers, bucket.options

@@ -222,7 +222,7 @@ class Triton:
         )
 
     def plan(self, params: list[Tensor]) -> None:
-        """Needs no plan, because tables are looked up by address."""
+        """Return None. This backend needs no plan, because tables are looked up by address."""
 
     def measure(self, bucket: Bucket, now: bool) -> Norms:  # noqa: ARG002
         """Compute all norms in two launches."""
