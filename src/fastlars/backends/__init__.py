@@ -99,7 +99,7 @@ def split(group: Group, grad_scale: Tensor | None = None, found_inf: Tensor | No
 
 
 def _at(indices: list[int], tensors: list[_T]) -> list[_T]:
-    """The tensors at these indices. If these are all its tensors, the list itself is returned, so that it receives new state."""
+    """The tensors at these indices. If these are all tensors of the list, return the list itself, to store new state in it."""
     return tensors if len(tensors) in (0, len(indices)) else [tensors[i] for i in indices]
 
 
