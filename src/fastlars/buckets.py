@@ -10,16 +10,16 @@ from .options import Options
 
 
 class Memory:
-    """Caches that an optimizer keeps between steps. Copies and pickles of it are empty."""
+    """Caches that an optimizer keeps between steps. Copies and pickles of a Memory are empty."""
 
     def __init__(self) -> None:
         """Start with empty caches."""
-        self.steps = 0  # number of steps so far, by which old entries expire
+        self.steps = 0  # number of steps so far, to drop tables that have not been used for many steps
         self.assignments: dict[str, Any] = {}  # one per group, used in backends/__init__.py
         self.tables: Any = None  # used in backends/triton.py
 
     def __reduce__(self) -> tuple[type[Memory], tuple[()]]:
-        """Drop the content."""
+        """Copy and pickle as empty caches."""
         return Memory, ()
 
 
@@ -39,7 +39,8 @@ class Group(NamedTuple):
 class Bucket(NamedTuple):
     """Tensors of one group that one backend updates together.
 
-    They share a device and a dtype. Unless the backend mixes first steps, all or none of them are at their first step.
+    They share a device and a dtype. Unless the backend's ``mixes_first_steps`` is True, either all or none of them are at
+    their first step.
     """
 
     backend: Backend
@@ -79,14 +80,14 @@ class Backend(Protocol):
     mixes_first_steps: bool  # whether a bucket may hold tensors with and without a buffer
 
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:
-        """Whether it takes groups with these options on these devices.
+        """Whether this backend takes groups with these options on these devices.
 
         ``gated`` says that the step may be skipped or that gradients are scaled. The answer is cached between steps, so it
-        may depend on whether a number is 0, but not on its exact value.
+        may depend on whether an option is 0, but not on its exact value.
         """
 
     def serves(self, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]) -> bool:
-        """Whether it supports the layout and dtype of all these tensors. Buffers may be missing."""
+        """Whether this backend supports the layout and dtype of all these tensors. Buffers may be missing."""
 
     def plan(self, params: list[Tensor]) -> Any:
         """Precompute whatever depends only on tensor metadata. The result is cached between steps."""

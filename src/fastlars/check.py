@@ -17,7 +17,8 @@ from .sharding import local
 
 # SGD rarely uses a larger lr, and tensors that are not adapted take SGD steps.
 LARGEST_SGD_LR = 1.0
-# Without a warm-up, training often diverges at a larger relative step. Momentum counts: a step is divided by 1 - momentum.
+# Without a warm-up, training often diverges if steps are larger than this part of a tensor's norm. `_no_warmup` divides steps
+# by 1 - momentum before it compares them.
 LARGEST_FIRST_STEP = 0.02
 # With smaller relative steps the loss hardly falls. An lr of 0.1, which is usual for SGD, gives 1e-4.
 SMALLEST_STEP = 1.5e-4
@@ -37,7 +38,7 @@ class Findings(list[Finding]):
     """A list of findings that prints as text."""
 
     def __repr__(self) -> str:
-        """One paragraph per finding."""
+        """Return the findings as text, one paragraph each."""
         return "\n".join(map(_paragraph, self)) or "no findings"
 
 
@@ -212,12 +213,12 @@ def _is_adapted(group: dict[str, Any]) -> bool:
 
 
 def _peak_lr(group: dict[str, Any]) -> float:
-    """The peak lr: ``initial_lr``, which a schedule keeps in the group, else ``lr``."""
+    """The peak lr. A schedule keeps it in the group as ``initial_lr``. Without a schedule it is ``lr``."""
     return float(group.get("initial_lr", group["lr"]))
 
 
 def _relative_step(group: dict[str, Any], lr: float) -> float:
-    """How much the first step changes an adapted tensor, relative to its norm."""
+    """How much a step at this lr changes an adapted tensor, relative to its norm and without momentum."""
     return float(group["trust_coefficient"]) * (1.0 if group["trust_clip"] else lr)
 
 

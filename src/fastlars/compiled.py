@@ -1,4 +1,4 @@
-"""Custom operators for torch.compile, which Inductor does not decompose.
+"""Custom operators for torch.compile. Inductor calls them as a whole and does not decompose them.
 
 Inductor stacks the results of ``_foreach_norm`` with one copy kernel per result, and on a CPU it traces a dozen operations for
 each norm. So `norms` and `joint_norms` are operators that take lists. `realized` is a copy that makes Inductor store a tensor.
@@ -35,7 +35,7 @@ def _norms(tensors: list[Tensor]) -> Tensor:
 
 
 def joint_operator(params: list[Tensor], grads: list[Tensor], sign: float, weight_decay: float) -> Tensor:
-    """Rows of |w| and |sign * g + weight_decay * w|. `backends/triton.py` has a kernel that reads both lists once."""
+    """Two rows, |w| and |sign * g + weight_decay * w| of each tensor. `backends/triton.py` replaces this on CUDA."""
     return torch.stack([_norms(params), exact.joint_norms(params, grads, sign, weight_decay, foreach=True)])
 
 
@@ -65,7 +65,7 @@ def is_traced(tensor: Tensor) -> bool:
 
 
 def norms(tensors: list[Tensor], foreach: bool) -> Tensor:
-    """Like `norms.norms`."""
+    """Compute `norms.norms` of these tensors. In a graph, this is one custom operator."""
     if is_traced(tensors[0]):
         in_graph: Tensor = torch.ops.fastlars.norms.default(tensors)
         return in_graph
@@ -75,7 +75,7 @@ def norms(tensors: list[Tensor], foreach: bool) -> Tensor:
 def joint_norms(
     params: list[Tensor], grads: list[Tensor], sign: float, weight_decay: float, foreach: bool
 ) -> tuple[Tensor, Tensor]:
-    """`norms.norms` of the parameters, and `norms.joint_norms`."""
+    """Compute `norms.norms` of the parameters and `norms.joint_norms`. In a graph, this is one custom operator."""
     if is_traced(params[0]):
         param_norm, direction_norm = torch.ops.fastlars.joint_norms.default(params, grads, sign, weight_decay).unbind()
         return param_norm, direction_norm
@@ -83,7 +83,7 @@ def joint_norms(
 
 
 def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A float32 tensor rounded to a half type.
+    """A float32 tensor whose values are rounded to a half type. The result is float32 too.
 
     In a graph, an operation between the two conversions keeps Inductor from removing both.
     """
@@ -98,10 +98,11 @@ def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def unbind(vector: Tensor) -> list[Tensor]:
     """The numbers of a vector as 0-dim tensors.
 
-    In a graph the vector is materialised first, because Inductor would otherwise recompute it in the loop over each tensor.
+    In a graph the vector is materialised first, because Inductor would otherwise recompute it in the loop over each tensor's
+    elements.
     """
     if is_traced(vector):
-        # elsewhere as_strided already makes Inductor materialise the vector, without a custom operator
+        # on other devices, as_strided already makes Inductor materialise the vector
         on_cpu = vector.is_cpu
         vector = (
             torch.ops.fastlars.realized.default(vector) if on_cpu else vector.as_strided(vector.shape, vector.stride())
@@ -110,10 +111,11 @@ def unbind(vector: Tensor) -> list[Tensor]:
 
 
 def update_in_graph(bucket: Bucket, b: list[Tensor], c: list[Tensor], step_size: Number, skip: Tensor | None) -> None:
-    """The update of `backends/eager.py` for Inductor, which puts a foreach operation and its operands into one list kernel.
+    """Update a bucket like `backends/eager.py`, in operations that Inductor compiles well.
 
-    A list kernel takes 250 reads and writes at most, so each result is written only once. A skipped step adds -0.0, which
-    changes no number. Choosing between old and new values at the end would take two more writes per tensor.
+    Inductor puts a foreach operation and its operands into one list kernel. A list kernel has at most 250 reads and writes, so
+    each result is written only once. A skipped step adds -0.0, which changes no number. Choosing between old and new values at
+    the end would take two more writes per tensor.
     """
 
     def unless_skipped(new: Tensor, instead: float | Tensor = -0.0) -> Tensor:

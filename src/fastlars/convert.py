@@ -1,4 +1,4 @@
-"""Convert the state of other optimizers. This finds each parameter's momentum and changes its unit."""
+"""Convert the state of other optimizers. The conversion finds each parameter's momentum and changes its unit."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def convert_state_dict(
 
     Supported state keys are ``momentum_buffer`` (LARS itself, from one dialect to another; torch's SGD; timm; apex and
     torchlars; pytorch_optimizer; bitsandbytes' PytorchLARS), ``mu`` (Barlow Twins, VICReg, MoCo v3, MAE, BYOL), ``trace``
-    (optax.lars, which includes lr and is negated) and ``state1`` (32-bit bitsandbytes, a sum of gradients without ratios;
-    it is clipped to max_unorm times the parameter's norm, as bitsandbytes does in every step).
+    (optax.lars, whose momentum includes lr and has the opposite sign) and ``state1`` (32-bit bitsandbytes, a sum of
+    gradients without ratios, which is clipped to max_unorm times the parameter's norm, as bitsandbytes does in every step).
 
     Args:
         state_dict: what the other optimizer's ``state_dict()`` returned. If you write it by hand, as for optax, it needs
@@ -171,7 +171,7 @@ def _match(state_dict: Mapping[str, Any], optimizer: Optimizer, params: list[Ten
 
 
 def _keys_by_hand(states: Any, count: int, named: bool) -> list[Any]:
-    """The keys of all parameters if no group lists them. They are names if ``named`` is True, else positions."""
+    """The keys of all parameters if no group lists them. They are positions, or names if ``states`` has names as keys."""
     texts = [key for key in states if isinstance(key, str)] if isinstance(states, Mapping) else []
     if not texts:
         return list(range(count))

@@ -20,7 +20,7 @@ from .options import NAMES, Options, values_of
 from .sharding import local
 
 WIDTH = 100
-MOST = 8  # entries that are shown, because more would not fit on a screen
+MOST = 8  # at most this many entries are shown, because more would not fit on a screen
 _HIDDEN = {"params", "param_names", "foreach", "fused"}  # the backend's name shows the last two
 
 

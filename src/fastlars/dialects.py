@@ -52,7 +52,7 @@ def options_of(dialect: Any, where: str) -> dict[str, Any]:
 def dialect_of(options: Options) -> str | None:
     """The dialect with the formula of these options. None for the default formula and for unknown formulas.
 
-    If several dialects have this formula, it is the one that agrees in the most of ``trust_coefficient`` and ``eps``.
+    If several dialects have this formula, prefer one whose ``trust_coefficient`` and ``eps`` are also equal.
     """
     values = options._asdict()
     if all(values[name] == _DEFAULTS[name] for name in _FORMULA):

@@ -4,8 +4,8 @@ Every variant of LARS computes
 
     direction = b * grad + c * param        b = k * r * ratio * s        c = k * r * ratio * decay
 
-where s is -1 when maximizing and else 1, and r is lr if lr_in_momentum and else 1. k is 1 on a tensor's first step or
-without momentum, and else 1 - dampening. The ratio is 1 for tensors that are not adapted. decay is weight_decay, or 0 for
+Here s is -1 when maximizing, otherwise 1. r is lr with lr_in_momentum, otherwise 1. k is 1 on a tensor's first step or
+without momentum, otherwise 1 - dampening. The ratio is 1 for tensors that are not adapted. decay is weight_decay, but 0 for
 an adapted tensor if a norm is 0 and trust_denominator is "separate".
 
 Source: You, Gitman, Ginsburg, arXiv 1708.03888, Eq. 6 and Algorithm 1.
@@ -43,7 +43,7 @@ def is_compensated(dtype: torch.dtype, options: Options) -> bool:
 
 
 def rounds_away(dtype: torch.dtype, relative_step: float, options: Options) -> bool:
-    """Whether most of a step of this relative size is lost, because this dtype rounds it and no compensation keeps it."""
+    """Whether most of a step of this relative size is lost, because this dtype rounds and no compensation keeps the error."""
     return is_half(dtype) and not is_compensated(dtype, options) and relative_step < torch.finfo(dtype).eps
 
 
@@ -56,7 +56,7 @@ def where(condition: Condition, if_true: Number, if_false: float) -> Number:
 
 
 def is_nonzero(param_norm: Number, direction_norm: Number) -> Condition:
-    """Whether both norms are nonzero. Not `> 0`, because a NaN norm must reach the parameters."""
+    """Whether both norms are nonzero. The test is not `> 0`, because a NaN norm must reach the parameters."""
     return (param_norm != 0) & (direction_norm != 0)
 
 
@@ -108,7 +108,7 @@ def _scaled(ratio: Number, lr: Number, first_step: bool, options: Options) -> Nu
 
 
 def sign(options: Options) -> float:
-    """The factor s: -1 when maximizing, else 1."""
+    """The factor s, which is -1 when maximizing, else 1."""
     return -1.0 if options.maximize else 1.0
 
 

@@ -44,8 +44,8 @@ def lars(
     """Perform one LARS step in place, for tensors that share their options.
 
     It takes the options of :class:`fastlars.LARS` in the same order and with the same defaults, but does not check their
-    values. Gradients are not written. Unless ``differentiable`` is True, autograd does not record the step, so parameters
-    may be leaves.
+    values. The step does not write gradients. Unless ``differentiable`` is True, autograd does not record the step, so
+    parameters may be leaves.
 
     Args:
         params: tensors to update, of any shape, floating or complex.
@@ -108,7 +108,7 @@ def _step(
     grad_scale: Optional[Tensor],
     found_inf: Optional[Tensor],
 ) -> None:
-    """The step outside TorchScript."""
+    """Run the step outside TorchScript."""
     params, options = group.params, group.options
     # the entries of parameters that are not compensated are not read
     keeps = [is_compensated(param.dtype, options) for param in params]

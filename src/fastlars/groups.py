@@ -65,9 +65,9 @@ def param_groups(
         unadapted: further options for the group that is not adapted, such as ``{"momentum": 0.5}``.
 
     Returns:
-        A group with ``adapt=True`` and one with ``adapt=False``, both of named parameters. An empty group is left out.
+        A group with ``adapt=True`` and one with ``adapt=False``, both with (name, parameter) pairs. An empty group is left out.
         Every parameter is in exactly one group. A shared parameter has its first name. Frozen parameters are included,
-        because you may unfreeze them later. Parameters without a gradient do not change.
+        because you may unfreeze them later. A step does not change parameters without a gradient.
 
     Raises:
         ValueError: if there are no parameters, if two have the same name, or if a lazy module has not run yet; if an
@@ -136,7 +136,7 @@ def _normalises(module: nn.Module) -> bool:
 
 
 def _named_parameters(model: nn.Module | Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-    """Each parameter once, under its first name."""
+    """The (name, parameter) pairs of a model. A shared parameter is listed once, under its first name."""
     named = list(model.named_parameters()) if isinstance(model, nn.Module) else list(model)
     if not all(map(_is_named_parameter, named)):
         raise TypeError("param_groups needs a module or (name, parameter) pairs; pass model.named_parameters()")

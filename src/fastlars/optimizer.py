@@ -44,7 +44,7 @@ _dtype = attrgetter("dtype")
 def _reading_names(init: _Init) -> _Init:
     """Wrap ``init`` to check option names and to replace ``dialect`` with its options.
 
-    ``init`` itself cannot tell whether an option was passed or has its default.
+    ``init`` itself could not do this, because it cannot tell a passed option, which overrides the dialect's, from a default.
     """
 
     @functools.wraps(init)
@@ -71,18 +71,18 @@ class LARS(Optimizer):
     Groups that are not adapted run torch's own SGD; :doc:`algorithm` lists the exceptions. Norms are L2 norms of whole
     tensors, computed in float32 or float64. The step never writes ``.grad`` and never synchronises with the GPU.
 
-    LARS is not a drop-in replacement for SGD. A step changes a tensor by about ``lr * trust_coefficient`` of its norm, or
-    with momentum by up to ``1 / (1 - momentum)`` times that, so a typical ``lr`` is between 1 and 30. Build the groups with
-    :func:`fastlars.param_groups`, which does not adapt biases and normalisation tensors.
+    LARS is not a drop-in replacement for SGD. Without momentum, a step changes a tensor by about ``lr * trust_coefficient``
+    of its norm, and momentum multiplies this by up to ``1 / (1 - momentum)``. A typical ``lr`` is therefore between 1 and
+    30. Build the groups with :func:`fastlars.param_groups`, which does not adapt biases and normalisation tensors.
 
     Args:
-        params: tensors or named tensors to optimize, or dicts that define param groups. Every option below except
+        params: tensors or (name, tensor) pairs to optimize, or dicts that define param groups. Every option below except
             ``differentiable`` can be set per group.
         lr: learning rate, >= 0. A float, or a 1-element tensor, which stays on its device. It is required here or in
             every group.
         momentum: momentum factor, 0 <= momentum < 1 (default: 0).
-        dampening: dampening of momentum, any finite number (default: 0). After a tensor's first step, its gradients are
-            multiplied by 1 - dampening.
+        dampening: dampening of momentum, any finite number (default: 0). From a tensor's second step on, the
+            term that is added to its momentum buffer is multiplied by 1 - dampening.
         weight_decay: L2 penalty, >= 0 (default: 0).
         nesterov: Nesterov momentum (default: False). It needs momentum > 0 and dampening == 0.
         trust_coefficient: the factor of the trust ratio, eta in the paper, >= 0 (default: 0.001).
@@ -104,9 +104,10 @@ class LARS(Optimizer):
         differentiable: whether autograd may run through the step (default: False). It must be the same in all groups.
         fused: whether to compute norms and update in fused kernels, torch's own on CPU and Triton kernels on CUDA. If None
             (default), adapted groups use them on CPU, but not on CUDA until the kernels are proven on GPUs. Tensors that a
-            kernel does not support (other dtypes, memory that is not dense, different layouts) use another implementation.
+            kernel does not support (other dtypes, memory that is not dense, different layouts) fall back to another
+            implementation.
         kahan_sum: whether to keep the rounding errors of bfloat16 and float16 weights and add them in the next step.
-            Without Kahan sums, small steps are lost. They need a second tensor of each weight's size (state key
+            Without Kahan sums, small steps are lost. Kahan sums need a second tensor of each weight's size (state key
             ``compensation``). If None (default), only adapted groups use them. Other dtypes ignore the option. See
             :doc:`precision`.
         dialect: a key of :data:`fastlars.dialects.DIALECTS`, such as "simclr" or "mlperf". It sets the options that
@@ -147,9 +148,9 @@ class LARS(Optimizer):
         ['0.weight']
 
     Source: You, Gitman, Ginsburg, *Large Batch Training of Convolutional Networks*, arXiv 1708.03888, Eq. 6 and
-    Algorithm 1. The paper multiplies by lr before the momentum buffer (``lr_in_momentum=True``). By default, LARS does so
-    after it, like the LARS of Lightning Bolts, quadra and lightly. Arguments, state and checkpoints are compatible with
-    theirs.
+    Algorithm 1. The paper multiplies by lr before the momentum buffer (``lr_in_momentum=True``). By default, LARS
+    multiplies after it, like the LARS of Lightning Bolts, quadra and lightly. Arguments, state and checkpoints are
+    compatible with those packages.
     """
 
     _looked_for_adapted = False
@@ -179,7 +180,7 @@ class LARS(Optimizer):
         kahan_sum: bool | None = None,
         dialect: str | None = None,
     ) -> None:
-        """Documented in the class."""
+        """See the docstring of the class."""
         del dialect  # already replaced by its options in _reading_names
         given = locals()
         defaults = {name: given[name] for name in NAMES}
@@ -194,7 +195,7 @@ class LARS(Optimizer):
         """Add a param group. Its options default to those given at construction.
 
         Args:
-            param_group: ``params`` (tensors or named tensors) and any options.
+            param_group: a dict with ``params`` (tensors or (name, tensor) pairs) and any options.
 
         Raises:
             ValueError, TypeError: for the same reasons as the constructor. The optimizer is then unchanged.
@@ -254,8 +255,8 @@ class LARS(Optimizer):
             )
         if not isinstance(state_dict, dict):
             groups_and_states(state_dict)
-        # Check before torch casts the buffers, because casting drops imaginary parts. The check is a hook, and it is added
-        # last, because users' hooks may replace the state dict.
+        # Check before torch casts the buffers, because casting drops imaginary parts. The check is a hook that is registered
+        # last, so that it sees the state dict that users' hooks may have replaced.
         handle = self.register_load_state_dict_pre_hook(check_saved_state)
         try:
             super().load_state_dict(state_dict)
@@ -263,7 +264,10 @@ class LARS(Optimizer):
             handle.remove()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Called on unpickling, and at the end of torch's load_state_dict, when the optimizer is still unchanged."""
+        """Check and complete an unpickled or loaded state, then adopt it.
+
+        torch's load_state_dict calls this at its end. Until then the optimizer is unchanged.
+        """
         loading = "param_groups" in self.__dict__
         if not loading:
             self._memory = Memory()
@@ -295,14 +299,14 @@ class LARS(Optimizer):
                     entry.pop("momentum_buffer", None)
                 elif param.is_complex():  # torch casts the state of floating parameters only
                     entry["momentum_buffer"] = entry["momentum_buffer"].to(param.dtype)
-                # other dtypes use no compensation; users add it to the weights before loading
+                # Only half types use a compensation. Users who load into another dtype add it to the weights first.
                 if entry.get("compensation") is None or not is_half(param.dtype):
                     entry.pop("compensation", None)
         super().__setstate__(state)
         self._make_lr_tensors()
 
     def _make_lr_tensors(self) -> None:
-        """If the optimizer's lr is a tensor, make each group's lr one, because graphs treat a float as a constant."""
+        """If the optimizer's lr is a tensor, make each group's lr a tensor, because graphs treat a float as a constant."""
         default = self.defaults["lr"]
         if isinstance(default, Tensor):
             for group in self.param_groups:
@@ -325,7 +329,7 @@ class LARS(Optimizer):
             self._warn_if_nothing_is_adapted()
             self._warn_if_steps_round_away()
             for i, each in enumerate(self.param_groups):
-                # checked again, because FSDP may flatten these parameters after the optimizer was constructed
+                # check again, because FSDP may flatten these parameters after the optimizer was constructed
                 sharding.check_not_flattened(each["params"], f"param group {i}")
         if in_graph and group is self.param_groups[0]:
             # The compiler guards the state entries that exist after the first call. If entries are added later, torch 2.4
@@ -348,8 +352,8 @@ class LARS(Optimizer):
     def _state_of(self, params: list[Tensor], key: str, needed: list[bool], in_graph: bool) -> list[Tensor | None]:
         """The state of each parameter under this key, or None if the parameter needs none or the step will create it."""
         found = [self.state.get(p, _NO_STATE).get(key) if need else None for p, need in zip(params, needed)]
-        # Usually the step creates missing state. Create it here in a graph, because one graph serves all steps, and for a
-        # parameter that is listed twice, because both of its places share one state.
+        # Usually the step creates missing state. Two cases need it before the step. A graph serves all steps, so its state must
+        # exist. If a parameter is listed twice, both of its places in the list must share one state.
         if not _NONE.isdisjoint(map(type, found)) and (in_graph or len(set(map(id, params))) < len(params)):
             for p, need in zip(params, needed):
                 if need and self.state[p].get(key) is None:
@@ -361,7 +365,8 @@ class LARS(Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """Whether `step` unscales gradients and skips steps itself. GradScaler then sets ``grad_scale`` and ``found_inf``.
 
-        True if every group sets fused=True, as in torch, and none has momentum with dampening, see `check_can_be_skipped`.
+        True if every group sets fused=True, as in torch, and no group has both momentum and dampening, which
+        `check_can_be_skipped` forbids.
         """
         return all(
             group["fused"] and (group["momentum"] == 0 or group["dampening"] == 0) for group in self.param_groups
@@ -378,7 +383,7 @@ class LARS(Optimizer):
         )
 
     def _warn_if_steps_round_away(self) -> None:
-        """Warn if kahan_sum=False loses most of a group's steps, as `check` does. Reads no lr on an accelerator."""
+        """Warn, as `check` does, if kahan_sum=False loses most of a group's steps. An lr on an accelerator is not read."""
         for i, group in enumerate(self.param_groups):
             options, lr = Options(*values_of(group)), group.get("initial_lr", group["lr"])
             known = not isinstance(lr, Tensor) or lr.device.type == "cpu"
@@ -421,7 +426,7 @@ class LARS(Optimizer):
             ...     return loss
             >>> optimizer.step(closure).item()  # the loss before the step
             8.0
-            >>> w.tolist()  # moved by a tenth of its norm, 5, against the gradient
+            >>> w.tolist()  # its norm was 5, and the step changed it by a tenth of that
             [3.0, 3.5]
         """
         loss = None
@@ -438,7 +443,7 @@ class LARS(Optimizer):
             sharding.any_sharded(params) or leaves_graph(params, options) or (options.momentum and options.dampening)
             for params, options in self._params_and_options()
         ):
-            # no arguments, because after load_state_dict a compiled frame would pass the old lr tensors
+            # pass no arguments, because after load_state_dict a compiled frame would pass the old lr tensors
             self._step_groups_outside_graphs()
         else:
             self._step_groups()
@@ -500,7 +505,7 @@ class LARS(Optimizer):
             check_no_leaves([p for p in params if p.grad is not None])
         narrowest = narrowest_dtype(set(map(_dtype, params)))
         values = [*values_of(group), narrowest]
-        values[0] = 0.0 if isinstance(lr, (float, Tensor)) else lr  # rounding may take the lr of a schedule below 0
+        values[0] = 0.0 if isinstance(lr, (float, Tensor)) else lr  # rounding may take a schedule's lr below 0
         checked = self._checked.get(i)
         if checked is None or any(new is not old for new, old in zip(values, checked[0])):
             options = dict(zip(NAMES, values))
@@ -521,14 +526,14 @@ class LARS(Optimizer):
         """The trust ratio of each adapted tensor, from its current value and gradient.
 
         Call it after ``backward()`` (and after unscaling, with a GradScaler) and before ``zero_grad()``. Each call
-        synchronises with the device. Processes do not communicate, so a single process may call it. For a sharded tensor it
-        returns the ratio of the last step, which exchanged the norms. If that step was skipped, the ratio may be 0 or NaN.
+        synchronises with the device. Processes do not communicate, so a single process may call it. The ratio of a sharded
+        tensor is that of the last step, which exchanged the norms. If that step was skipped, the ratio may be 0 or NaN.
 
         Returns:
             A dict of ratios by name, in the optimizer's order. A tensor without a name is called by its group and its
-            position, such as "0.3". If a name repeats, both numbers are appended to it, as in "weight (0.3)". The dict leaves
-            out groups that are not adapted, and tensors without a gradient unless they are sharded. The ratio is 1 if the
-            tensor or its gradient is zero.
+            position, such as "0.3". If a name repeats, its group and position are appended, as in "weight (0.3)". The dict
+            leaves out groups that are not adapted, and tensors without a gradient unless they are sharded. The ratio is 1 if
+            the tensor or its gradient is zero.
 
         Raises:
             RuntimeError: for sparse gradients, and for sharded tensors before the first step.
@@ -548,7 +553,7 @@ class LARS(Optimizer):
         ):
             if not is_adapted(of_step):
                 continue
-            # the exchange has a row for every trained tensor, with or without a gradient in this process
+            # the exchange covers every sharded tensor that trains, with or without a gradient in this process
             asked = [j for j, p in enumerate(params) if p.requires_grad or p.grad is not None]
             exchanged = {j: norms for j in asked if (norms := self._exchanged_norms(params[j])) is not None}
             present = [j for j, p in enumerate(params) if j not in exchanged and p.grad is not None]
@@ -639,13 +644,13 @@ class LARS(Optimizer):
             steps[name] = moved / norm if norm else math.inf if moved else 0.0
 
     def _value(self, param: Tensor) -> Tensor:
-        """This process's shard of a parameter, plus its compensation."""
+        """This process's shard of a parameter plus its compensation, for half types in float32."""
         value, compensation = sharding.local(param), self.state.get(param, _NO_STATE).get("compensation")
         value = value.float() if is_half(param.dtype) else value  # half types would round the differences
         return value if compensation is None else value + sharding.local(compensation)
 
     def __repr__(self) -> str:
-        """For each group, its backend, whether it is adapted, and its options that are not defaults."""
+        """Describe each group by its backend, whether it is adapted, and its options that are not defaults."""
         return "\n".join([f"{type(self).__name__} (", describe(self.param_groups), ")"])
 
 
@@ -655,7 +660,7 @@ def _is_missing(lr: object) -> bool:
 
 
 def _as_list(params: Any) -> dict[str, Any]:
-    """The params of a group as a list, before torch 2.6 also their names. Later versions split off the names themselves."""
+    """A group's params as a list, and their names before torch 2.6. Later versions split (name, tensor) pairs themselves."""
     if isinstance(params, set):
         return {"params": params}  # torch raises, because a set has no order
     params = [params] if isinstance(params, Tensor) else list(params)

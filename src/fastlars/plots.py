@@ -24,7 +24,7 @@ def trust_ratios(
 ) -> Axes:
     """Draw trust ratios as a heat map: one row per tensor, one column per recorded step, colours on a log scale.
 
-    Grey marks steps without a ratio, because the tensor is not adapted or had no gradient. Red marks a ratio that is not
+    Grey means that there is no ratio, because the tensor is not adapted or had no gradient. Red marks a ratio that is not
     finite, because the gradient was not finite.
 
     Args:

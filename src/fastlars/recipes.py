@@ -1,7 +1,7 @@
 """Published training settings as functions. Each returns an optimizer and a schedule for your model.
 
 The defaults are the authors' settings. You can override each of them by name. The authors' schedules start at lr 0. Ours
-skip this step, which changes nothing, and start at lr / warm-up steps.
+leave out this step, because it changes nothing, and start at lr / warm-up steps.
 """
 
 from __future__ import annotations

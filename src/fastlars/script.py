@@ -32,7 +32,7 @@ def scripted_step(
         raise RuntimeError(
             "kahan_sum=True cannot be scripted; leave kahan_sum=None, which keeps no compensation in scripts"
         )
-    # the last dimension of a real gradient could be mistaken for real and imaginary parts
+    # otherwise the last dimension of a real gradient could be mistaken for real and imaginary parts
     grads = [g.to(p.dtype) if p.is_complex() and not g.is_complex() else g for p, g in zip(params, grads)]
     if grad_scale is not None:
         grads = [unscaled(grad, grad_scale) for grad in grads]

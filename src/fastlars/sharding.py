@@ -45,19 +45,19 @@ def any_sharded(params: Iterable[Any]) -> bool:
     """Whether any of these is a DTensor. Every step calls this.
 
     torch_xla's XLAShardedTensor does not count. It inherits from DTensor, but represents the whole tensor. XLA splits the
-    computation and adds the collectives itself, so LARS's norms of it are already global.
+    computation and adds the collectives itself, so LARS's norms of such a tensor are already global.
     """
     return any(map(_is_dtensor, set(map(type, params))))
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Like `any_sharded`, for one tensor."""
+    """Whether this tensor is a DTensor, in the sense of `any_sharded`."""
     return _is_dtensor(type(tensor))
 
 
 def _is_dtensor(cls: type) -> bool:
     if cls is Tensor or cls is torch.nn.Parameter:
-        # before sys.modules is read: Dynamo would guard its size, and each import would recompile the step
+        # return before reading sys.modules, because Dynamo would guard its size and each import would recompile the step
         return False
     kind, by_class_only = dtensor(), getattr(sys.modules.get(_XLA), "XLAShardedTensor", ())
     return kind is not None and issubclass(cls, kind) and not issubclass(cls, by_class_only)
@@ -73,7 +73,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def local_of(item: Any) -> Any:
-    """Like `local`, for a tensor or a named tensor."""
+    """The `local` shard of a tensor, which may come as a (name, tensor) pair."""
     return local(item[1] if isinstance(item, tuple) else item)
 
 
@@ -106,7 +106,7 @@ def check_not_flattened(params: Iterable[Any], where: str) -> None:
 
 
 def check_not_divided(where: str) -> None:
-    """Raise inside torch's ZeroRedundancyOptimizer, which gives each rank an optimizer for some of the tensors."""
+    """Raise for skip_nonfinite inside torch's ZeroRedundancyOptimizer, where each rank updates only some of the tensors."""
     frame: FrameType | None = sys._getframe() if _ZERO in sys.modules else None
     while frame is not None:
         if frame.f_globals.get("__name__") == _ZERO:
@@ -269,10 +269,10 @@ class Sharded:
             nonfinite: the same for groups with ``skip_nonfinite``, or None if this rank has no such group.
 
         Returns:
-            The norms of whole tensors, and ``found_inf`` and ``nonfinite`` over all ranks, as 0-dim tensors. Without anything
-            to exchange, the arguments.
+            The norms of whole tensors, and ``found_inf`` and ``nonfinite`` over all ranks, as 0-dim tensors. If there is
+            nothing to exchange, the arguments are returned unchanged.
         """
-        # decide for each dimension alone: all of its ranks reach the same decision, but some may not belong to other meshes
+        # Decide for each dimension separately. Its ranks reach the same decision, but some may not belong to other meshes.
         asked = [ranks for ranks in self._joined if self._rows[ranks] or self._skips or found_inf is not None]
         if not asked:
             return measured, found_inf, nonfinite

@@ -39,7 +39,7 @@ _T = TypeVar("_T")
 
 
 class _Place(NamedTuple):
-    """The tensors of a group that form a bucket, by index."""
+    """A bucket without its tensors. It has their indices in the group, their backend, and the backend's plan."""
 
     backend: Backend
     indices: list[int]
@@ -99,7 +99,7 @@ def split(group: Group, grad_scale: Tensor | None = None, found_inf: Tensor | No
 
 
 def _at(indices: list[int], tensors: list[_T]) -> list[_T]:
-    """The tensors at these indices. If these are all, it is the list itself, because the step stores new state in it."""
+    """The tensors at these indices. If these are all tensors of the list, return the list itself, to store new state in it."""
     return tensors if len(tensors) in (0, len(indices)) else [tensors[i] for i in indices]
 
 
@@ -117,7 +117,7 @@ class _Assignment:
         self._places: list[_Place] = []
 
     def places(self, group: Group, buffers: list[Tensor | None], gated: bool) -> tuple[list[_Place], list[Tensor]]:
-        """Like `_sort`, but cached."""
+        """Return what `_sort` returns, from the cache if it is still valid."""
         made = [buffer for buffer in buffers if buffer is not None]
         kept = [compensation for compensation in group.compensations if compensation is not None]
         tensors = list(chain(group.params, group.grads, made, kept))
@@ -129,8 +129,9 @@ class _Assignment:
                 return self._places, group.grads
         failed, self._guard = self._guard is not None, None
         self._places, grads = _sort(group, buffers, gated)
-        # Build the guard the second time a list is seen, but not right after one failed, because building it costs two sorts.
-        # The guard detects neither missing buffers nor gradients that share memory with other tensors.
+        # Build the guard the second time a list is seen, but not right after a guard failed, because building one costs two
+        # sorts. A guard detects neither missing buffers nor gradients that share memory with other tensors, so lists that have
+        # either get none.
         if self._seen and not failed and len(made) in (0, len(buffers)) and grads is group.grads:
             self._guard = metadata_guard(tensors)
         self._key, self._seen = key, not failed
@@ -138,14 +139,17 @@ class _Assignment:
 
 
 def _kind(options: Options) -> list[Any]:
-    """The options as backends see them. They read only whether a number is 0, and a tensor lr's device and requires_grad."""
+    """The options as far as `Backend.wants` may read them.
+
+    It may read whether a number is 0, and the device and requires_grad of a tensor lr.
+    """
     lr = options.lr
     kinds = [value != 0 if isinstance(value, float) else value for value in options[1:]]
     return [*kinds, (lr.device, lr.requires_grad) if isinstance(lr, Tensor) else None]
 
 
 def _sort(group: Group, buffers: list[Tensor | None], gated: bool) -> tuple[list[_Place], list[Tensor]]:
-    """The places of a group, and its gradients. A gradient that the step would overwrite too early is copied."""
+    """The `_Place`s of a group, and its gradients. A gradient that the step would overwrite too early is copied."""
     params, grads, backends = group.params, group.grads, wanted(group.params, group.options, gated)
     made = [buffer for buffer in buffers if buffer is not None]
     kept = [compensation for compensation in group.compensations if compensation is not None]
@@ -190,7 +194,7 @@ def _is_written(grad: Tensor, *of_step: Tensor | None) -> bool:
 def _share_storage(grads: list[Tensor], written: list[Tensor]) -> bool:
     """Whether a gradient and a written tensor share a storage, as after ``p.grad = p.detach()``.
 
-    `_is_written` then looks for an overlap.
+    They may still not overlap, which `_is_written` checks.
     """
     if not PLAIN.issuperset(map(type, [*grads, *written])):
         return False  # subclasses may have no addresses

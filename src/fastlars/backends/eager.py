@@ -2,8 +2,8 @@
 
 It computes v = m v + b g + c w and w -= q v in place, where m is momentum, q is lr (or 1 with lr_in_momentum), and b and c
 come from `formula.py`. `Single` updates tensor by tensor; read it first. `Foreach` does the same with lists of tensors.
-Complex tensors are updated through real views. With momentum and weight decay, the update moves 44 bytes per float32
-element, like torch's SGD, and the norms read 8 more.
+Complex tensors are updated through real views. With momentum and weight decay, the update reads and writes 44 bytes per
+float32 element, as many as torch's SGD. The norms read 8 more.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .staging import Staging, Step
 
 
 def measure(bucket: Bucket, foreach: bool) -> Norms:
-    """The norms that the options of a bucket require."""
+    """Compute the norms that the options of a bucket require."""
     options = bucket.options
     adapted = is_adapted(options)
     if not adapted and not options.skip_nonfinite:
@@ -66,15 +66,15 @@ class Single:
     foreach = False
 
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:  # noqa: ARG002
-        """Always, because it is the fallback for tensors that no other backend serves."""
+        """True, because this backend is the fallback for tensors that no other backend serves."""
         return True
 
     def serves(self, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]) -> bool:  # noqa: ARG002
-        """Always."""
+        """True for all tensors."""
         return True
 
     def plan(self, params: list[Tensor]) -> None:
-        """Needs no plan."""
+        """Return None, because this backend needs no plan."""
 
     def measure(self, bucket: Bucket, now: bool) -> Norms:  # noqa: ARG002
         """Compute all norms, and leave none to `update`."""
@@ -82,7 +82,7 @@ class Single:
         return measure(bucket, self.foreach)
 
     def update(self, bucket: Bucket, norms: Norms, gate: Tensor | None) -> None:
-        """Update in place. Half types and gated steps update copies, which are rounded once and written back unless skipped.
+        """Update in place. Half types and gated steps update copies, which are written back unless the step is skipped.
 
         Multiplying an update by 0 would not skip it, because 0 * NaN is NaN.
         """
@@ -100,7 +100,7 @@ class Single:
         if traced and (skip is not None or is_half(params[0].dtype)):
             update_in_graph(bucket, b, c, step_size, skip)
             return
-        # on a CPU Inductor makes faster code of single operations than of lists
+        # on a CPU, Inductor makes faster code from single operations than from lists
         in_lists = self.foreach and not (traced and like.is_cpu)
         tensor_update = _multi_tensor_update if in_lists else single_tensor_update
 
@@ -128,7 +128,10 @@ class Foreach(Single):
     foreach = True
 
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:  # noqa: ARG002
-        """If requested, or by default if torch's optimizers would. With fused=True, as a fallback for tensors off the CPU."""
+        """True with ``foreach=True``, and by default where torch's optimizers use foreach.
+
+        With ``fused=True``, this backend is the fallback for tensors off the CPU.
+        """
         if options.fused:
             return not all(on_cpu(params))
         if options.foreach is None and options.fused is None and not options.differentiable:
@@ -136,7 +139,7 @@ class Foreach(Single):
         return bool(options.foreach)
 
     def serves(self, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]) -> bool:  # noqa: ARG002
-        """All but conjugate and negative views, which foreach operations cannot write, and buffers of another dtype."""
+        """False for conjugate and negative views, which foreach operations cannot write, and for buffers of another dtype."""
         if any([is_conjugate(param) for param in params]):  # noqa: C419  old compilers cannot trace generators
             return False
         # `Staging` would round such buffers to the parameters' dtype, and torch's foreach SGD would raise halfway through
@@ -152,12 +155,12 @@ class Foreach(Single):
         return super().measure(bucket, now)
 
     def plan(self, params: list[Tensor]) -> Any:  # noqa: ARG002
-        """Memory for copies of the tensors. A graph needs none."""
+        """Create memory for copies of the tensors, or return None in a graph, which needs none."""
         return None if torch.compiler.is_compiling() else Staging()
 
 
 def _step_new(bucket: Bucket, places: list[int], skip: Tensor | None, step: Step, foreach: bool) -> None:
-    """Update copies and write them back, which autograd and compilers can follow. A graph does not allocate the copies."""
+    """Update copies and write them back, in operations that autograd and compilers can trace."""
     params, grads, buffers, compensations = bucket.at(places)
     dtype = torch.float32 if is_half(params[0].dtype) else params[0].dtype
     old = params + buffers
@@ -217,7 +220,7 @@ def _multi_tensor_update(
     step_size: Number,
     options: Options,
 ) -> None:
-    # 0-dim tensors are the first factor, because as the second one they take few launches only in later torch versions.
+    # Pass 0-dim tensors as the first factor. As the second factor, they take few launches only in later torch versions.
     # Before torch 2.11 either order takes one launch per tensor.
     decays = options.weight_decay != 0
     if options.momentum != 0:

@@ -1,10 +1,10 @@
 """The fused step on CPU. It computes a tensor's norms, then calls torch's fused SGD kernel while the tensor is in cache.
 
-``_fused_sgd_`` computes v = m v + (1 - dampening) (g + weight_decay w) and w -= lr v in one pass. With weight_decay = c / b,
-dampening = 1 - b and lr = q this is LARS (see `eager.py`). A step moves 20 bytes per float32 parameter, plus 8 for the norms
-if the tensor does not fit into the cache. The kernel ignores strides, writes wrong values for half types in some versions
-and bumps no version counters. So `serves` admits only tensors that the kernel computes correctly, and `update` bumps the
-counters.
+``_fused_sgd_`` computes v = m v + (1 - dampening) (g + weight_decay w) and w -= lr v in one pass. If weight_decay is c / b,
+dampening is 1 - b and lr is q, this is the LARS update (see `eager.py`). With momentum, an update reads and writes 20 bytes
+per float32 element. If the tensor does not fit into the cache, the norms read 8 more. The kernel ignores strides, writes
+wrong values for half types in some torch versions, and bumps no version counters. So `serves` admits only tensors that the
+kernel updates correctly, and `update` bumps the counters.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from .layouts import can_be_walked, on_cpu
 SMALL = 12 * 1024
 # Norms of up to this many elements are computed in one float32 call instead of row by row. The relative error is up to 3e-6.
 AT_ONCE = 4096
-# Up to this many elements are stacked at a time, in two workspaces of up to 1 MiB. The workspaces are kept between steps,
-# because stacking into new memory would mostly wait for page faults.
+# Up to this many elements are stacked at a time, in two workspaces of up to 1 MiB each. They are kept between steps, because
+# stacking into new memory would mostly wait for page faults.
 STACK = 1 << 18
 # One dot product adds the squares of up to this many row norms in float32. The relative error is up to 5e-7.
 ROWS = 4096
@@ -53,7 +53,7 @@ class FusedCPU:
     mixes_first_steps = False
 
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:  # noqa: ARG002
-        """On CPU if requested, and by default for adapted groups. Groups that are not adapted are fused only on request."""
+        """True on CPU with ``fused=True``, and for adapted CPU groups that leave fused, foreach and differentiable unset."""
         if options.fused is None and options.foreach is None and not options.differentiable:
             return bool(is_adapted(options)) and all(on_cpu(params))
         return bool(options.fused) and any(on_cpu(params))
@@ -72,7 +72,10 @@ class FusedCPU:
         return Plan(params)
 
     def measure(self, bucket: Bucket, now: bool) -> Norms:
-        """Gradient norms for ``skip_nonfinite``. `update` computes the other norms while the tensor is in cache."""
+        """Compute all norms if ``now`` is True, else only those for ``skip_nonfinite``.
+
+        `update` computes the others, while each tensor is in cache.
+        """
         make_state(bucket)  # before any update, because memory may run out
         if now:
             return measure(bucket, foreach=False)
@@ -81,7 +84,7 @@ class FusedCPU:
     @torch.no_grad()
     def update(self, bucket: Bucket, norms: Norms, gate: Tensor | None) -> None:
         """Update the stacked tensors, then the others one by one."""
-        if gate is not None and gate.any():  # on the CPU, where reading it does not synchronise
+        if gate is not None and gate.any():  # the gate is on the CPU, where reading it does not synchronise
             return
         plan: Plan = bucket.plan
         fused = _Fused(bucket, plan.grads)
@@ -161,7 +164,7 @@ class _Fused:
         self.has_addresses = not operations_are_seen()
 
     def stacked(self, stacks: list[_Stack], places: list[int], norms: tuple[Tensor, Tensor] | None) -> None:
-        """Update small tensors with one kernel call. The workspace holds copies of them, as one matrix per shape."""
+        """Update small tensors with one kernel call. The workspace holds copies of weights and gradients."""
         for stack in stacks:
             torch.stack([self.params[i] for i in stack.places], out=stack.weights)
             torch.stack([self.grads[i] for i in stack.places], out=stack.grads)
@@ -192,13 +195,14 @@ class _Fused:
         if self.options.momentum == 0 and b != 0 and math.isfinite(c / b):
             self._sgd([param], [grad], [], weight_decay=c / b, factor=b)
         elif not self.options.nesterov and SMALLEST_B <= abs(b) < math.inf:
-            b = ctypes.c_float(b).value  # otherwise the result's bits would depend on the scale of b and so of the loss
+            # round b to float32, because otherwise the result's bits would depend on the scale of b, and so of the loss
+            b = ctypes.c_float(b).value
             self._sgd([param], [grad], buffer, weight_decay=c / b, dampening=1 - b)
         else:
             self._block_by_block(param, grad, buffer, b, c)
 
     def _block_by_block(self, param: Tensor, grad: Tensor, buffer: list[Tensor], b: float, c: float) -> None:
-        """Update a tensor that one kernel call cannot compute. The direction of each block is put into the workspace."""
+        """Update a tensor that one kernel call cannot update. The direction of each block is put into the workspace."""
         blocks = [torch.split(_flat(tensor), STACK) for tensor in (param, grad, *buffer)]
         for w, g, *v in zip(*blocks):
             direction = torch.mul(g, b, out=self.workspace[: g.numel()])

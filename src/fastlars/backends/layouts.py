@@ -25,7 +25,7 @@ def can_be_walked(params: list[Tensor], *others: list[Tensor]) -> bool:
         PLAIN.issuperset(map(type, tensors))
         and not any(map(Tensor.is_neg, tensors))
         and (torch.is_inference_mode_enabled() or not any(map(Tensor.is_inference, tensors)))
-        # a kernel would run past the end of the smaller one
+        # if sizes differed, a kernel would run past the end of the smaller tensor
         and all(all(map(Tensor.is_same_size, params, other)) for other in others)
         and (all(map(Tensor.is_contiguous, tensors)) or all(map(are_laid_out_alike, params, *others)))
     )
@@ -67,7 +67,7 @@ def own_every_element(tensor: Tensor) -> bool:
 
 
 def has_address(tensor: Tensor) -> bool:
-    """Whether data_ptr() is an address. It may be a handle (MPS, Vulkan) or an offset in a storage (XLA, meta)."""
+    """Whether data_ptr() is an address. On some devices it is a handle (MPS, Vulkan) or an offset in a storage (XLA, meta)."""
     return tensor.is_cpu or tensor.is_cuda
 
 
@@ -102,6 +102,6 @@ def _offsets(tensor: Tensor) -> Tensor:
 
 
 def _addresses(tensor: Tensor) -> Tensor:
-    """The address of every byte."""
+    """The addresses of all bytes that a tensor's elements occupy."""
     first = tensor.data_ptr() + _offsets(tensor) * tensor.element_size()
     return (first[:, None] + torch.arange(tensor.element_size(), device="cpu")).view(-1)

@@ -1,8 +1,8 @@
 """Flat copies of tensors, for foreach steps that cannot run in place.
 
-These are gated steps, and steps of half types, which are computed in float32 and rounded once. All copies of a kind share one
-flat tensor, so copying, rounding and selecting take a few operations, however many tensors there are. A bucket's plan keeps
-the copies, at most 32 MiB of float32 per kind. Larger lists are updated chunk by chunk.
+These are steps that the device may skip, and steps of half types. Half types are computed in float32 and rounded once. All
+copies of a kind share one flat tensor, so copying, rounding and selecting take a few operations, however many tensors there
+are. A bucket's plan keeps the copies. Lists of more than 32 MiB of float32 are updated chunk by chunk, and chunks share memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .layouts import are_laid_out_alike
 
 LIMIT = 1 << 23  # elements of a chunk; a larger tensor is a chunk of its own
 
-# updates parameters in place, given gradients, momentum buffers and their indices in the bucket
+# a function that updates parameters in place, given them, their gradients and buffers, and their indices in the bucket
 Step = Callable[[list[Tensor], list[Tensor], list[Tensor], list[int]], None]
 
 
@@ -45,7 +45,7 @@ class Staging:
         self._flat: dict[tuple[Any, ...], Tensor] = {}
 
     def step(self, bucket: Bucket, skip: Tensor | None, step: Step) -> None:
-        """Update copies and write them back, unless the 0-dim bool tensor ``skip`` is true."""
+        """Update copies of a bucket's tensors and write them back, unless the 0-dim bool tensor ``skip`` is true."""
         self._prepare(bucket.params)
         for i, places in enumerate(self._chunks):
             params, grads, buffers, compensations = bucket.at(places)
@@ -72,7 +72,10 @@ class Staging:
             self._room(bucket, i, gated=bool(bucket.options.skip_nonfinite))
 
     def _room(self, bucket: Bucket, chunk: int, *, gated: bool) -> tuple[Copies, Copies, Copies, list[Tensor]]:
-        """Copies that are updated, copies for the rounded results, copies of the old values, and of half-type gradients."""
+        """The copies to update, copies for the rounded results, copies of the old values, and copies of half-type gradients.
+
+        Where a step does not need separate results or old values, the same copies are returned again.
+        """
         like, kinds = bucket.params[0], 1 + bool(bucket.compensations) + bool(bucket.momentum_buffers)
         half, dtype = is_half(like.dtype), torch.float32 if is_half(like.dtype) else like.dtype
         wide = self._copies("step", chunk, kinds, like, dtype)
@@ -83,7 +86,7 @@ class Staging:
         return wide, new, old, read
 
     def joint_norms(self, bucket: Bucket) -> Tensor:
-        """Like `norms.joint_norms`, for half types."""
+        """Compute `norms.joint_norms` of a bucket of half-precision tensors, in float32 copies."""
         self._prepare(bucket.params)
         options, result = bucket.options, []
         for i, places in enumerate(self._chunks):

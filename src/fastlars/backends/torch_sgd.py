@@ -41,12 +41,15 @@ class TorchSGD:
         self.mixes_first_steps = not fused
 
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:
-        """Groups that are not adapted. torch's SGD has no gate, so the host reads it, but only on CPU, where that is free."""
+        """True for groups that are not adapted and that ``ours`` wants.
+
+        torch's SGD cannot skip a step on the device. It takes gated steps only on CPU, where reading the gate is free.
+        """
         reads_gate = not gated or (not torch.compiler.is_compiling() and all(on_cpu(params)))
         return is_torch_sgd(params, options) and reads_gate and self._ours.wants(params, options, gated)
 
     def serves(self, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]) -> bool:
-        """What ``ours`` serves, if parameters and gradients share a dtype.
+        """Whether ``ours`` serves these tensors and each gradient has its parameter's dtype.
 
         torch creates buffers in the gradient's dtype, and its kernel misreads a buffer of any other dtype.
         """
@@ -54,14 +57,14 @@ class TorchSGD:
         return alike and self._ours.serves(params, grads, momentum_buffers)
 
     def plan(self, params: list[Tensor]) -> None:
-        """Needs no plan."""
+        """Return None, because this backend needs no plan."""
 
     def measure(self, bucket: Bucket, now: bool) -> Norms:  # noqa: ARG002
-        """Gradient norms, for ``skip_nonfinite``."""
+        """Compute the gradient norms that ``skip_nonfinite`` needs."""
         return measure(bucket, self._foreach)
 
     def update(self, bucket: Bucket, norms: Norms, gate: Tensor | None) -> None:  # noqa: ARG002
-        """Call torch's function once."""
+        """Call torch's `sgd` once for the whole bucket, unless the gate is not 0."""
         if gate is not None and gate.any():
             return
         grads, buffers, options = bucket.grads, bucket.momentum_buffers, bucket.options

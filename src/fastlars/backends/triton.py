@@ -156,7 +156,7 @@ class Tables:
 def _new_table(
     device: torch.device, addresses: tuple[int, ...], sizes: tuple[int, ...], host: Tensor | None = None
 ) -> _Table:
-    """A table on the device, copied from pinned memory. There chunk_tensor follows the rows."""
+    """A table on the device, copied from pinned memory. In both, chunk_tensor follows the rows."""
     n = len(sizes)
     chunks = [max(1, -(-size // CHUNK)) for size in sizes]  # an empty tensor has an empty chunk
     ends = list(accumulate(chunks))
@@ -188,7 +188,7 @@ def _pinned(device: torch.device, *shape: int) -> Tensor:
 
 
 class Triton:
-    """Updates dense tensors on NVIDIA GPUs in the dtypes `DTYPES`, whose gradients and buffers have the same memory layout."""
+    """Updates dense tensors of the dtypes `DTYPES` on NVIDIA GPUs, if gradients and buffers have the same memory layout."""
 
     name = "fused (Triton)"
     takes_scale = True
@@ -206,7 +206,7 @@ class Triton:
         self._lock = threading.Lock()  # all threads share these tables
 
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:  # noqa: ARG002
-        """If requested."""
+        """True with ``fused=True``, if any tensor is on a device of the type that this backend serves."""
         return bool(options.fused) and any([param.device.type == self._device for param in params])  # noqa: C419
 
     def serves(self, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor]) -> bool:
@@ -222,7 +222,7 @@ class Triton:
         )
 
     def plan(self, params: list[Tensor]) -> None:
-        """Needs no plan, because tables are looked up by address."""
+        """Return None. This backend needs no plan, because tables are looked up by address."""
 
     def measure(self, bucket: Bucket, now: bool) -> Norms:  # noqa: ARG002
         """Compute all norms in two launches."""
@@ -310,7 +310,7 @@ TRITON = Triton()
 
 
 def joint_norms(params: list[Tensor], grads: list[Tensor], sign: float, weight_decay: float) -> Tensor:
-    """`joint_norms` of `compiled.py` on CUDA. If the kernels serve the tensors, it reads each tensor only once."""
+    """The operator `joint_norms` of `compiled.py` on CUDA. If the kernels serve the tensors, they read each only once."""
     if not TRITON.serves(params, grads, []) or not _runs_on(params[0].device):
         return joint_operator(params, grads, sign, weight_decay)
     options = Options(0.0, weight_decay=weight_decay, adapt=True, trust_denominator="joint", maximize=sign < 0)

@@ -2,9 +2,9 @@
 
 Every tensor is cut into chunks of CHUNK elements, and a program takes one chunk. A kernel finds its tensors in a table of
 int64 with one row per tensor. A row holds the addresses of parameter, gradient, momentum buffer and compensation, the number
-of elements, the index of the tensor's first chunk, the index after its last chunk, and a 0. chunk_tensor_ptr holds the row
-of each chunk's tensor. Arithmetic is float32, except that `norms` adds in float64. Sums are added in a fixed order without
-atomics, so every run gives the same bits.
+of elements, the index of the tensor's first chunk, the index after its last chunk, and an unused 0. chunk_tensor_ptr points
+to the row number of each chunk's tensor. Arithmetic is float32, except that `norms` adds in float64. Sums are added in a
+fixed order without atomics, so every run gives the same bits.
 
 A chunk whose addresses are multiples of 16 bytes and whose length is a multiple of 8 is loaded and stored 16 bytes at a time.
 Other chunks are loaded and stored element by element. Kernels hold both branches, because `static_range` makes a copy of the
@@ -72,9 +72,9 @@ def partial_sums(
     table_ptr, chunk_tensor_ptr, sums_ptr, grad_scale_ptr, param_ptr, grad_ptr, weight_decay,
     CHUNK: tl.constexpr, ADAPTED: tl.constexpr, JOINT: tl.constexpr, GRAD_NORM: tl.constexpr, MAXIMIZE: tl.constexpr,
 ):  # fmt: skip
-    """Sums of squares of each chunk, in a row of three: of w (ADAPTED), s g + weight_decay w (JOINT) and s g (GRAD_NORM).
+    """Compute three sums of squares for each chunk, of w (ADAPTED), s g + weight_decay w (JOINT) and s g (GRAD_NORM).
 
-    It reads 8 bytes per float32 parameter. param_ptr and grad_ptr only pass their types.
+    The kernel reads 8 bytes per float32 element. param_ptr and grad_ptr only pass their types.
     """
     chunk = tl.program_id(0)
     tensor = tl.load(chunk_tensor_ptr + chunk)
@@ -109,7 +109,7 @@ def _norm(sums_ptr, first, last, BLOCK: tl.constexpr):
 def norms(
     table_ptr, sums_ptr, norms_ptr, BLOCK: tl.constexpr, ADAPTED: tl.constexpr, JOINT: tl.constexpr, GRAD_NORM: tl.constexpr
 ):  # fmt: skip
-    """The norms of every tensor from the sums of its chunks, one program per tensor.
+    """Compute the norms of every tensor from the sums of its chunks, with one program per tensor.
 
     norms_ptr gets three rows, one number per tensor: |w|, |s g + weight_decay w| (JOINT) and |s g| (GRAD_NORM).
     """
@@ -172,13 +172,13 @@ def update(
     MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, LR_IN_MOMENTUM: tl.constexpr, MAXIMIZE: tl.constexpr,
     KAHAN: tl.constexpr,
 ):  # fmt: skip
-    """v = momentum v + b g + c w and w -= q v, with q = 1 if LR_IN_MOMENTUM else lr, and b and c of `_coefficients`.
+    """Set v = momentum v + b g + c w and w -= q v, with q = 1 if LR_IN_MOMENTUM else lr, and b and c of `_coefficients`.
 
     NESTEROV: w -= q (b g + c w + momentum v). Without MOMENTUM: w -= q (b g + c w), and there is no v.
     KAHAN: w is parameter + compensation, and the rounding error of the new parameter becomes the compensation.
-    If the gate is not 0, no element is read or written. The kernel moves 20 bytes per float32 parameter. Chunks are visited
-    backwards, because the L2 cache still holds what `partial_sums` read last. All elements are read for the last time here,
-    so they are loaded with evict_first and do not displace data that later programs still read.
+    If the gate is not 0, no element is read or written. With MOMENTUM, the kernel reads 12 bytes per float32 element and
+    writes 8. Chunks are visited backwards, because the L2 cache still holds what `partial_sums` read last. All elements are
+    read for the last time here, so they are loaded with evict_first and do not displace data that later programs still read.
     """
     chunk = tl.num_programs(0) - 1 - tl.program_id(0)
     tensor = tl.load(chunk_tensor_ptr + chunk)
