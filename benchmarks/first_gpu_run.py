@@ -8,8 +8,7 @@ with it. Only the tests need pytest and numpy. Without them the measurements sti
 Each part is a command with a time limit, so a crash or a hang ends only that part. Its output and results up to then are kept.
 The run writes two files, `report.txt` to read and `report.json` with every sample.
 
-`--device cpu` and `--device vulkan` rehearse the same commands on tiny tensors, on a machine without a GPU. On a busy machine
-`--minutes 20` gives the parts more time.
+`--device cpu` and `--device vulkan` rehearse the same commands on tiny tensors. `--minutes 20` helps on a busy machine.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
 """Train with SGD and LARS at growing batches, on handwritten digits. `nox -s demo` runs it.
 
-It compares three methods at four batches. The first is LARS with a separate lr for the biases, which is how LARS is meant to
-be used. The second is SGD, with a separate lr for the biases or with one lr for all tensors, whichever is better. The third is
-LARS with one lr for all tensors. Everything else is the same, and a seed sets the initial weights and the order of the images.
-
-The learning rates are the best of a search on a validation split, which is stored in lrs.csv. `--search` repeats the search.
-The final runs use other seeds than the search. Only these runs are measured on the test split.
+It compares LARS with a separate lr for the biases, which is how LARS is meant to be used, SGD with the better of both ways to
+set the biases' lr, and LARS with one lr for all tensors. Everything else is the same. A seed sets the initial weights and the
+order of the images. Learning rates are the best of a stored search on a validation split (lrs.csv), which `--search` repeats.
+The runs use other seeds than the search, and only they are measured on the test split.
 """
 
 from __future__ import annotations

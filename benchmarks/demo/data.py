@@ -15,8 +15,7 @@ from torch.nn.functional import avg_pool2d
 
 Numbers = npt.NDArray[np.generic]
 
-# File names of images and labels by split. In an idx file, 8 in the third byte means unsigned bytes, and the fourth byte is
-# the number of dimensions.
+# In an idx file, 8 in the third byte means unsigned bytes, and the fourth byte is the number of dimensions.
 FILES = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")}
 FILES["test"] = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 IMAGES_MAGIC, LABELS_MAGIC = 0x00000803, 0x00000801

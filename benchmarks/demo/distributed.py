@@ -6,8 +6,7 @@
 
 Copy it, and put in your model, your data and your loss. `start` and `stop` join and leave the process group. `parallelize`
 makes the model data-parallel or sharded. `train` uses the same batches and gradients on any number of processes. `save` and
-`resume` handle checkpoints, and a checkpoint is either complete or not there. LARS is built as on one process, after the
-model has been sharded.
+`resume` handle checkpoints, and a checkpoint is either complete or not there. Build LARS after the model has been sharded.
 """
 
 from __future__ import annotations
@@ -56,9 +55,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     # on CPUs, fully_shard does not run up to torch 2.6, and up to 2.8 it adds gradients instead of averaging them
     needed = (2, 6) if torch.cuda.is_available() else (2, 9)
     if options.shard and torch.__version__ < needed:
-        parser.error(
-            f"--shard needs torch 2.6 or later, on a CPU 2.9, got {torch.__version__}; leave it out, or update torch"
-        )
+        parser.error(f"--shard needs torch 2.6, or 2.9 on a CPU, got {torch.__version__}; leave it out or update torch")
     return options
 
 

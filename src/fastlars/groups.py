@@ -123,7 +123,7 @@ def _lr_of_the_rest(bias_lr: BiasLR | None, unadapted: Mapping[str, Any] | None)
 def has_normalisation(model: nn.Module | Iterable[tuple[str, Tensor]]) -> bool:
     """Whether a module has normalisation layers, with or without parameters.
 
-    True for named parameters, because they do not show their layers.
+    Also True for an iterable of named parameters, which does not reveal the layers.
     """
     return not isinstance(model, nn.Module) or any(map(_normalises, model.modules()))
 

@@ -505,7 +505,7 @@ class LARS(Optimizer):
             check_no_leaves([p for p in params if p.grad is not None])
         narrowest = narrowest_dtype(set(map(_dtype, params)))
         values = [*values_of(group), narrowest]
-        values[0] = 0.0 if isinstance(lr, (float, Tensor)) else lr  # rounding may take a schedule's lr below 0
+        values[0] = 0.0 if isinstance(lr, (float, Tensor)) else lr  # not its sign: rounding may take lr below 0
         checked = self._checked.get(i)
         if checked is None or any(new is not old for new, old in zip(values, checked[0])):
             options = dict(zip(NAMES, values))

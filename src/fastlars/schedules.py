@@ -22,7 +22,7 @@ def linear_scaling(lr: float, batch_size: int, base_batch_size: int = 256) -> fl
 
     Args:
         lr: the lr for ``base_batch_size``.
-        batch_size: number of images (or other items of which the loss is the mean) per optimizer step, over all devices and
+        batch_size: number of images (or of whatever items the loss averages over) per optimizer step, across all devices and
             accumulated batches.
         base_batch_size: the batch size that ``lr`` is for. Default: 256, as in SimCLR, BYOL, Barlow Twins, VICReg, MoCo v3
             and MAE.
@@ -83,8 +83,8 @@ def warmup_polynomial(
             at step ``warmup_steps``. If an earlier scheduler left ``initial_lr`` in the group (it is saved with the
             optimizer), the peak is that value, as in torch's schedulers.
         warmup_steps: number of steps in which lr grows linearly from lr / warmup_steps to lr, or 0 for no warm-up.
-            ``total_steps // 10`` is a tenth of the run.
-        total_steps: number of steps of the whole run. After the last one, lr stays at ``end_factor * lr``.
+            A tenth of the run, ``total_steps // 10``, is a good start.
+        total_steps: number of steps of the whole run. After the last step, lr stays at ``end_factor`` times its peak.
         power: power of the decay, > 0 (default: 2). With 1 the decay is linear.
         end_factor: the final lr as a fraction of lr, 0 to 1 (default: 0). The whole decay is scaled to end there, not cut
             off. MLPerf's code ends at an lr of 0.0001, which is ``end_factor=1e-4 / lr``.
@@ -125,8 +125,8 @@ def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int, *, 
             at step ``warmup_steps``. If an earlier scheduler left ``initial_lr`` in the group (it is saved with the
             optimizer), the peak is that value, as in torch's schedulers.
         warmup_steps: number of steps in which lr grows linearly from lr / warmup_steps to lr, or 0 for no warm-up.
-            ``total_steps // 10`` is a tenth of the run.
-        total_steps: number of steps of the whole run. After the last one, lr stays at ``end_factor * lr``.
+            A tenth of the run, ``total_steps // 10``, is a good start.
+        total_steps: number of steps of the whole run. After the last step, lr stays at ``end_factor`` times its peak.
         end_factor: the final lr as a fraction of lr, 0 to 1 (default: 0). It is 0 in SimCLR, BYOL and MoCo v3, and 0.001 in
             Barlow Twins and VICReg.
 

@@ -79,7 +79,7 @@ def local_of(item: Any) -> Any:
 
 def _divides(mesh: Any, i: int, placement: Any) -> bool:
     """Whether this rank has only a part of a tensor along a mesh dimension."""
-    # every placement but Replicate counts, because not only Shard divides tensors
+    # every placement except Replicate counts, because Shard is not the only one that divides tensors
     return not placement.is_replicate() and mesh.size(i) > 1 and mesh.get_coordinate() is not None
 
 
@@ -272,7 +272,8 @@ class Sharded:
             The norms of whole tensors, and ``found_inf`` and ``nonfinite`` over all ranks, as 0-dim tensors. If there is
             nothing to exchange, the arguments are returned unchanged.
         """
-        # Decide for each dimension separately. Its ranks reach the same decision, but some may not belong to other meshes.
+        # Decide for each mesh dimension separately whether it needs an all-reduce. Its ranks decide alike. Ranks of several
+        # dimensions may not, because some ranks are not in every mesh.
         asked = [ranks for ranks in self._joined if self._rows[ranks] or self._skips or found_inf is not None]
         if not asked:
             return measured, found_inf, nonfinite

@@ -64,7 +64,7 @@ class TorchSGD:
         return measure(bucket, self._foreach)
 
     def update(self, bucket: Bucket, norms: Norms, gate: Tensor | None) -> None:  # noqa: ARG002
-        """Call torch's `sgd` once for the whole bucket, unless the gate is not 0."""
+        """Call torch's `sgd` once for the whole bucket. If the gate is nonzero, do nothing."""
         if gate is not None and gate.any():
             return
         grads, buffers, options = bucket.grads, bucket.momentum_buffers, bucket.options
