@@ -38,7 +38,7 @@ def norms(tensors: list[Tensor], foreach: bool) -> Tensor:
     if tensors[0].device.type == "cpu":
         return _norms_of([_row_norms(tensor) for tensor in tensors], dtype)
     if tensors[0].device.type == "xla":
-        # XLA's norm adds squares in the tensor's dtype and ignores the dtype argument
+        # convert first, because XLA's norm ignores the dtype argument and adds squares in the tensor's dtype
         tensors = [tensor.to(dtype) for tensor in tensors]
     if foreach:
         return torch.stack(torch._foreach_norm(tensors, 2.0, dtype=dtype))
@@ -68,7 +68,7 @@ def _joint_norms_by_chunks(
         if foreach and params[0].dtype == dtype and grads[0].dtype == dtype:
             sums = list(torch._foreach_add([grads[i] for i in places], [params[i] for i in places], alpha=alpha))
         else:
-            # a float32 factor with one element widens the result without converted copies; a 0-dim tensor would not
+            # a float32 factor with one element widens the result without converted copies; a 0-dim factor would not
             factor = params[0].new_full([1], alpha, dtype=dtype)
             sums = [torch.addcmul(grads[i], params[i], factor) for i in places]
         result.append(norms(sums, foreach))
@@ -101,7 +101,7 @@ def _row_norms(tensor: Tensor, row: int = ROW) -> Tensor:
             return tensor
         ordered = tensor.view(-1)
     else:
-        # with its dimensions in memory order, a dense tensor (channels_last, transposed) is contiguous
+        # sort dimensions by stride, which makes a dense tensor (channels_last, transposed) contiguous without a copy
         order = sorted([(-stride, i) for i, stride in enumerate(tensor.stride())])
         ordered = tensor.permute([i for _, i in order])
     dtype = norm_dtype(tensor.dtype)

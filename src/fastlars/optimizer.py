@@ -104,8 +104,8 @@ class LARS(Optimizer):
         differentiable: whether autograd may run through the step (default: False). It must be the same in all groups.
         fused: whether to compute norms and update in fused kernels, torch's own on CPU and Triton kernels on CUDA. If None
             (default), adapted groups use them on CPU, but not on CUDA until the kernels are proven on GPUs. Tensors that a
-            kernel does not support (other dtypes, memory that is not dense, different layouts) fall back to another
-            implementation.
+            kernel does not support (because of their dtype, because they are not dense, or because their gradients or buffers
+            have other layouts) fall back to another implementation.
         kahan_sum: whether to keep the rounding errors of bfloat16 and float16 weights and add them in the next step.
             Without Kahan sums, small steps are lost. Kahan sums need a second tensor of each weight's size (state key
             ``compensation``). If None (default), only adapted groups use them. Other dtypes ignore the option. See
@@ -264,7 +264,7 @@ class LARS(Optimizer):
             handle.remove()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Check and complete an unpickled or loaded state, then adopt it.
+        """Check an unpickled or loaded state, fill in missing options, and adopt it.
 
         torch's load_state_dict calls this at its end. Until then the optimizer is unchanged.
         """
@@ -297,7 +297,7 @@ class LARS(Optimizer):
                 if entry.get("momentum_buffer") is None:
                     # drop the None that SGD saves without momentum, because torch.compile would treat it as a constant
                     entry.pop("momentum_buffer", None)
-                elif param.is_complex():  # torch casts the state of floating parameters only
+                elif param.is_complex():  # cast it here, because torch casts only the state of floating parameters
                     entry["momentum_buffer"] = entry["momentum_buffer"].to(param.dtype)
                 # Only half types use compensations. Users who load into another dtype must first add them to the weights.
                 if entry.get("compensation") is None or not is_half(param.dtype):
@@ -383,7 +383,7 @@ class LARS(Optimizer):
         )
 
     def _warn_if_steps_round_away(self) -> None:
-        """Warn, as `check` does, if kahan_sum=False loses most of a group's steps. Groups with lr on a GPU are left out."""
+        """Warn, as `check` does, if kahan_sum=False loses most of a group's steps. Skip a group whose lr is on a GPU."""
         for i, group in enumerate(self.param_groups):
             options, lr = Options(*values_of(group)), group.get("initial_lr", group["lr"])
             known = not isinstance(lr, Tensor) or lr.device.type == "cpu"

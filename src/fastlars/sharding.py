@@ -27,7 +27,7 @@ from .formula import is_adapted
 from .norms import norms
 from .options import Options
 
-# DTensor's module since torch 2.5, and its module in 2.4. A program that has loaded neither has no sharded tensors.
+# DTensor's module since torch 2.5, and in 2.4. Not imported here, because a program that has loaded neither has no DTensors.
 _MODULES = ("torch.distributed.tensor", "torch.distributed._tensor")
 _ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
 _XLA = "torch_xla.distributed.spmd"
@@ -203,7 +203,7 @@ class Sharded:
         buffers = group.momentum_buffers if group.options.momentum != 0 else []
         for param, grad, buffer in zip(params, grads, buffers or [None] * len(params), strict=True):
             self._check(param, grad, buffer, "momentum_buffer")
-        for param, grad, compensation in zip(params, grads, group.compensations):  # may be empty
+        for param, grad, compensation in zip(params, grads, group.compensations):  # compensations may be empty
             self._check(param, grad, compensation, "compensation")
         laid_out: list[Any] = [
             grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
