@@ -661,7 +661,7 @@ def _is_missing(lr: object) -> bool:
 
 
 def _as_list(params: Any) -> dict[str, Any]:
-    """A group's params as a list, and their names before torch 2.6. Later versions split (name, tensor) pairs themselves."""
+    """A group's params as a list. Before torch 2.6, also split (name, tensor) pairs, which later versions do themselves."""
     if isinstance(params, set):
         return {"params": params}  # torch raises, because a set has no order
     params = [params] if isinstance(params, Tensor) else list(params)

@@ -1,4 +1,4 @@
-"""The options of LARS: names, order, defaults and rules, each in one place."""
+"""The options of LARS, with their names, order, defaults and rules."""
 
 import math
 import numbers
