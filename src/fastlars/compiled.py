@@ -114,7 +114,7 @@ def update_in_graph(bucket: Bucket, b: list[Tensor], c: list[Tensor], step_size:
     """Update a bucket like `backends/eager.py`, in operations that Inductor compiles well.
 
     Inductor puts a foreach operation and its operands into one list kernel. A list kernel has at most 250 reads and writes, so
-    this function writes each result only once. A skipped step adds -0.0, which changes no number. Choosing between old and new values at
+    each result is written only once. A skipped step adds -0.0, which changes no number. Choosing between old and new values at
     the end would take two more writes per tensor.
     """
 
