@@ -56,7 +56,7 @@ class Bucket(NamedTuple):
     memory: Memory | None = None
 
     def at(self, places: list[int]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-        """Parameters, gradients, momentum buffers and compensations at these indices. None of them may be missing."""
+        """Parameters, gradients, momentum buffers and compensations at these indices. No entry may be None."""
         lists = cast("list[list[Tensor]]", [self.params, self.grads, self.momentum_buffers, self.compensations])
         params, grads, buffers, compensations = [[each[i] for i in places] if each else [] for each in lists]
         return params, grads, buffers, compensations

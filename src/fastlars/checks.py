@@ -59,7 +59,7 @@ def narrowest_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
 
 def check_numbers(options: Mapping[str, Any], narrowest: torch.dtype, where: str) -> float:
     """Raise for options that would overflow in the update. Returns the largest number that the update can compute with."""
-    # half types are computed in float32 in adapted groups
+    # adapted groups compute half types in float32
     wide = is_half(narrowest) and is_adapted(Options(*values_of(options)))
     limit = torch.finfo(torch.float32 if wide else narrowest).max
     for name in ("lr", "dampening", "weight_decay"):
@@ -78,7 +78,7 @@ def check_lr(lr: Any, limit: float, on_meta: bool, where: str) -> None:
             raise ValueError(
                 f"{where}: Tensor lr must hold a number, got one on the meta device; create it on a real one"
             )
-        # torch's SGD converts a wider CPU tensor to the parameters' dtype, where it may overflow
+        # read only a CPU tensor of a wider dtype, which torch's SGD converts to the parameters' dtype, where it may overflow
         if not (lr.is_cpu and type(lr) is Tensor and torch.finfo(lr.dtype).max > limit):
             return
         lr = lr.item()

@@ -11,7 +11,7 @@ from torch._jit_internal import is_scripting as is_scripting  # noqa: PLC0414  b
 from torch.autograd.graph import increment_version
 from torch.optim import optimizer as _optimizer
 
-# Exists since torch 2.1, for torch's own optimizers. Unlike torch.compiler.disable, it imports torch._dynamo only in a call.
+# A decorator to leave graphs, since torch 2.1. Unlike torch.compiler.disable, it imports torch._dynamo only in a call.
 outside_graphs = torch._disable_dynamo  # type: ignore[attr-defined]
 use_grad_for_differentiable = _optimizer._use_grad_for_differentiable  # since 1.13
 required = _optimizer.required  # in every version; torch's optimizers no longer use it, but users know its message

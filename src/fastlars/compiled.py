@@ -75,7 +75,7 @@ def norms(tensors: list[Tensor], foreach: bool) -> Tensor:
 def joint_norms(
     params: list[Tensor], grads: list[Tensor], sign: float, weight_decay: float, foreach: bool
 ) -> tuple[Tensor, Tensor]:
-    """Compute the parameters' norms and their joint norms with the gradients. In a graph, this is one custom operator."""
+    """Compute |w| and |sign * g + weight_decay * w| of each tensor. In a graph, one custom operator computes both."""
     if is_traced(params[0]):
         param_norm, direction_norm = torch.ops.fastlars.joint_norms.default(params, grads, sign, weight_decay).unbind()
         return param_norm, direction_norm

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def is_half(dtype: torch.dtype) -> bool:
-    """Whether arithmetic in this dtype is done in float32."""
+    """Whether this is a half type, float16 or bfloat16. Adapted groups compute tensors of half types in float32."""
     return dtype == torch.float16 or dtype == torch.bfloat16
 
 

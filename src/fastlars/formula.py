@@ -20,8 +20,8 @@ from .compat import is_scripting
 from .dtypes import is_half, norm_dtype
 from .options import Options
 
-# Norms are tensors of any shape, or numbers if the host knows them. TorchScript reads annotations when it compiles and
-# needs one type per name, so there all norms are tensors.
+# A `Number` is a tensor of any shape or a Python number. TorchScript reads annotations when it compiles and needs one type per
+# name, so in scripts every `Number` is a tensor.
 if TYPE_CHECKING:
     Number = Union[float, Tensor]
     Condition = Union[bool, Tensor]
@@ -99,7 +99,7 @@ def coefficients(
 
 
 def _scaled(ratio: Number, lr: Number, first_step: bool, options: Options) -> Number:
-    """The ratio times k and r. Factors that are 1 are left out, because each product costs an operation."""
+    """The ratio times k and r of the formula above. Factors of 1 are left out, because each product costs an operation."""
     if options.momentum != 0 and options.dampening != 0 and not first_step:
         ratio = ratio * (1 - options.dampening)
     if options.lr_in_momentum:
@@ -114,7 +114,7 @@ def sign(options: Options) -> float:
 
 def on_device(value: Tensor, like: Tensor) -> Tensor:
     """A 1-element tensor as a 0-dim tensor on ``like``'s device."""
-    # the CPU could read a non-blocking copy before it has arrived
+    # copies to the CPU block, because the host could read a non-blocking copy before it is complete
     return value.reshape(()).to(device=like.device, non_blocking=like.device.type != "cpu")
 
 
@@ -128,7 +128,7 @@ def unscaled(grad: Tensor, grad_scale: Tensor) -> Tensor:
 
 
 def scalar_lr(lr: Union[float, Tensor], like: Tensor) -> Number:
-    """Convert a tensor lr to a 0-dim tensor on ``like``'s device, in the dtype of its norms.
+    """Convert a tensor lr to a 0-dim tensor on ``like``'s device, in the dtype of ``like``'s norms.
 
     A float is returned unchanged, except in TorchScript, where it becomes a 0-dim tensor too.
     """

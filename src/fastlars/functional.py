@@ -110,7 +110,7 @@ def _step(
 ) -> None:
     """Run the step outside TorchScript."""
     params, options = group.params, group.options
-    # the entries of parameters that are not compensated are not read
+    # read only the entries of parameters that are compensated
     keeps = [is_compensated(param.dtype, options) for param in params]
     if compensations is None and options.kahan_sum and any(keeps):
         raise ValueError(

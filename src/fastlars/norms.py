@@ -1,4 +1,4 @@
-"""L2 norms of whole tensors in float32 or float64, with a relative error of at most 1e-5 up to 1e8 elements.
+"""L2 norms of whole tensors in float32 or float64, with a relative error of at most 1e-5 for up to 1e8 elements.
 
 torch's own norm on CPU adds float32 squares in sequence and is off by 1e-2 at 1e8 elements. So a CPU tensor is cut into rows,
 and the norm of the row norms is accurate to 1e-6 at the same speed. On accelerators torch adds in a tree, which is also
@@ -15,9 +15,7 @@ ROW = 1024  # squares added in float32 at a time; the norm's relative error is u
 ROWS = 4096  # squares of row norms added at a time
 COPY = 1 << 20  # elements converted at a time, in a temporary of 4 MiB
 SUM = 1 << 18  # elements of two tensors added at a time, in a temporary of 1 MiB, which stays in cache
-
-# Elements that the temporaries of one chunk of tensors hold at most. In float32 they take 64 MiB.
-CHUNK = 1 << 24
+CHUNK = 1 << 24  # elements in one chunk of tensors, unless one tensor is larger; its temporaries take 64 MiB in float32
 
 
 def chunks(tensors: list[Tensor], limit: int = CHUNK) -> list[list[int]]:
@@ -40,7 +38,7 @@ def norms(tensors: list[Tensor], foreach: bool) -> Tensor:
     if tensors[0].device.type == "cpu":
         return _norms_of([_row_norms(tensor) for tensor in tensors], dtype)
     if tensors[0].device.type == "xla":
-        # XLA's norm adds squares in the tensor's dtype and ignores the dtype argument
+        # convert first, because XLA's norm ignores the dtype argument and adds squares in the tensor's dtype
         tensors = [tensor.to(dtype) for tensor in tensors]
     if foreach:
         return torch.stack(torch._foreach_norm(tensors, 2.0, dtype=dtype))
@@ -65,12 +63,12 @@ def _joint_norms_by_chunks(
     dtype = norm_dtype(params[0].dtype)
     result: list[Tensor] = []
     for places in chunks(params):
-        # |s g + decay w| is |g + s decay w|, where s is 1 or -1
+        # compute |s g + decay w| as |g + s decay w|, which is the same because s is 1 or -1
         alpha = sign * weight_decay
         if foreach and params[0].dtype == dtype and grads[0].dtype == dtype:
             sums = list(torch._foreach_add([grads[i] for i in places], [params[i] for i in places], alpha=alpha))
         else:
-            # a float32 factor with one element widens the result without converted copies; a 0-dim tensor would not
+            # a float32 factor with one element widens the result without converted copies; a 0-dim factor would not
             factor = params[0].new_full([1], alpha, dtype=dtype)
             sums = [torch.addcmul(grads[i], params[i], factor) for i in places]
         result.append(norms(sums, foreach))
@@ -85,7 +83,7 @@ def _norms_of(row_norms: list[Tensor], dtype: torch.dtype, row: int = ROW, at_on
 
 
 def _joint_row_norms(param: Tensor, grad: Tensor, decay: float, limit: int = SUM) -> Tensor:
-    # |s g + decay w| is |g + s decay w|, where s is 1 or -1
+    # `decay` includes the sign, like alpha in `_joint_norms_by_chunks`
     dtype = norm_dtype(param.dtype)
     pieces: list[Tensor] = []
     for w, g in zip(_pieces(param, limit), _pieces(grad, limit)):
@@ -95,14 +93,15 @@ def _joint_row_norms(param: Tensor, grad: Tensor, decay: float, limit: int = SUM
 
 
 def _row_norms(tensor: Tensor, row: int = ROW) -> Tensor:
-    """The norms of the rows of a CPU tensor. Their norm is the tensor's norm. A short tensor is returned unchanged."""
-    # Torch adds squares one by one if elements are not adjacent. For 4096 equal elements, the error is then 3e-5, not 4e-6.
+    """The norms of the rows of a CPU tensor. The norm of these norms is the tensor's. A short tensor is returned unchanged."""
+    # Rows must be contiguous, because torch adds squares one by one if elements are not adjacent. For 4096 equal elements,
+    # the error is then 3e-5 instead of 4e-6.
     if tensor.is_contiguous():
         if tensor.numel() <= row:
             return tensor
         ordered = tensor.view(-1)
     else:
-        # with its dimensions in memory order, a dense tensor (channels_last, transposed) is contiguous
+        # sort dimensions by stride, which makes a dense tensor (channels_last, transposed) contiguous without a copy
         order = sorted([(-stride, i) for i, stride in enumerate(tensor.stride())])
         ordered = tensor.permute([i for _, i in order])
     dtype = norm_dtype(tensor.dtype)

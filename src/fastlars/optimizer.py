@@ -104,8 +104,8 @@ class LARS(Optimizer):
         differentiable: whether autograd may run through the step (default: False). It must be the same in all groups.
         fused: whether to compute norms and update in fused kernels, torch's own on CPU and Triton kernels on CUDA. If None
             (default), adapted groups use them on CPU, but not on CUDA until the kernels are proven on GPUs. Tensors that a
-            kernel does not support (other dtypes, memory that is not dense, different layouts) fall back to another
-            implementation.
+            kernel does not support (because of their dtype, because they are not dense, or because their gradients or buffers
+            have other layouts) fall back to another implementation.
         kahan_sum: whether to keep the rounding errors of bfloat16 and float16 weights and add them in the next step.
             Without Kahan sums, small steps are lost. Kahan sums need a second tensor of each weight's size (state key
             ``compensation``). If None (default), only adapted groups use them. Other dtypes ignore the option. See
@@ -264,7 +264,7 @@ class LARS(Optimizer):
             handle.remove()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Check and complete an unpickled or loaded state, then adopt it.
+        """Check an unpickled or loaded state, fill in missing options, and adopt it.
 
         torch's load_state_dict calls this at its end. Until then the optimizer is unchanged.
         """
@@ -285,7 +285,7 @@ class LARS(Optimizer):
                 check_keys((key for key in group if key not in known), where, way_out)
             check_options(saved, where)
             if loading:
-                # this option belongs to the whole optimizer, see _check_whole
+                # keep the current value, because all groups must have the same one (see _check_whole)
                 saved["differentiable"] = group["differentiable"] = known["differentiable"]
             check_group(saved, group["params"], where)
             if group["fused"]:
@@ -295,11 +295,11 @@ class LARS(Optimizer):
                 if not isinstance(param, Tensor):
                     continue
                 if entry.get("momentum_buffer") is None:
-                    # SGD without momentum saves None, which torch.compile would treat as a constant
+                    # drop the None that SGD saves without momentum, because torch.compile would treat it as a constant
                     entry.pop("momentum_buffer", None)
-                elif param.is_complex():  # torch casts the state of floating parameters only
+                elif param.is_complex():  # cast it here, because torch casts only the state of floating parameters
                     entry["momentum_buffer"] = entry["momentum_buffer"].to(param.dtype)
-                # Only half types use a compensation. Users who load into another dtype add it to the weights first.
+                # Only half types use compensations. Users who load into another dtype must first add them to the weights.
                 if entry.get("compensation") is None or not is_half(param.dtype):
                     entry.pop("compensation", None)
         super().__setstate__(state)
@@ -383,7 +383,7 @@ class LARS(Optimizer):
         )
 
     def _warn_if_steps_round_away(self) -> None:
-        """Warn, as `check` does, if kahan_sum=False loses most of a group's steps. An lr on an accelerator is not read."""
+        """Warn, as `check` does, if kahan_sum=False loses most of a group's steps. Skip a group whose lr is on a GPU."""
         for i, group in enumerate(self.param_groups):
             options, lr = Options(*values_of(group)), group.get("initial_lr", group["lr"])
             known = not isinstance(lr, Tensor) or lr.device.type == "cpu"
@@ -439,7 +439,7 @@ class LARS(Optimizer):
         ):
             self._make_lr_tensors_outside_graphs()  # a group's lr may have been set to a float since the last step
         if torch.compiler.is_compiling() and any(
-            # dampening makes a tensor's first step different, and one graph serves all steps
+            # also leave graphs with dampening, because a first step differs from later ones, and one graph serves all steps
             sharding.any_sharded(params) or leaves_graph(params, options) or (options.momentum and options.dampening)
             for params, options in self._params_and_options()
         ):
@@ -505,7 +505,8 @@ class LARS(Optimizer):
             check_no_leaves([p for p in params if p.grad is not None])
         narrowest = narrowest_dtype(set(map(_dtype, params)))
         values = [*values_of(group), narrowest]
-        values[0] = 0.0 if isinstance(lr, (float, Tensor)) else lr  # not its sign: rounding may take lr below 0
+        # do not check the sign of lr, because rounding in a schedule may make it slightly negative
+        values[0] = 0.0 if isinstance(lr, (float, Tensor)) else lr
         checked = self._checked.get(i)
         if checked is None or any(new is not old for new, old in zip(values, checked[0])):
             options = dict(zip(NAMES, values))
@@ -560,7 +561,7 @@ class LARS(Optimizer):
             grads = [grad for j in present if (grad := params[j].grad) is not None]
             for grad in grads:
                 check_grad(grad)
-            ratios.update(dict.fromkeys((names[j] for j in sorted([*exchanged, *present])), 1.0))  # fixes the order
+            ratios.update(dict.fromkeys((names[j] for j in sorted([*exchanged, *present])), 1.0))  # sets their order
             measured = [([j], *norms.unsqueeze(1)) for j, norms in exchanged.items()]
             here, its_grads = [sharding.local(params[j]) for j in present], [sharding.local(grad) for grad in grads]
             options = of_step._replace(momentum=0.0, skip_nonfinite=False)
@@ -660,7 +661,7 @@ def _is_missing(lr: object) -> bool:
 
 
 def _as_list(params: Any) -> dict[str, Any]:
-    """A group's params as a list, and their names before torch 2.6. Later versions split (name, tensor) pairs themselves."""
+    """A group's params as a list. Before torch 2.6, also split (name, tensor) pairs, which later versions do themselves."""
     if isinstance(params, set):
         return {"params": params}  # torch raises, because a set has no order
     params = [params] if isinstance(params, Tensor) else list(params)

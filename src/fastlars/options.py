@@ -1,4 +1,4 @@
-"""The options of LARS: names, order, defaults and rules, each in one place."""
+"""The options of LARS, with their names, order, defaults and rules."""
 
 import math
 import numbers
@@ -55,7 +55,7 @@ def check_options(options: Mapping[str, Any], where: str) -> None:
     _check_number("dampening", options["dampening"], where)
     for name in _BOOLEAN + _OPTIONAL_BOOLEAN:
         value, optional = options[name], name in _OPTIONAL_BOOLEAN
-        # config files and old checkpoints write booleans as 0 and 1
+        # accept 0 and 1, because config files and old checkpoints write booleans like this
         if not (isinstance(value, int) and value in (0, 1)) and not (optional and value is None):
             rule = "None, True or False" if optional else "True or False"
             raise TypeError(f"{where}: {name} must be {rule}, got {value!r}")
@@ -96,7 +96,7 @@ def check_lr(lr: Any, where: str, name: str = "lr") -> None:
         _check_number(name, lr, where, minimum=0.0)
         return
     check_tensor_lr(lr, where, name)
-    # reading a value on an accelerator would synchronise, and schedulers overwrite it anyway
+    # do not read a value on an accelerator, because that would synchronise, and schedulers overwrite the value anyway
     if lr.device.type == "cpu":
         _check_number(name, lr.item(), where, minimum=0.0)
 
@@ -112,8 +112,8 @@ def check_tensor_lr(lr: Tensor, where: str, name: str = "lr") -> None:
 
 def _check_number(name: str, value: Any, where: str, minimum: float = -math.inf) -> None:
     rule = "must be a finite number" + (" >= 0" if minimum == 0 else "")
-    # Python numbers and numpy scalars pass. float() also takes Fractions, Decimals and 0-dim arrays, but torch's
-    # operators would raise for them in the middle of a step.
+    # Python numbers and numpy scalars pass. Fractions, Decimals and 0-dim arrays do not, because torch's operators
+    # would raise for them in the middle of a step.
     exact = isinstance(value, numbers.Rational) and not isinstance(value, numbers.Integral)
     if not isinstance(value, numbers.Real) or isinstance(value, bool) or exact:
         raise TypeError(f"{where}: {name} {rule}, got {value!r}")

@@ -32,7 +32,7 @@ def scripted_step(
         raise RuntimeError(
             "kahan_sum=True cannot be scripted; leave kahan_sum=None, which keeps no compensation in scripts"
         )
-    # otherwise the last dimension of a real gradient could be mistaken for real and imaginary parts
+    # make gradients of complex parameters complex, else a last dimension of 2 could pass for real and imaginary parts
     grads = [g.to(p.dtype) if p.is_complex() and not g.is_complex() else g for p, g in zip(params, grads)]
     if grad_scale is not None:
         grads = [unscaled(grad, grad_scale) for grad in grads]
@@ -48,7 +48,7 @@ def scripted_step(
             made = torch.zeros_like(param) if buffer is None else buffer
             momentum_buffers[i] = made
             buffers.append(made)
-        # autograd saves the norm's input, which the update would overwrite
+        # clone if differentiable, because autograd saves the norm's input, which the update overwrites
         b_i, c_i = _coefficients(param.clone() if options.differentiable else param, grads[i], first_step, options)
         b.append(b_i)
         c.append(c_i)

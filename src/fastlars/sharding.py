@@ -1,11 +1,11 @@
-"""Sharded tensors. A step updates local shards with the norms of whole tensors. Only this file uses DTensor.
+"""The step of sharded tensors. It updates local shards with the norms of whole tensors. Only this file uses DTensor.
 
-Each step exchanges norms once. Every rank puts the squared norms of its shards, two numbers per tensor, into one table. The
-table has one row per sharded tensor of all adapted groups, in the optimizer's order, even if this rank has no elements or no
-gradient for it. For each mesh dimension along which tensors are sharded, one all-reduce adds the rows of these tensors.
-Dimensions with one rank, or along which nothing is sharded, need no communication. Dimensions of different meshes that join
-the same ranks count as one. The last row says whether any rank must skip the step, so all ranks of a dimension reach the same
-decision.
+Each step exchanges norms once. Every rank writes the squared norms of its shards into a table with two columns, for the param
+norm and the direction norm. The table has one row per sharded tensor of all adapted groups, in the optimizer's order, even if
+this rank has no elements or no gradient for it. For each mesh dimension along which tensors are sharded, one all-reduce adds
+the rows of these tensors. Dimensions with one rank, or along which nothing is sharded, need no communication. Dimensions of
+different meshes with the same ranks share one all-reduce. The last row holds flags that ask to skip the step. The all-reduce
+adds them too, so all ranks of a dimension reach the same decision.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .formula import is_adapted
 from .norms import norms
 from .options import Options
 
-# DTensor's module since torch 2.5, and its module in 2.4. A program that has loaded neither has no sharded tensors.
+# DTensor's module since torch 2.5, and in 2.4. Not imported here, because a program that has loaded neither has no DTensors.
 _MODULES = ("torch.distributed.tensor", "torch.distributed._tensor")
 _ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
 _XLA = "torch_xla.distributed.spmd"
@@ -42,7 +42,7 @@ def dtensor() -> Any:
 
 
 def any_sharded(params: Iterable[Any]) -> bool:
-    """Whether any of these is a DTensor. Every step calls this.
+    """Whether any of these is a DTensor. Every step calls this, so it looks at each type only once.
 
     torch_xla's XLAShardedTensor does not count. It inherits from DTensor, but represents the whole tensor. XLA splits the
     computation and adds the collectives itself, so LARS's norms of such a tensor are already global.
@@ -67,7 +67,7 @@ def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a sharded tensor. Other tensors are returned unchanged."""
     if not is_sharded(tensor):
         return tensor
-    with torch.no_grad():  # with autograd the shard would be a view in the graph
+    with torch.no_grad():  # otherwise autograd would record the shard as a view
         part: Any = tensor.to_local()  # type: ignore[attr-defined]
     return part if type(part) is Tensor else part.wait()  # wait for a pending collective
 
@@ -84,7 +84,7 @@ def _divides(mesh: Any, i: int, placement: Any) -> bool:
 
 
 def is_divided(tensor: Any) -> bool:
-    """Whether this tensor's norms need parts of it, or of its gradient, from other ranks."""
+    """Whether this tensor's norms depend on shards of it, or of its gradient, that other ranks hold."""
     if not is_sharded(tensor):
         return False
     layouts = [tensor, tensor.grad] if is_sharded(tensor.grad) else [tensor]
@@ -141,7 +141,7 @@ class Sharded:
     """The sharded tensors of one step: their local shards, and the exchange of norms."""
 
     def __init__(self, groups: Sequence[tuple[Sequence[Tensor], Options]]) -> None:
-        """Take all params of an optimizer, with or without gradients. All ranks must pass the same ones."""
+        """Take all params of an optimizer, with or without gradients. All ranks must pass the same ones in the same order."""
         self._kind = dtensor()
         self._dims: dict[tuple[Any, ...], tuple[frozenset[int], ...]] = {}
         # the ranks of a mesh dimension -> (its process group, its device type)
@@ -149,9 +149,9 @@ class Sharded:
         self._rows: dict[frozenset[int], list[int]] = {}
         self._options: list[Options] = []  # for each row, the options of its group
         self._parts: list[Tensor] = []  # for each row, this rank's shard
-        self._sharded: set[int] = set()  # ids of parameters
-        self._part_of: dict[int, Tensor] = {}  # by the id of a parameter
-        self._row: dict[int, int] = {}  # by the id of a shard
+        self._sharded: set[int] = set()  # ids of all parameters that are DTensors
+        self._part_of: dict[int, Tensor] = {}  # id of a parameter -> this rank's shard
+        self._row: dict[int, int] = {}  # id of a shard -> its row in the table
         self._skips = any(options.skip_nonfinite for _, options in groups)
         self._whole_norms: Tensor | None = None  # from the last exchange, one row per tensor
         for params, options in groups:
@@ -198,12 +198,12 @@ class Sharded:
         return tuple(dims)
 
     def local(self, group: Group) -> Group:
-        """The group with local shards instead of sharded tensors. Gradients are first redistributed like their parameters."""
+        """The group with local shards instead of sharded tensors. Gradients are first redistributed to match parameters."""
         params, grads = group.params, group.grads
         buffers = group.momentum_buffers if group.options.momentum != 0 else []
         for param, grad, buffer in zip(params, grads, buffers or [None] * len(params), strict=True):
             self._check(param, grad, buffer, "momentum_buffer")
-        for param, grad, compensation in zip(params, grads, group.compensations):  # the last list may be empty
+        for param, grad, compensation in zip(params, grads, group.compensations):  # compensations may be empty
             self._check(param, grad, compensation, "compensation")
         laid_out: list[Any] = [
             grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
@@ -238,7 +238,7 @@ class Sharded:
             )
 
     def finish(self, groups: Sequence[Group], stepped: Sequence[Group]) -> None:
-        """After the step, turn new buffers into DTensors and bump version counters."""
+        """After the step, store new state as DTensors, and bump the version counters of all DTensors that changed."""
         written: list[Tensor] = []
         for group, local_group in zip(groups, stepped, strict=True):
             sharded = [id(param) in self._sharded for param in group.params]
@@ -266,14 +266,14 @@ class Sharded:
             buckets: the buckets of the step.
             measured: this rank's norms of each bucket.
             found_inf: 1-element tensor, not 0 if this rank must skip the step. It is None on all ranks or on none.
-            nonfinite: the same for groups with ``skip_nonfinite``, or None if this rank has no such group.
+            nonfinite: the same for groups with ``skip_nonfinite``, or ``found_inf`` if this rank has no gradients in them.
 
         Returns:
-            The norms of whole tensors, and ``found_inf`` and ``nonfinite`` over all ranks, as 0-dim tensors. If there is
+            The norms of whole tensors, and ``found_inf`` and ``nonfinite`` of all ranks together, as 0-dim tensors. If there is
             nothing to exchange, the arguments are returned unchanged.
         """
-        # Decide for each mesh dimension separately whether it needs an all-reduce. Its ranks decide alike. Ranks of several
-        # dimensions may not, because some ranks are not in every mesh.
+        # Decide for each mesh dimension separately whether it needs an all-reduce, because all its ranks must decide the same.
+        # One decision for all dimensions could differ between ranks, because some ranks are not in every mesh.
         asked = [ranks for ranks in self._joined if self._rows[ranks] or self._skips or found_inf is not None]
         if not asked:
             return measured, found_inf, nonfinite
@@ -314,7 +314,7 @@ class Sharded:
         """This rank's squared norms, one row per tensor, and a last row for the flags."""
         device = self._device(buckets)
         dtype = self._dtype(range(len(self._parts)))
-        pieces = [torch.zeros(1, 2, device=device)]  # the row of the flags
+        pieces = [torch.zeros(1, 2, device=device)]  # the row of the flags, which the indexing below moves to the end
         count = 1
         place = [0] * len(self._parts)
         for bucket, known in zip(buckets, measured, strict=True):
@@ -374,6 +374,6 @@ def _index(places: tuple[int, ...], device: torch.device) -> Tensor:
     return _kept_index(places, device)
 
 
-@lru_cache(maxsize=64)  # building an index copies from the host, which cannot be captured in a CUDA graph
+@lru_cache(maxsize=64)  # cached, because building an index copies from the host, which a CUDA graph cannot capture
 def _kept_index(places: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(places, dtype=torch.int64, device=device)

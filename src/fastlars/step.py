@@ -44,7 +44,7 @@ def step(
 
     for group, each in zip(local, buckets_of):
         for bucket in each:
-            if len(bucket.indices) < len(group.params):  # otherwise the bucket uses the group's own lists
+            if len(bucket.indices) < len(group.params):  # otherwise the backend wrote into the group's own lists
                 for i, buffer in zip(bucket.indices, bucket.momentum_buffers):
                     group.momentum_buffers[i] = buffer
                 for i, compensation in zip(bucket.indices, bucket.compensations):
