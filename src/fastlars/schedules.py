@@ -166,7 +166,7 @@ def _warmup(optimizer: Optimizer, warmup_steps: int, total_steps: int, end_facto
 
 def _factor(warmup_steps: int, total_steps: int, end_factor: float, decay: Any, step: int) -> float:
     if step < warmup_steps:
-        return min((step + 1) / warmup_steps, 1.0)  # a fractional step, as in scheduler.step(2.5), must not exceed the peak
+        return min((step + 1) / warmup_steps, 1.0)  # fractional steps, as in scheduler.step(2.5), may pass the peak
     left = decay(min((step - warmup_steps) / (total_steps - warmup_steps), 1.0))
     return float(end_factor + (1 - end_factor) * left)
 

@@ -82,7 +82,7 @@ class Single:
         return measure(bucket, self.foreach)
 
     def update(self, bucket: Bucket, norms: Norms, gate: Tensor | None) -> None:
-        """Update in place. Half types and gated steps update copies instead, which are written back unless skipped.
+        """Update in place, or for half types and gated steps in copies, which are written back unless the step is skipped.
 
         Multiplying the update by 0 would not always skip the step, because 0 * NaN is NaN.
         """
