@@ -43,7 +43,7 @@ class TorchSGD:
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:
         """True for groups that are not adapted and that ``ours`` wants.
 
-        torch's SGD cannot skip a step on the device. This backend takes gated steps only on CPU, where it can read the gate.
+        torch's SGD cannot skip a step on the device, so gated steps are taken only on CPU, where reading the gate is free.
         """
         reads_gate = not gated or (not torch.compiler.is_compiling() and all(on_cpu(params)))
         return is_torch_sgd(params, options) and reads_gate and self._ours.wants(params, options, gated)
