@@ -160,7 +160,7 @@ def _starts_at_zero(seen: _Seen) -> Iterator[Finding]:
 
 
 def _no_warmup(seen: _Seen) -> Iterator[Finding]:
-    # with trust_clip (LARC) the trust coefficient bounds the step at any lr
+    # skip groups with trust_clip (LARC), whose step is bounded by the trust coefficient at any lr
     adapted = [group for group in seen.groups if _is_adapted(group) and not group["trust_clip"]]
     bounds = {_relative_step(g, float(g["lr"])) / (1 - g["momentum"]): float(g["lr"]) for g in adapted}
     largest = max(bounds, default=0.0)

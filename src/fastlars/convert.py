@@ -70,8 +70,8 @@ def convert_state_dict(
 
     Momentum continues where the other optimizer left it. It is converted to the unit that the groups of ``optimizer``
     need. With ``lr_in_momentum``, a buffer holds the change of the parameter, and otherwise this change divided by lr.
-    Options come from ``optimizer``, except for the saved lr. If both optimizers use the same dialect, training resumes
-    exactly.
+    Options come from ``optimizer``, but lr is the saved one unless ``keep_lr``. If both optimizers use the same dialect,
+    training resumes exactly.
 
     Supported state keys are ``momentum_buffer`` (LARS itself, from one dialect to another; torch's SGD; timm; apex and
     torchlars; pytorch_optimizer; bitsandbytes' PytorchLARS), ``mu`` (Barlow Twins, VICReg, MoCo v3, MAE, BYOL), ``trace``
@@ -85,9 +85,9 @@ def convert_state_dict(
         params: the parameters in the order of the other optimizer, such as ``model.parameters()``. If None (default),
             parameters are matched by name if both optimizers have names (without prefixes such as ``module.`` that
             wrappers add). Otherwise they are matched by position, which needs groups of equal sizes.
-        keep_lr: whether to keep the lr of ``optimizer`` (default: False). If True, buffers are multiplied by saved lr / lr,
-            so momentum changes the parameters as much as before. Use it if lr has another meaning in the other optimizer,
-            as in SGD.
+        keep_lr: whether to keep the lr of ``optimizer`` (default: False). If True, buffers are multiplied by the saved
+            lr and divided by the kept one, so momentum changes the parameters as much as before. Use it if lr has another
+            meaning in the other optimizer, as in SGD.
 
     Returns:
         A new state dict that shares no tensors with the old one.
@@ -171,7 +171,7 @@ def _match(state_dict: Mapping[str, Any], optimizer: Optimizer, params: list[Ten
 
 
 def _keys_by_hand(states: Any, count: int, named: bool) -> list[Any]:
-    """The keys of all parameters if no group lists them. They are positions, or names if ``states`` has names as keys."""
+    """The keys of all parameters of a state dict without groups: positions, or names if ``states`` has names as keys."""
     texts = [key for key in states if isinstance(key, str)] if isinstance(states, Mapping) else []
     if not texts:
         return list(range(count))
@@ -198,7 +198,7 @@ def _check_states(keys: list[int | str], states: Mapping[Any, Any]) -> None:
 
 
 def _in_saved_order(groups: Sequence[Mapping[str, Any]], our_groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:
-    """Our parameters in saved order, matched by name if both sides have names, else by position."""
+    """The optimizer's parameters in saved order, matched by name if both sides have names, else by position."""
     ours = [p for group in our_groups for p in group["params"]]
     names, our_names = _names(groups), _names(our_groups)
     if names and our_names:
@@ -231,7 +231,7 @@ def _names(groups: Iterable[Mapping[str, Any]]) -> list[str]:
 def _buffer(saved: _Saved, param: Tensor, target: Mapping[str, Any], keep_lr: bool, where: str) -> Tensor | None:
     """The momentum buffer of one parameter in the unit of its target group, or None if no momentum was saved."""
     state, group = _flat(saved.state), saved.group
-    # if there is also a state2, state1 is the first moment of an Adam-like optimizer
+    # if there is also a state2, state1 is the first moment of an Adam-like optimizer, which LARS cannot use
     key = next((key for key in MOMENTUM if state.get(key) is not None and "state2" not in state), None)
     if key is None:
         if others := [key for key, value in state.items() if key != "compensation" and _is_like(value, param)]:

@@ -59,7 +59,7 @@ def _kind(group: dict[str, Any], options: Options) -> str:
     if not params:
         return f"{kind}, not yet initialized"
     backends = wanted(params, options)
-    # the gradient and buffer may not exist yet, but usually have the parameter's layout
+    # pass the parameter as its own gradient, which may not exist yet, but usually has the same layout
     runs = collections.Counter(preferred(backends, param, param, None).name for param in params)
     what_runs = ", ".join(runs if len(runs) == 1 else (f"{name} {count}" for name, count in runs.items()))
     if any(is_compensated(param.dtype, options) for param in params):

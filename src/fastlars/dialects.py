@@ -67,7 +67,7 @@ class About(NamedTuple):
 
     used_by: str
     source: str  # where its formula is defined
-    differs: Mapping[str, str] = MappingProxyType({})  # case -> what the other code then does
+    differs: Mapping[str, str] = MappingProxyType({})  # case -> how the original differs from fastlars in it
 
 
 _DECAYS = "a tensor with zero gradient moves by lr * weight_decay * w, without a ratio. Here it does not move"

@@ -130,7 +130,7 @@ def has_normalisation(model: nn.Module | Iterable[tuple[str, Tensor]]) -> bool:
 
 def _normalises(module: nn.Module) -> bool:
     kind = type(module)
-    # weight and spectral norm, in torch.nn.utils, normalise weights, not activations
+    # weight norm and spectral norm (torch.nn.utils) do not count, because they normalise weights, not activations
     named = "norm" in kind.__name__.lower() and not kind.__module__.startswith("torch.nn.utils")
     return isinstance(module, _NORMALISATION) or named
 

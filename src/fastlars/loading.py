@@ -42,7 +42,7 @@ def check_saved_state(optimizer: Optimizer, state_dict: Any) -> None:
                 )
             _check_state(states.get(key, {}), param, where)
     _check_own_memory(params, states)
-    for key, state in states.items():  # hooks may keep entries under other keys
+    for key, state in states.items():  # other keys may be from hooks, but must not hold LARS's state
         if key not in params and isinstance(state, dict) and (found := [name for name in STATE if name in state]):
             raise ValueError(
                 f"the state dict has a {found[0]} under {key!r}, which is not among the keys of its param groups "

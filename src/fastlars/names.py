@@ -59,7 +59,7 @@ def check_call(keys: Iterable[str]) -> None:
 
 
 def check_keys(keys: Iterable[object], where: str, way_out: str = "") -> None:
-    """Raise for a group key that is another library's option. Only warn about a misspelt one, which may be a user's tag."""
+    """Raise for a group key that is another library's option. Only warn about a misspelt one, which may be a user's own key."""
     for key in keys:
         if sentence := foreign_name(key):
             raise ValueError(f"{where}: {sentence}{way_out}")

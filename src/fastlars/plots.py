@@ -16,7 +16,7 @@ __all__ = ["trust_ratios"]
 _NO_RATIO = "#d4d4d4"
 _NOT_FINITE = "#d62728"
 _LINE = 0.17  # inches per row label
-_MOST_LINES = 80  # rows in a new figure that all get a label; if there are more, only some get one
+_MOST_LINES = 80  # a new figure with up to this many rows labels every row; a larger one labels only some
 
 
 def trust_ratios(
@@ -59,7 +59,7 @@ def trust_ratios(
         )
 
     try:
-        # here, because matplotlib is an extra and slow to import
+        # imported here, because matplotlib is an extra and slow to import
         from matplotlib import colormaps, pyplot  # noqa: PLC0415
         from matplotlib.colors import LogNorm  # noqa: PLC0415
         from matplotlib.patches import Patch  # noqa: PLC0415

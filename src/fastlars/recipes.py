@@ -142,7 +142,7 @@ def simclr(model: Model, *, batch_size: int, epochs: int, steps_per_epoch: int, 
 
     Weight decay is 1e-6. The authors trained 100 epochs at batch 4096. For smaller batches they also scale lr with the square
     root, ``lr=schedules.sqrt_scaling(0.075, batch_size, base_batch_size=1)``. They neither adapt nor decay a supervised head
-    that trains alongside the network, as with ``exclude_from_adaptation="head_supervised.*"``. SimCLRv2 uses
+    that trains alongside the network. To do the same, pass ``exclude_from_adaptation="head_supervised.*"``. SimCLRv2 uses
     ``weight_decay=1e-4``.
 
     Args:

@@ -1,7 +1,7 @@
 """Learning rates for large-batch training: schedules with warm-up and decay, and rules that scale lr with the batch.
 
-Each schedule is a torch LambdaLR. Call its ``step()`` once after every optimizer step. Every group keeps its own lr and
-gets the same factor. A tensor lr is written in place, so a compiled or captured step sees it without recompiling.
+Each schedule is a torch LambdaLR. Call its ``step()`` once after every optimizer step. Every group has its own peak lr, and the
+same factor scales all of them. A tensor lr is written in place, so a compiled or captured step sees it without recompiling.
 """
 
 from __future__ import annotations
@@ -82,12 +82,12 @@ def warmup_polynomial(
         optimizer: the optimizer whose lr is scheduled. The current lr of each group is its peak, which the warm-up reaches
             at step ``warmup_steps``. If an earlier scheduler left ``initial_lr`` in the group (it is saved with the
             optimizer), the peak is that value, as in torch's schedulers.
-        warmup_steps: number of steps in which lr grows linearly from lr / warmup_steps to lr, or 0 for no warm-up.
+        warmup_steps: number of steps in which lr grows linearly from peak / warmup_steps to the peak, or 0 for no warm-up.
             A tenth of the run, ``total_steps // 10``, is a good start.
         total_steps: number of steps of the whole run. After the last step, lr stays at ``end_factor`` times its peak.
         power: power of the decay, > 0 (default: 2). With 1 the decay is linear.
-        end_factor: the final lr as a fraction of lr, 0 to 1 (default: 0). The whole decay is scaled to end there, not cut
-            off. MLPerf's code ends at an lr of 0.0001, which is ``end_factor=1e-4 / lr``.
+        end_factor: the final lr as a fraction of the peak, 0 to 1 (default: 0). The whole decay is scaled to end there, not
+            cut off. MLPerf's code ends at an lr of 0.0001, which is ``end_factor=1e-4 / lr``.
 
     Returns:
         A scheduler. Call its ``step()`` after every ``optimizer.step()``.
@@ -124,11 +124,11 @@ def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int, *, 
         optimizer: the optimizer whose lr is scheduled. The current lr of each group is its peak, which the warm-up reaches
             at step ``warmup_steps``. If an earlier scheduler left ``initial_lr`` in the group (it is saved with the
             optimizer), the peak is that value, as in torch's schedulers.
-        warmup_steps: number of steps in which lr grows linearly from lr / warmup_steps to lr, or 0 for no warm-up.
+        warmup_steps: number of steps in which lr grows linearly from peak / warmup_steps to the peak, or 0 for no warm-up.
             A tenth of the run, ``total_steps // 10``, is a good start.
         total_steps: number of steps of the whole run. After the last step, lr stays at ``end_factor`` times its peak.
-        end_factor: the final lr as a fraction of lr, 0 to 1 (default: 0). It is 0 in SimCLR, BYOL and MoCo v3, and 0.001 in
-            Barlow Twins and VICReg.
+        end_factor: the final lr as a fraction of the peak, 0 to 1 (default: 0). It is 0 in SimCLR, BYOL and MoCo v3, and
+            0.001 in Barlow Twins and VICReg.
 
     Returns:
         A scheduler. Call its ``step()`` after every ``optimizer.step()``.
@@ -148,7 +148,7 @@ def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int, *, 
 
 def _warmup(optimizer: Optimizer, warmup_steps: int, total_steps: int, end_factor: float, decay: Any) -> LambdaLR:
     for name, steps in (("warmup_steps", warmup_steps), ("total_steps", total_steps)):
-        # a fraction of the run, such as 0.1, would start at ten times the peak
+        # a fraction of the run, such as 0.1, would silently mean 0.1 steps and so no warm-up
         if not isinstance(steps, numbers.Integral) or isinstance(steps, bool):
             raise TypeError(
                 f"{name} must be a whole number of optimizer steps, an int, got {steps!r}; for a tenth of the run "
@@ -166,7 +166,7 @@ def _warmup(optimizer: Optimizer, warmup_steps: int, total_steps: int, end_facto
 
 def _factor(warmup_steps: int, total_steps: int, end_factor: float, decay: Any, step: int) -> float:
     if step < warmup_steps:
-        return min((step + 1) / warmup_steps, 1.0)  # torch's scheduler.step(epoch) takes fractions
+        return min((step + 1) / warmup_steps, 1.0)  # fractional steps, as in scheduler.step(2.5), may pass the peak
     left = decay(min((step - warmup_steps) / (total_steps - warmup_steps), 1.0))
     return float(end_factor + (1 - end_factor) * left)
 

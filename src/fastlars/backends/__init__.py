@@ -60,14 +60,14 @@ def leaves_graph(params: list[Tensor], options: Options) -> bool:
 
 
 def split(group: Group, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> list[Bucket]:
-    """Sort a group into buckets. torch has a helper for this, but it does not sort while compiling."""
+    """Sort a group into buckets. torch's own helper is not used, because it does not sort under torch.compile."""
     options = group.options
     buffers = group.momentum_buffers if options.momentum != 0 else []
     gated = bool(options.skip_nonfinite) or found_inf is not None or grad_scale is not None
     capturing = not torch.compiler.is_compiling() and is_capturing()
-    # Do not use the cache under a dispatch mode, which may create fake tensors and treats existing memory as a constant. Do
-    # not use it while a CUDA graph is captured. Each replay writes to the plan's memory, even after a later step has replaced
-    # the cached plan, so this memory must come from the graph's own pool.
+    # Do not use the cache under a dispatch mode. A plan made there may hold fake tensors, and tracing would turn the memory of
+    # a cached plan into a constant. Do not use it while a CUDA graph is captured. Each replay writes to the plan's memory, even
+    # after a later step has replaced the cached plan, so this memory must come from the graph's own pool.
     if group.memory is None or capturing or operations_are_seen():
         places, grads = _sort(group, buffers, gated)
     else:
@@ -99,7 +99,7 @@ def split(group: Group, grad_scale: Tensor | None = None, found_inf: Tensor | No
 
 
 def _at(indices: list[int], tensors: list[_T]) -> list[_T]:
-    """The tensors at these indices. If these are all tensors of the list, return the list itself, to store new state in it."""
+    """The tensors at these indices. If they are all indices of the list, return the list itself, to store new state in it."""
     return tensors if len(tensors) in (0, len(indices)) else [tensors[i] for i in indices]
 
 
@@ -130,8 +130,8 @@ class _Assignment:
         failed, self._guard = self._guard is not None, None
         self._places, grads = _sort(group, buffers, gated)
         # Build the guard the second time a list is seen, but not right after a guard failed, because building one costs two
-        # sorts. A guard detects neither missing buffers nor gradients that share memory with other tensors, so lists that have
-        # either get none.
+        # sorts. A guard detects neither missing buffers nor gradients that share memory with other tensors, so no guard
+        # is built for such lists.
         if self._seen and not failed and len(made) in (0, len(buffers)) and grads is group.grads:
             self._guard = metadata_guard(tensors)
         self._key, self._seen = key, not failed
@@ -139,9 +139,9 @@ class _Assignment:
 
 
 def _kind(options: Options) -> list[Any]:
-    """The options as far as `Backend.wants` may read them.
+    """The part of the options that `Backend.wants` may depend on, for the cache key.
 
-    It may read whether a number is 0, and the device and requires_grad of a tensor lr.
+    It may depend on whether a number is 0, but not on its exact value, and on the device and requires_grad of a tensor lr.
     """
     lr = options.lr
     kinds = [value != 0 if isinstance(value, float) else value for value in options[1:]]
@@ -154,7 +154,7 @@ def _sort(group: Group, buffers: list[Tensor | None], gated: bool) -> tuple[list
     made = [buffer for buffer in buffers if buffer is not None]
     kept = [compensation for compensation in group.compensations if compensation is not None]
     if not torch.compiler.is_compiling() and len(set(map(id, params))) < len(params):
-        # a tensor that is listed twice takes two steps in order, but in a foreach list both would start from its old value
+        # a tensor listed twice needs `Single`, which takes its steps in order; in a foreach list both would use its old value
         backends = [backend for backend in backends if backend.name == SINGLE.name]
     one_step = len(made) in (0, len(buffers))
     fused = not backends[0].traceable
@@ -194,7 +194,7 @@ def _is_written(grad: Tensor, *of_step: Tensor | None) -> bool:
 def _share_storage(grads: list[Tensor], written: list[Tensor]) -> bool:
     """Whether a gradient and a written tensor share a storage, as after ``p.grad = p.detach()``.
 
-    They may still not overlap, which `_is_written` checks.
+    Tensors in one storage need not overlap. `_is_written` checks whether they do.
     """
     if not PLAIN.issuperset(map(type, [*grads, *written])):
         return False  # subclasses may have no addresses

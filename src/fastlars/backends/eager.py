@@ -1,9 +1,9 @@
 """The step in torch's own operations, for every device, dtype and mode.
 
-It computes v = m v + b g + c w and w -= q v in place, where m is momentum, q is lr (or 1 with lr_in_momentum), and b and c
-come from `formula.py`. `Single` updates tensor by tensor; read it first. `Foreach` does the same with lists of tensors.
-Complex tensors are updated through real views. With momentum and weight decay, the update reads and writes 44 bytes per
-float32 element, as many as torch's SGD. The norms read 8 more.
+For a parameter w, gradient g and momentum buffer v, it computes v = m v + b g + c w and w -= q v in place. Here m is momentum,
+q is lr (or 1 with lr_in_momentum), and b and c come from `formula.py`. `Single` updates one tensor at a time. `Foreach`
+does the same with lists of tensors. Complex tensors are updated through real views. With momentum and weight decay, the update
+reads and writes 44 bytes per float32 element, as many as torch's SGD. The norms read 8 more bytes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def measure(bucket: Bucket, foreach: bool) -> Norms:
         return Norms()
     params = [real(param) for param in bucket.params]
     if options.differentiable:
-        # autograd saves the norm's input, which the update would overwrite
+        # autograd saves the norm's input, so use clones, which the update does not overwrite
         params = [param.clone() for param in params]
     grads = [real(grad) for grad in bucket.grads]
     joint = adapted and options.trust_denominator == "joint"
@@ -82,9 +82,9 @@ class Single:
         return measure(bucket, self.foreach)
 
     def update(self, bucket: Bucket, norms: Norms, gate: Tensor | None) -> None:
-        """Update in place. Half types and gated steps update copies, which are written back unless the step is skipped.
+        """Update in place, or for half types and gated steps in copies, which are written back unless the step is skipped.
 
-        Multiplying an update by 0 would not skip it, because 0 * NaN is NaN.
+        Multiplying the update by 0 would not always skip the step, because 0 * NaN is NaN.
         """
         params, buffers, options = bucket.params, make_state(bucket)[0], bucket.options
         like = real(params[0])
@@ -94,7 +94,7 @@ class Single:
         b, c = _unbind(factor_b, len(params), like), _unbind(factor_c, len(params), like)
         step_size = 1.0 if options.lr_in_momentum else lr
         skip = None if gate is None else on_device(gate, params[0]) != 0
-        # the real view of a conjugate view is a copy, so writes to it would be lost
+        # a conjugate view is not updated in place, because its real view is a copy and writes to it would be lost
         in_place = not is_conjugate(params[0])
         traced = in_place and is_traced(like)
         if traced and (skip is not None or is_half(params[0].dtype)):
@@ -119,7 +119,7 @@ class Single:
 
 
 class Foreach(Single):
-    """The same step with foreach operations, which take few launches on CUDA since torch 2.11.
+    """The step of `Single` with foreach operations, which take few launches on CUDA since torch 2.11.
 
     The update needs temporaries of the parameters' size only for half types, and for steps that may be skipped.
     """
@@ -142,7 +142,7 @@ class Foreach(Single):
         """False for conjugate and negative views, which foreach operations cannot write, and for buffers of another dtype."""
         if any([is_conjugate(param) for param in params]):  # noqa: C419  old compilers cannot trace generators
             return False
-        # `Staging` would round such buffers to the parameters' dtype, and torch's foreach SGD would raise halfway through
+        # `Staging` would round buffers of another dtype to the parameter's, and torch's foreach SGD would fail halfway
         if any([param.dtype != buffer.dtype for param, buffer in zip(params, momentum_buffers)]):  # noqa: C419  as above
             return False
         # graphs never contain negative views
@@ -220,8 +220,8 @@ def _multi_tensor_update(
     step_size: Number,
     options: Options,
 ) -> None:
-    # Pass 0-dim tensors as the first factor. As the second factor, they take few launches only in later torch versions.
-    # Before torch 2.11 either order takes one launch per tensor.
+    # Pass 0-dim tensors as the first factor, because this order takes few launches since torch 2.11, and the other order only
+    # in later versions. Before torch 2.11 either order takes one launch per tensor.
     decays = options.weight_decay != 0
     if options.momentum != 0:
         torch._foreach_mul_(momentum_buffers, options.momentum)
@@ -244,7 +244,7 @@ def _unbind(numbers: Number, n: int, like: Tensor) -> list[Tensor]:
     """The numbers as n 0-dim tensors, on the device of ``like`` and in the dtype of its norms."""
     dtype = norm_dtype(like.dtype)
     if isinstance(numbers, Tensor):
-        if numbers.dim() == 1:  # already on that device and in that dtype, like the norms
+        if numbers.dim() == 1:  # computed from norms, so already on that device and in that dtype
             return unbind(numbers)
         numbers = numbers.to(dtype)
     else:

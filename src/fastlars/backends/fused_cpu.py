@@ -2,7 +2,7 @@
 
 ``_fused_sgd_`` computes v = m v + (1 - dampening) (g + weight_decay w) and w -= lr v in one pass. If weight_decay is c / b,
 dampening is 1 - b and lr is q, this is the LARS update (see `eager.py`). With momentum, an update reads and writes 20 bytes
-per float32 element. If the tensor does not fit into the cache, the norms read 8 more. The kernel ignores strides, writes
+per float32 element. If the tensor does not fit into the cache, the norms read 8 more bytes. The kernel ignores strides, writes
 wrong values for half types in some torch versions, and bumps no version counters. So `serves` admits only tensors that the
 kernel updates correctly, and `update` bumps the counters.
 """
@@ -126,10 +126,10 @@ class Plan:
             (places.setdefault(param.shape, []) if is_small else self.alone).append(i)
         stacked = sum(shape.numel() * len(of_shape) for shape, of_shape in places.items())
         largest = max((params[i].numel() for i in self.alone), default=0)  # `_block_by_block` also uses `grads`
-        # The workspace is no larger than needed, because every group has a plan. It is one allocation, because the functional
+        # The workspace is no larger than needed, because every group has its own. It is one allocation, because the functional
         # form allocates it in every call, and glibc would return two blocks of 1 MiB to the system each time.
         sizes = [min(STACK, stacked), min(STACK, max(stacked, largest))]
-        with torch.inference_mode(False):  # the first step may run in inference mode
+        with torch.inference_mode(False):  # later steps write here, even if only the first one runs in inference mode
             self.weights, self.grads = torch.split(torch.empty(sum(sizes), **_WORK), sizes)
         self.stacks: list[list[_Stack]] = []  # in batches of at most STACK elements
         start = STACK
@@ -195,7 +195,7 @@ class _Fused:
         if self.options.momentum == 0 and b != 0 and math.isfinite(c / b):
             self._sgd([param], [grad], [], weight_decay=c / b, factor=b)
         elif not self.options.nesterov and SMALLEST_B <= abs(b) < math.inf:
-            # round b to float32, because otherwise the result's bits would depend on the scale of b, and so of the loss
+            # round b to float32, because otherwise the scale of the loss, on which b depends, would change the result's bits
             b = ctypes.c_float(b).value
             self._sgd([param], [grad], buffer, weight_decay=c / b, dampening=1 - b)
         else:
@@ -242,7 +242,7 @@ class _Fused:
         return math.hypot(*(_norm(self._direction(w, g)) for w, g in blocks))
 
     def _direction(self, param: Tensor, grad: Tensor) -> Tensor:
-        """The tensor whose norm is in the ratio's denominator."""
+        """The tensor whose norm is in the trust ratio's denominator."""
         if self.options.trust_denominator == "separate":
             return grad
         return (grad * sign(self.options)).add_(param, alpha=self.options.weight_decay)
@@ -269,7 +269,7 @@ def _norm(tensor: Tensor) -> float:
 
 @cache
 def _matrix(numel: int) -> tuple[tuple[int, int], tuple[int, int]] | None:
-    """Size and strides to view this many elements as a matrix of long rows. None if impossible or if it has too many rows."""
+    """Size and strides of a matrix of this many elements in long rows. None if it is impossible or needs too many rows."""
     row = _row(numel)
     return None if row == 0 or numel > row * ROWS else ((numel // row, row), (row, 1))
 

@@ -17,7 +17,7 @@ def on_cpu(params: list[Tensor]) -> list[bool]:
 
 
 def can_be_walked(params: list[Tensor], *others: list[Tensor]) -> bool:
-    """Whether these are plain dense tensors whose gradients and buffers have the same order of elements in memory."""
+    """Whether all are plain dense tensors, and each gradient and buffer has its parameter's order of elements in memory."""
     others = tuple(filter(None, others))  # without momentum there are no buffers
     tensors = [tensor for each in (params, *others) for tensor in each]
     # map, because a loop over a model's tensors takes twice as long
@@ -38,7 +38,7 @@ def are_laid_out_alike(tensor: Tensor, *others: Tensor) -> bool:
 
 
 def _effective_strides(tensor: Tensor) -> list[tuple[int, int]]:
-    """(stride, size) of each dimension with more than one element. Other dimensions may have any stride."""
+    """(stride, size) of each dimension with more than one element. The stride of other dimensions has no effect."""
     return [(stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size != 1]
 
 

@@ -22,7 +22,7 @@ from .layouts import are_laid_out_alike
 
 LIMIT = 1 << 23  # elements of a chunk; a larger tensor is a chunk of its own
 
-# a function that updates parameters in place, given them, their gradients and buffers, and their indices in the bucket
+# A step takes parameters, gradients, momentum buffers and their indices in the bucket. It updates all but the gradients.
 Step = Callable[[list[Tensor], list[Tensor], list[Tensor], list[int]], None]
 
 
@@ -60,13 +60,13 @@ class Staging:
                 if compensations:
                     new.of_kind[1].copy_(wide.of_kind[0].sub_(new.of_kind[0]))
             if skip is not None:
-                # select in this dtype, because a round trip through float32 changes the bits of a NaN
+                # select in the tensors' own dtype, because a round trip through float32 changes the bits of a NaN
                 torch._foreach_copy_(old.views, written)
                 torch.where(skip, old.rows, new.rows, out=new.rows)
             torch._foreach_copy_(written, new.views)
 
     def reserve(self, bucket: Bucket) -> None:
-        """Allocate the memory for `step` before any bucket is updated, because memory may run out."""
+        """Allocate the memory for `step` before any bucket is updated, because memory may run out halfway through a step."""
         self._prepare(bucket.params)
         for i in range(len(self._chunks)):
             self._room(bucket, i, gated=bool(bucket.options.skip_nonfinite))
@@ -81,7 +81,7 @@ class Staging:
         wide = self._copies("step", chunk, kinds, like, dtype)
         new = self._copies("result", chunk, kinds, like, like.dtype) if half else wide
         old = self._copies("old", chunk, kinds, like, like.dtype) if gated else new
-        # foreach operations take few launches only if all dtypes are equal
+        # convert half-type gradients, because foreach operations take few launches only if all dtypes are equal
         read = self._copies("grads", chunk, 1, like, dtype).views if is_half(bucket.grads[0].dtype) else []
         return wide, new, old, read
 

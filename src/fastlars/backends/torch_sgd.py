@@ -43,7 +43,7 @@ class TorchSGD:
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:
         """True for groups that are not adapted and that ``ours`` wants.
 
-        torch's SGD cannot skip a step on the device. It takes gated steps only on CPU, where reading the gate is free.
+        torch's SGD cannot skip a step on the device, so gated steps are taken only on CPU, where reading the gate is free.
         """
         reads_gate = not gated or (not torch.compiler.is_compiling() and all(on_cpu(params)))
         return is_torch_sgd(params, options) and reads_gate and self._ours.wants(params, options, gated)
@@ -68,12 +68,12 @@ class TorchSGD:
         if gate is not None and gate.any():
             return
         grads, buffers, options = bucket.grads, bucket.momentum_buffers, bucket.options
-        # torch's foreach SGD with Nesterov momentum would overwrite the gradients, unless it has copied them
+        # pass copies, because torch's foreach SGD with Nesterov momentum overwrites gradients that it has not copied itself
         if self._foreach and options.nesterov and options.weight_decay == 0 and not options.maximize:
             grads = list(torch._foreach_mul(grads, 1.0))
         dampening = options.dampening
         if options.differentiable and bucket.is_first_step:
-            # torch would create the first buffer outside autograd's graph
+            # start from zeros without dampening, because torch would create the first buffer outside autograd's graph
             make_state(bucket)
             dampening = 0.0
         lr = options.lr

@@ -38,10 +38,10 @@ COLUMNS = 8  # columns of a table; their number is even, because the data after 
 # With compensations, a thread of `update` takes up to 64 registers, and four programs fit.
 CHUNK = 2048
 BLOCK = 2048  # partial sums that `norms` adds at a time
-# In scale * g + weight_decay * w the compiler would fuse one product with the sum. Which one it fuses depends on whether there
-# is a scale. A GradScaler would then change the bits of norms, although it scales by powers of two.
+# Fusion is off, because in scale * g + weight_decay * w the compiler would fuse one product with the sum, and which one depends
+# on whether there is a scale. A GradScaler would then change the bits of norms, although it scales by powers of two.
 LAUNCH_SUMS = {"num_warps": 8, "enable_fp_fusion": False}
-LAUNCH_FEW = {"num_warps": 16, "enable_fp_fusion": True}  # one program per tensor, and a large tensor has many sums
+LAUNCH_FEW = {"num_warps": 16, "enable_fp_fusion": True}  # one program adds all sums of a tensor, so it gets more warps
 LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -79,7 +79,7 @@ def _refusal(device: torch.device) -> str | None:
     if capability < CAPABILITY:
         return "on CUDA needs compute capability {}.{}, {} has {}.{}".format(*CAPABILITY, device, *capability)
     try:
-        # for this call, Triton compiles C code, which needs Python's headers
+        # this call fails where Triton cannot compile C code, which needs a compiler and Python's headers
         _kernels().driver.active.get_current_device()
     except Exception as error:  # noqa: BLE001  errors of compilers, linkers and drivers have no common class
         return f"on CUDA needs Triton, which cannot launch kernels here ({type(error).__name__}: {error})"
@@ -104,7 +104,7 @@ class Tables:
         """Start without tables."""
         self.now = 0
         self._tables: dict[tuple[Any, ...], _Table] = {}
-        # (device, sizes) -> pinned memory for captures, which must not allocate it
+        # (device, sizes) -> pinned memory for captures, during which none may be allocated
         self._spares: dict[tuple[torch.device, tuple[int, ...]], list[Tensor]] = {}
         self._captured: list[Tensor] = []
 
@@ -126,7 +126,7 @@ class Tables:
         table = self._tables.get(key)
         if table is None:
             self._drop_old()
-            # torch reuses pinned memory only after copies from it have finished
+            # the pinned memory need not be kept, because torch reuses it only after copies from it have finished
             table = self._tables[key] = _new_table(device, addresses, sizes)
         if not self._spares.get((device, sizes)):
             length = table.rows.numel() + (table.chunk_tensor.numel() + 1) // 2
@@ -262,7 +262,7 @@ class Triton:
         options, device = bucket.options, bucket.params[0].device
         table: _Table = norms.kept
         lr_ptr, lr = _lr(options.lr, device)
-        # if ranks have exchanged norms, the norms may have another dtype or layout
+        # the kernel reads contiguous float32, but norms that ranks have exchanged may have another dtype or layout
         param_norms, direction_norms = (norm if norm is None else norm.float().contiguous() for norm in norms[:2])
         with torch.cuda.device_of(bucket.params[0]):  # type: ignore[no-untyped-call]  # torch's
             _kernels().update[(table.sums.size(0),)](
@@ -310,7 +310,7 @@ TRITON = Triton()
 
 
 def joint_norms(params: list[Tensor], grads: list[Tensor], sign: float, weight_decay: float) -> Tensor:
-    """The operator `joint_norms` of `compiled.py` on CUDA. If the kernels serve the tensors, they read each only once."""
+    """The operator `joint_norms` of `compiled.py` on CUDA. If the kernels serve the tensors, they read each tensor once."""
     if not TRITON.serves(params, grads, []) or not _runs_on(params[0].device):
         return joint_operator(params, grads, sign, weight_decay)
     options = Options(0.0, weight_decay=weight_decay, adapt=True, trust_denominator="joint", maximize=sign < 0)

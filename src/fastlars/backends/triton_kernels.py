@@ -74,7 +74,7 @@ def partial_sums(
 ):  # fmt: skip
     """Compute three sums of squares for each chunk, of w (ADAPTED), s g + weight_decay w (JOINT) and s g (GRAD_NORM).
 
-    The kernel reads 8 bytes per float32 element. param_ptr and grad_ptr are passed only for their dtypes.
+    `_scale` returns s. The kernel reads 8 bytes per float32 element. param_ptr and grad_ptr are passed only for their dtypes.
     """
     chunk = tl.program_id(0)
     tensor = tl.load(chunk_tensor_ptr + chunk)
