@@ -111,7 +111,7 @@ def unbind(vector: Tensor) -> list[Tensor]:
 
 
 def update_in_graph(bucket: Bucket, b: list[Tensor], c: list[Tensor], step_size: Number, skip: Tensor | None) -> None:
-    """Update a bucket like `backends/eager.py`, in operations that Inductor compiles well.
+    """Update a bucket as `backends/eager.py` does, but with operations that Inductor compiles well.
 
     Inductor puts a foreach operation and its operands into one list kernel. A list kernel has at most 250 reads and writes, so
     each result is written only once. A skipped step adds -0.0, which changes no number. Choosing between old and new values at

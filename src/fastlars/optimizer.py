@@ -519,7 +519,7 @@ class LARS(Optimizer):
     _step_groups_outside_graphs = outside_graphs(_step_groups)
 
     def _params_and_options(self) -> list[tuple[list[Tensor], Options]]:
-        # not `values_of`, because the compiler would then make a second graph after a state dict is loaded
+        # not `values_of`, with which torch.compile makes a second graph after a state dict is loaded
         return [(group["params"], Options(*[group[name] for name in NAMES])) for group in self.param_groups]
 
     @torch.no_grad()

@@ -98,14 +98,14 @@ def mlperf(
         model: a module or named parameters, as for :func:`fastlars.param_groups`.
         batch_size: images per step, over all devices and accumulated batches. Published sizes range from 1632 to 65536.
         steps_per_epoch: optimizer steps per epoch. On ImageNet the authors use ``ceil(1281167 / batch_size)``.
-        epochs: length of the whole schedule, including the warm-up. If None (default), it has the published length.
+        epochs: length of the whole schedule, including the warm-up. If None (default), the schedule has the published length.
         values: see :class:`fastlars.recipes.Values`.
 
     Returns:
         The optimizer and its schedule. Call ``scheduler.step()`` after every ``optimizer.step()``.
 
     Raises:
-        TypeError: for an unknown value (the error gives the nearest name).
+        TypeError: for an unknown keyword (the error gives the nearest name).
         ValueError: for a value out of range, and if the warm-up is not shorter than the run.
 
     Example:
@@ -156,7 +156,7 @@ def simclr(model: Model, *, batch_size: int, epochs: int, steps_per_epoch: int, 
         The optimizer and its schedule. Call ``scheduler.step()`` after every ``optimizer.step()``.
 
     Raises:
-        TypeError: for an unknown value (the error gives the nearest name).
+        TypeError: for an unknown keyword (the error gives the nearest name).
         ValueError: for a value out of range, and if the warm-up is not shorter than the run.
 
     Example:
@@ -191,7 +191,7 @@ def byol(model: Model, *, batch_size: int, epochs: int, steps_per_epoch: int, **
         The optimizer and its schedule. Call ``scheduler.step()`` after every ``optimizer.step()``.
 
     Raises:
-        TypeError: for an unknown value (the error gives the nearest name).
+        TypeError: for an unknown keyword (the error gives the nearest name).
         ValueError: for a value out of range, and if the warm-up is not shorter than the run.
 
     Example:
@@ -222,7 +222,7 @@ def barlow_twins(model: Model, *, batch_size: int, epochs: int, steps_per_epoch:
         The optimizer and its schedule. Call ``scheduler.step()`` after every ``optimizer.step()``.
 
     Raises:
-        TypeError: for an unknown value (the error gives the nearest name).
+        TypeError: for an unknown keyword (the error gives the nearest name).
         ValueError: for a value out of range, and if the warm-up is not shorter than the run.
 
     Example:
@@ -257,7 +257,7 @@ def vicreg(model: Model, *, batch_size: int, epochs: int, steps_per_epoch: int, 
         The optimizer and its schedule. Call ``scheduler.step()`` after every ``optimizer.step()``.
 
     Raises:
-        TypeError: for an unknown value (the error gives the nearest name).
+        TypeError: for an unknown keyword (the error gives the nearest name).
         ValueError: for a value out of range, and if the warm-up is not shorter than the run.
 
     Example:
@@ -290,7 +290,7 @@ def moco_v3(model: Model, *, batch_size: int, epochs: int, steps_per_epoch: int,
         The optimizer and its schedule. Call ``scheduler.step()`` after every ``optimizer.step()``.
 
     Raises:
-        TypeError: for an unknown value (the error gives the nearest name).
+        TypeError: for an unknown keyword (the error gives the nearest name).
         ValueError: for a value out of range, and if the warm-up is not shorter than the run.
 
     Example:
@@ -321,7 +321,7 @@ def mae_probe(model: Model, *, batch_size: int, epochs: int, steps_per_epoch: in
         The optimizer and its schedule. Call ``scheduler.step()`` after every ``optimizer.step()``.
 
     Raises:
-        TypeError: for an unknown value (the error gives the nearest name).
+        TypeError: for an unknown keyword (the error gives the nearest name).
         ValueError: for a value out of range, and if the warm-up is not shorter than the run.
 
     Example:

@@ -37,13 +37,13 @@ class TorchSGD:
         self._ours, self._foreach, self._fused = ours, foreach, fused
         self.name = "fused" if fused else ours.name
         self.traceable = ours.traceable
-        # to match torch bit for bit, one call must take tensors with and without a buffer
+        # torch updates tensors with and without a buffer in one call, except in fused kernels; the bits depend on it
         self.mixes_first_steps = not fused
 
     def wants(self, params: list[Tensor], options: Options, gated: bool) -> bool:
         """True for groups that are not adapted and that ``ours`` wants.
 
-        torch's SGD cannot skip a step on the device, so gated steps are taken only on CPU, where reading the gate is free.
+        Steps that may be skipped are accepted only on CPU, where reading the gate does not synchronise.
         """
         reads_gate = not gated or (not torch.compiler.is_compiling() and all(on_cpu(params)))
         return is_torch_sgd(params, options) and reads_gate and self._ours.wants(params, options, gated)
