@@ -188,9 +188,8 @@ def single_tensor_update(
 ) -> None:
     """The update, tensor by tensor. TorchScript compiles this function too."""
     decays = options.weight_decay != 0
-    scale = (
-        -step_size * options.momentum if options.nesterov else -step_size
-    )  # outside the loop, which compilers unroll
+    # outside the loop, which compilers unroll
+    scale = -step_size * options.momentum if options.nesterov else -step_size
     for i, param in enumerate(params):
         grad = grads[i]
         # clone the tensors that autograd saves, because the update overwrites them

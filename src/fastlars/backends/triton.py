@@ -9,7 +9,6 @@ device. Triton is imported only if fused=True is requested on CUDA.
 from __future__ import annotations
 
 import ctypes
-import functools
 import importlib.util
 import threading
 from array import array
@@ -318,7 +317,7 @@ def joint_norms(params: list[Tensor], grads: list[Tensor], sign: float, weight_d
     return TRITON.measure(bucket, now=True).kept.norms[:2].clone()  # type: ignore[no-any-return]  # cloned: tables are reused
 
 
-@functools.cache
+@cache
 def _runs_on(device: torch.device) -> bool:
     return device.type == "cpu" or _refusal(device) is None  # CPU: in Triton's interpreter
 
