@@ -90,7 +90,7 @@ class Backend(Protocol):
         """Whether this backend supports the layout and dtype of all these tensors. Buffers may be missing."""
 
     def plan(self, params: list[Tensor]) -> Any:
-        """Precompute whatever depends only on tensor metadata. The result is cached between steps."""
+        """Precompute what depends only on tensor metadata. The result is cached between steps."""
 
     def measure(self, bucket: Bucket, now: bool) -> Norms:
         """Compute the norms of the bucket. A backend may leave |w| and |g| to `update`, unless ``now`` is True."""

@@ -22,7 +22,7 @@ def linear_scaling(lr: float, batch_size: int, base_batch_size: int = 256) -> fl
 
     Args:
         lr: the lr for ``base_batch_size``.
-        batch_size: number of images (or of whatever items the loss averages over) per optimizer step, across all devices and
+        batch_size: number of images (or of other items that the loss averages over) per optimizer step, across all devices and
             accumulated batches.
         base_batch_size: the batch size that ``lr`` is for. Default: 256, as in SimCLR, BYOL, Barlow Twins, VICReg, MoCo v3
             and MAE.
