@@ -161,8 +161,8 @@ def count(code: str, elements: int, dtype: torch.dtype) -> dict[str, float]:
     found = re.finditer(r"^(triton_\w+) = async_compile.*?^''', device_str", code, re.MULTILINE | re.DOTALL)
     bodies = {match[1]: match[0] for match in found}
     operators = re.findall(r"= torch\.ops\.([\w.]+)\(|(?<=extern_kernels\.)(\w+)\(", call)
-    # joint norms read both lists once, in Triton's kernel
-    whole = {"fastlars.norms.default": dtype.itemsize, "fastlars.joint_norms.default": 2 * dtype.itemsize}
+    # both operators read parameters and gradients once (joint norms in Triton's kernel)
+    whole = dict.fromkeys(("fastlars.norms.default", "fastlars.joint_norms.default"), 2 * dtype.itemsize)
     moved = sum(sum(_accesses(bodies[kernel])) for kernel in kernels) / elements
     return {
         "launches": len(kernels),

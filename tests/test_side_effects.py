@@ -1,6 +1,7 @@
 """A step writes only parameters and momentum buffers: no gradient, no host read, no large temporary."""
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -306,7 +307,7 @@ def test_temporaries_fit_a_bucket(
 ) -> None:
     """The copies that a step of half types or a gated one needs are of one chunk or, single-tensor, of one tensor."""
     in_chunk, implementation = 2, IMPLEMENTATIONS[how]
-    monkeypatch.setattr(norms.chunks, "__defaults__", (in_chunk * SIZE,))
+    monkeypatch.setattr(norms, "chunks", functools.partial(norms.chunks, limit=in_chunk * SIZE))
     monkeypatch.setattr(staging, "LIMIT", in_chunk * SIZE)
     options = {**OPTIONS, **ROUTES}[name]
     recorder = second_step(options, implementation, dtype, device, "float")

@@ -61,6 +61,13 @@ class Bucket(NamedTuple):
         params, grads, buffers, compensations = [[each[i] for i in places] if each else [] for each in lists]
         return params, grads, buffers, compensations
 
+    def part(self, places: list[int]) -> Bucket:
+        """A bucket of the tensors at these indices, without a plan. No entry may be None."""
+        params, grads, *state = self.at(places)
+        buffers, compensations = cast("list[list[Tensor | None]]", state)
+        indices = [self.indices[i] for i in places]
+        return Bucket(self.backend, indices, params, grads, buffers, compensations, self.options, self.is_first_step)
+
 
 class Norms(NamedTuple):
     """Norms of the n tensors of a bucket, each of shape (n,), or None if not needed."""

@@ -18,11 +18,16 @@ from torch import Tensor
 from . import norms as exact
 from .buckets import Bucket
 from .compat import COMPILES_BITS
-from .dtypes import norm_dtype, real
-from .formula import Number
+from .dtypes import norm_dtype, reals
+from .formula import Number, is_adapted
 
 # Devices for which Inductor generates code. On others, the compiler backend (openxla) would split a graph at our operators.
 _DEVICES = ("cpu", "cuda", "xpu")
+
+# Graphs for the CPU compute norms and updates by chunks of at most so many elements and tensors. The elements of parameters and
+# gradients take 24 MiB, which a cache often holds. More tensors would make Inductor slow, because it compares all pairs.
+CACHED = 3 << 20
+TOGETHER = 32
 
 LIBRARY: Any = torch.library.Library("fastlars", "DEF")  # type: ignore[no-untyped-call]  # torch's
 LIBRARY.define("norms(Tensor[] tensors) -> Tensor")
@@ -64,6 +69,12 @@ def is_traced(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() and not torch.is_grad_enabled() and tensor.device.type in _DEVICES
 
 
+def is_measured_by_chunks(bucket: Bucket) -> bool:
+    """Whether norms are computed just before each chunk of tensors is updated, while they are in a CPU's cache."""
+    options, param = bucket.options, bucket.params[0]
+    return is_traced(param) and param.is_cpu and is_adapted(options) and not options.skip_nonfinite
+
+
 def norms(tensors: list[Tensor], foreach: bool) -> Tensor:
     """Compute `norms.norms` of these tensors. In a graph, this is one custom operator."""
     if is_traced(tensors[0]):
@@ -95,19 +106,25 @@ def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype).view(torch.int16).bitwise_or(0).view(dtype).to(tensor.dtype)
 
 
-def unbind(vector: Tensor) -> list[Tensor]:
-    """The numbers of a vector as 0-dim tensors.
+def unbind(b: Tensor, c: Tensor, step_size: Number) -> tuple[list[Tensor], list[Tensor], Number]:
+    """The numbers of two vectors as 0-dim tensors, and the step size.
 
-    In a graph the vector is materialised first, because Inductor would otherwise recompute it in the loop over each tensor's
-    elements.
+    In a graph the vectors are stored first, because Inductor would otherwise compute them anew in the loop over each tensor's
+    elements. On a CPU the step size is stored beside them, because Inductor tries to fuse all pairs of updates that read the
+    same tensor, which would take a quarter of its time.
     """
-    if is_traced(vector):
-        # on other devices, as_strided already makes Inductor materialise the vector
-        on_cpu = vector.is_cpu
-        vector = (
-            torch.ops.fastlars.realized.default(vector) if on_cpu else vector.as_strided(vector.shape, vector.stride())
-        )
-    return list(vector.unbind())
+    if is_traced(b):
+        if b.is_cpu and isinstance(step_size, Tensor):
+            b, c, size = _stored(torch.stack([b, c, step_size.expand(len(b))])).unbind()
+            step_size = size[0]
+        else:
+            b, c = _stored(b), _stored(c)
+    return list(b.unbind()), list(c.unbind()), step_size
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    """The same tensor, which Inductor stores in memory, because it has no code for a view of an expression."""
+    return tensor.as_strided(tensor.shape, tensor.stride())
 
 
 def update_in_graph(bucket: Bucket, b: list[Tensor], c: list[Tensor], step_size: Number, skip: Tensor | None) -> None:
@@ -123,7 +140,7 @@ def update_in_graph(bucket: Bucket, b: list[Tensor], c: list[Tensor], step_size:
 
     options, dtype = bucket.options, b[0].dtype
     params, grads, buffers, compensations = bucket.at(list(range(len(bucket.params))))
-    params, grads, buffers = [real(w) for w in params], [real(g) for g in grads], [real(v) for v in buffers]
+    params, grads, buffers = reals(params), reals(grads), reals(buffers)
     weights = [param.to(dtype) for param in params]
     if compensations:
         weights = [weight + compensation for weight, compensation in zip(weights, compensations)]

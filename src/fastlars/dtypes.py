@@ -22,6 +22,11 @@ def real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
+def reals(tensors: list[Tensor]) -> list[Tensor]:
+    """`real` of tensors that are all complex or all not."""
+    return [real(tensor) for tensor in tensors] if len(tensors) > 0 and tensors[0].is_complex() else tensors
+
+
 def is_conjugate(tensor: Tensor) -> bool:
     """Whether this is a lazy conjugate view, whose memory holds the values before conjugation."""
     # is_complex() comes first, because torch.compile cannot trace is_conj()

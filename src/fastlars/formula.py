@@ -37,9 +37,10 @@ def is_adapted(options: Options) -> bool:
 
 def is_compensated(dtype: torch.dtype, options: Options) -> bool:
     """Whether the step keeps the rounding errors of this dtype. By default it does for half types in adapted groups."""
+    if not is_half(dtype) or options.differentiable:
+        return False
     kahan_sum = options.kahan_sum
-    wanted = is_adapted(options) if kahan_sum is None else bool(kahan_sum)
-    return wanted and is_half(dtype) and not options.differentiable
+    return is_adapted(options) if kahan_sum is None else bool(kahan_sum)
 
 
 def rounds_away(dtype: torch.dtype, relative_step: float, options: Options) -> bool:

@@ -157,8 +157,9 @@ def _sort(group: Group, buffers: list[Tensor | None], gated: bool) -> tuple[list
         # a tensor listed twice needs `Single`, which takes its steps in order; in a foreach list both would use its old value
         backends = [backend for backend in backends if backend.name == SINGLE.name]
     one_step = len(made) in (0, len(buffers))
-    fused = not backends[0].traceable
-    if one_step and fused and _is_uniform(params, grads) and _serves(backends[0], params, grads, made + kept):
+    # what follows checks and copies gradients, which is needed neither by fused steps nor in a graph
+    quick = torch.compiler.is_compiling() or not backends[0].traceable
+    if one_step and quick and _is_uniform(params, grads) and _serves(backends[0], params, grads, made + kept):
         return [_Place(backends[0], list(range(len(params))), backends[0].plan(params))], grads
     readable: list[Tensor] = []
     found: dict[Any, tuple[Backend, list[int]]] = {}
@@ -218,5 +219,6 @@ def _serves(backend: Backend, params: list[Tensor], grads: list[Tensor], state: 
 
 def _is_uniform(params: list[Tensor], grads: list[Tensor]) -> bool:
     """Whether these tensors form one bucket if one backend serves them all."""
-    kinds = {(param.dtype, param.device, is_conjugate(param), grad.dtype) for param, grad in zip(params, grads)}
-    return len(kinds) == 1 and all(map(Tensor.is_same_size, params, grads))
+    kinds = [(param.dtype, param.device, grad.dtype) for param, grad in zip(params, grads)]
+    alike = len(kinds) > 0 and kinds.count(kinds[0]) == len(kinds) and not params[0].is_complex()
+    return alike and (torch.compiler.is_compiling() or all(map(Tensor.is_same_size, params, grads)))

@@ -15,9 +15,20 @@ from torch import Tensor
 
 from fastlars.buckets import Bucket, Norms
 from fastlars.compat import default_foreach
-from fastlars.compiled import is_traced, joint_norms, norms, rounded, unbind, update_in_graph
-from fastlars.dtypes import is_conjugate, is_half, norm_dtype, real
+from fastlars.compiled import (
+    CACHED,
+    TOGETHER,
+    is_measured_by_chunks,
+    is_traced,
+    joint_norms,
+    norms,
+    rounded,
+    unbind,
+    update_in_graph,
+)
+from fastlars.dtypes import is_conjugate, is_half, norm_dtype, real, reals
 from fastlars.formula import Number, coefficients, is_adapted, on_device, scalar_lr, sign
+from fastlars.norms import chunks
 from fastlars.options import Options
 
 from .layouts import on_cpu
@@ -30,17 +41,20 @@ def measure(bucket: Bucket, foreach: bool) -> Norms:
     adapted = is_adapted(options)
     if not adapted and not options.skip_nonfinite:
         return Norms()
-    params = [real(param) for param in bucket.params]
+    params = reals(bucket.params)
     if options.differentiable:
         # autograd saves the norm's input, so use clones, which the update does not overwrite
         params = [param.clone() for param in params]
-    grads = [real(grad) for grad in bucket.grads]
-    joint = adapted and options.trust_denominator == "joint"
-    grad_norm = None if joint and not options.skip_nonfinite else norms(grads, foreach)
+    grads = reals(bucket.grads)
+    if adapted and options.trust_denominator == "separate":
+        if params[0].dtype == grads[0].dtype:
+            param_norm, direction_norm = norms(params + grads, foreach).chunk(2)
+        else:
+            param_norm, direction_norm = norms(params, foreach), norms(grads, foreach)
+        return Norms(param_norm, direction_norm, direction_norm)
+    grad_norm = norms(grads, foreach) if options.skip_nonfinite else None
     if not adapted:
         return Norms(grad=grad_norm)
-    if not joint:
-        return Norms(norms(params, foreach), grad_norm, grad_norm)
     if foreach and bucket.plan is not None and is_half(params[0].dtype) and not params[0].is_cpu:
         return Norms(norms(params, foreach), bucket.plan.joint_norms(bucket), grad_norm)
     param_norm, direction_norm = joint_norms(params, grads, sign(options), options.weight_decay, foreach)
@@ -76,12 +90,21 @@ class Single:
     def plan(self, params: list[Tensor]) -> None:
         """Return None, because this backend needs no plan."""
 
-    def measure(self, bucket: Bucket, now: bool) -> Norms:  # noqa: ARG002
-        """Compute all norms, and leave none to `update`."""
+    def measure(self, bucket: Bucket, now: bool) -> Norms:
+        """Compute all norms. In graphs for the CPU, leave them to `update` unless ``now`` is True."""
         make_state(bucket)  # before any update, because memory may run out
-        return measure(bucket, self.foreach)
+        return Norms() if not now and is_measured_by_chunks(bucket) else measure(bucket, self.foreach)
 
     def update(self, bucket: Bucket, norms: Norms, gate: Tensor | None) -> None:
+        """Update all tensors. If `measure` left the norms, compute those of a chunk of tensors, then update the chunk."""
+        if norms.param is not None or not is_measured_by_chunks(bucket):
+            self._update(bucket, norms, gate)
+            return
+        for places in chunks(bucket.params, CACHED, TOGETHER):
+            chunk = bucket.part(places)
+            self._update(chunk, measure(chunk, self.foreach), gate)
+
+    def _update(self, bucket: Bucket, norms: Norms, gate: Tensor | None) -> None:
         """Update in place, or for half types and gated steps in copies, which are written back unless the step is skipped.
 
         Multiplying the update by 0 would not always skip the step, because 0 * NaN is NaN.
@@ -91,8 +114,8 @@ class Single:
         pair = None if norms.param is None or norms.direction is None else (norms.param, norms.direction)
         lr = scalar_lr(options.lr, like)
         factor_b, factor_c = coefficients(pair, lr, bucket.is_first_step, options)
-        b, c = _unbind(factor_b, len(params), like), _unbind(factor_c, len(params), like)
         step_size = 1.0 if options.lr_in_momentum else lr
+        b, c, step_size = _unbind(factor_b, factor_c, step_size, len(params), like)
         skip = None if gate is None else on_device(gate, params[0]) != 0
         # a conjugate view is not updated in place, because its real view is a copy and writes to it would be lost
         in_place = not is_conjugate(params[0])
@@ -100,12 +123,10 @@ class Single:
         if traced and (skip is not None or is_half(params[0].dtype)):
             update_in_graph(bucket, b, c, step_size, skip)
             return
-        # on a CPU, Inductor makes faster code from single operations than from lists
-        in_lists = self.foreach and not (traced and like.is_cpu)
-        tensor_update = _multi_tensor_update if in_lists else single_tensor_update
+        tensor_update = _multi_tensor_update if self.foreach else single_tensor_update
 
         def step(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], places: list[int]) -> None:
-            w, g, v = [real(x) for x in params], [real(x) for x in grads], [real(x) for x in buffers]
+            w, g, v = reals(params), reals(grads), reals(buffers)
             tensor_update(w, g, v, [b[i] for i in places], [c[i] for i in places], step_size, options)
 
         every = list(range(len(params)))
@@ -239,16 +260,19 @@ def _multi_tensor_update(
             torch._foreach_add_(params, momentum_buffers, alpha=scale)
 
 
-def _unbind(numbers: Number, n: int, like: Tensor) -> list[Tensor]:
-    """The numbers as n 0-dim tensors, on the device of ``like`` and in the dtype of its norms."""
+def _unbind(
+    factor_b: Number, factor_c: Number, step_size: Number, n: int, like: Tensor
+) -> tuple[list[Tensor], list[Tensor], Number]:
+    """Each factor as n 0-dim tensors, on the device of ``like`` and in the dtype of its norms, and the step size."""
+    if isinstance(factor_b, Tensor) and isinstance(factor_c, Tensor) and factor_b.dim() == 1:
+        # computed from norms, so already on that device and in that dtype
+        return unbind(factor_b, factor_c, step_size)
     dtype = norm_dtype(like.dtype)
-    if isinstance(numbers, Tensor):
-        if numbers.dim() == 1:  # computed from norms, so already on that device and in that dtype
-            return unbind(numbers)
-        numbers = numbers.to(dtype)
-    else:
-        numbers = torch.full((), numbers, dtype=dtype, device=like.device)
-    return unbind(numbers.expand(n))
+    b, c = [
+        factor.to(dtype) if isinstance(factor, Tensor) else torch.full((), factor, dtype=dtype, device=like.device)
+        for factor in (factor_b, factor_c)
+    ]
+    return list(b.expand(n).unbind()), list(c.expand(n).unbind()), step_size
 
 
 SINGLE, FOREACH = Single(), Foreach()
