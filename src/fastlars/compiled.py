@@ -1,7 +1,7 @@
 """Custom operators for torch.compile. Inductor calls them as a whole and does not decompose them.
 
 Inductor stacks the results of ``_foreach_norm`` with one copy kernel per result, and on a CPU it traces a dozen operations for
-each norm. So `norms` and `joint_norms` are operators that take lists. `realized` is a copy that makes Inductor store a tensor.
+each norm. So `norms` and `joint_norms` are operators that take lists. `realized` is a copy, for rounding in old torch versions.
 Everything else is plain arithmetic that Inductor can fuse.
 
 The operators are registered with a plain ``Library``, because each call of a ``torch.library.custom_op`` would also check
