@@ -220,5 +220,6 @@ def _serves(backend: Backend, params: list[Tensor], grads: list[Tensor], state: 
 def _is_uniform(params: list[Tensor], grads: list[Tensor]) -> bool:
     """Whether these tensors form one bucket if one backend serves them all."""
     kinds = [(param.dtype, param.device, grad.dtype) for param, grad in zip(params, grads)]
-    alike = len(kinds) > 0 and kinds.count(kinds[0]) == len(kinds) and not params[0].is_complex()
+    alike = all([kind == kinds[0] for kind in kinds])  # noqa: C419  old compilers cannot trace generators
+    alike = alike and len(params) > 0 and not params[0].is_complex()
     return alike and (torch.compiler.is_compiling() or all(map(Tensor.is_same_size, params, grads)))
