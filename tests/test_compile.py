@@ -402,6 +402,9 @@ def test_a_graph_for_the_cpu_updates_tensors_while_they_are_in_cache(
         nodes = nodes_of(step, *([torch.ones(size) for size in sizes] for _ in range(3)))
     kinds = [match[0] == "fastlars.norms" for name in nodes if (match := re.search("fastlars.norms|_$|_ of ", name))]
     assert [measured for measured, _ in itertools.groupby(kinds)] == [True, False] * 5
+    assert nodes.count("expand") == 5, (
+        "each chunk has its own step size, because Inductor compares all readers of a tensor"
+    )
 
 
 @slow
@@ -412,7 +415,7 @@ def test_a_graph_for_the_cpu_updates_tensors_while_they_are_in_cache(
 def test_inductor_computes_factors_outside_the_loops_over_elements(
     foreach: bool, lr: float | Tensor, dtype: torch.dtype
 ) -> None:
-    """The formula has one division. Each loop takes a number of each of its tensor's factors from memory."""
+    """The formula has the only division. The loops over elements read the factors from memory."""
     tensors = [[torch.ones(64 + i, dtype=dtype) for i in range(6)] for _ in range(3)]
 
     def step(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor | None]) -> None:

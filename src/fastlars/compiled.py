@@ -24,8 +24,8 @@ from .formula import Number, is_adapted
 # Devices for which Inductor generates code. On others, the compiler backend (openxla) would split a graph at our operators.
 _DEVICES = ("cpu", "cuda", "xpu")
 
-# Graphs for the CPU compute norms and updates by chunks of at most so many elements and tensors. The elements of parameters and
-# gradients take 24 MiB, which a cache often holds. More tensors would make Inductor slow, because it compares all pairs.
+# The most elements and tensors of a chunk in a graph for the CPU. Parameters and gradients of a chunk take up to 24 MiB, which
+# many caches hold. With more tensors Inductor becomes slow, because it tries to fuse every pair of updates in a chunk.
 CACHED = 3 << 20
 TOGETHER = 32
 
@@ -109,9 +109,9 @@ def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def unbind(b: Tensor, c: Tensor, step_size: Number) -> tuple[list[Tensor], list[Tensor], Number]:
     """The numbers of two vectors as 0-dim tensors, and the step size.
 
-    In a graph the vectors are stored first, because Inductor would otherwise compute them anew in the loop over each tensor's
-    elements. On a CPU the step size is stored beside them, because Inductor tries to fuse all pairs of updates that read the
-    same tensor, which would take a quarter of its time.
+    In a graph, Inductor must store the vectors first. Otherwise it computes a tensor's numbers again for each of its elements.
+    On a CPU, each chunk also stores the step size. If all updates read one tensor, Inductor tries to fuse every pair of them,
+    which takes a quarter of the compile time.
     """
     if is_traced(b):
         if b.is_cpu and isinstance(step_size, Tensor):
@@ -123,7 +123,7 @@ def unbind(b: Tensor, c: Tensor, step_size: Number) -> tuple[list[Tensor], list[
 
 
 def _stored(tensor: Tensor) -> Tensor:
-    """The same tensor, which Inductor stores in memory, because it has no code for a view of an expression."""
+    """The same tensor. Inductor stores it in memory, because `as_strided` needs memory to view."""
     return tensor.as_strided(tensor.shape, tensor.stride())
 
 

@@ -23,7 +23,7 @@ def real(tensor: Tensor) -> Tensor:
 
 
 def reals(tensors: list[Tensor]) -> list[Tensor]:
-    """`real` of tensors that are all complex or all not."""
+    """Apply `real` to a list of tensors, which are either all complex or all real."""
     return [real(tensor) for tensor in tensors] if len(tensors) > 0 and tensors[0].is_complex() else tensors
 
 
